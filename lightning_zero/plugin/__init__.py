@@ -1,0 +1,1 @@
+"""The Lightning adapters: no algorithms, only what Lightning calls and what it expects back."""
