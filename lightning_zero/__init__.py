@@ -1,4 +1,72 @@
 """lightning_zero: ZeRO for PyTorch Lightning in plain PyTorch.
 
 Importing the package registers the strategies `"zero_stage_1"` and `"zero_stage_2"`.
+
+[Note: names are imported when they are asked for]
+Lightning and torch take seconds to import, and `lightning-zero ls` needs neither. So the public names are resolved
+by `__getattr__`, and the strategies' registration, which has to import Lightning, is left out in one case alone:
+when the process is the command.
 """
+
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_zero import errors as errors
+    from lightning_zero.checkpoint.export import (
+        convert_zero_checkpoint_to_fp32_state_dict as convert_zero_checkpoint_to_fp32_state_dict,
+    )
+    from lightning_zero.checkpoint.export import (
+        get_fp32_state_dict_from_zero_checkpoint as get_fp32_state_dict_from_zero_checkpoint,
+    )
+    from lightning_zero.checkpoint.export import (
+        load_state_dict_from_zero_checkpoint as load_state_dict_from_zero_checkpoint,
+    )
+    from lightning_zero.engine.optimizer import OwnedSegment as OwnedSegment
+    from lightning_zero.plugin.callbacks import Fp32Export as Fp32Export
+    from lightning_zero.plugin.callbacks import ZeroCheckpoint as ZeroCheckpoint
+    from lightning_zero.plugin.checkpoint_io import ZeroCheckpointIO as ZeroCheckpointIO
+    from lightning_zero.plugin.strategy import ZeroStrategy as ZeroStrategy
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Fp32Export": "plugin.callbacks",
+    "OwnedSegment": "engine.optimizer",
+    "ZeroCheckpoint": "plugin.callbacks",
+    "ZeroCheckpointIO": "plugin.checkpoint_io",
+    "ZeroStrategy": "plugin.strategy",
+    "convert_zero_checkpoint_to_fp32_state_dict": "checkpoint.export",
+    "get_fp32_state_dict_from_zero_checkpoint": "checkpoint.export",
+    "load_state_dict_from_zero_checkpoint": "checkpoint.export",
+}
+
+__all__ = ["__version__", "errors", *_HOMES]
+
+
+def __getattr__(name: str) -> object:
+    if name == "errors":
+        return importlib.import_module("lightning_zero.errors")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"lightning_zero.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _is_command() -> bool:
+    """Whether this process is `lightning-zero`, or `python -m lightning_zero.cli`."""
+    return os.path.basename(sys.argv[0]) in ("lightning-zero", "lightning-zero.exe") or (
+        sys.argv[0] == "-m" and "lightning_zero.cli" in sys.orig_argv
+    )
+
+
+if not _is_command():
+    try:  # TEMP
+        importlib.import_module("lightning_zero.plugin.registration")
+    except ModuleNotFoundError:
+        pass

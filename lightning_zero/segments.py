@@ -148,9 +148,7 @@ def _balance(parameters: Sequence[ParameterSpec], world_size: int) -> dict[str, 
     return owners
 
 
-def _lay_out(
-    run: Sequence[ParameterSpec], world_size: int, owners: Mapping[str, int], equal_shards: bool
-) -> Bucket:
+def _lay_out(run: Sequence[ParameterSpec], world_size: int, owners: Mapping[str, int], equal_shards: bool) -> Bucket:
     unit = max(1, ALIGNMENT_BYTES // run[0].element_bytes)
     if owners:
         run = sorted(run, key=lambda parameter: owners[parameter.name])

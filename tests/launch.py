@@ -58,9 +58,7 @@ def run_ranks(
     port = free_port()
     where = (body.__module__, body.__qualname__)
     processes = [
-        _context.Process(
-            target=_run_rank, args=(results, where, rank, world_size, port, process_group, args, kwargs)
-        )
+        _context.Process(target=_run_rank, args=(results, where, rank, world_size, port, process_group, args, kwargs))
         for rank in range(world_size)
     ]
     for process in processes:

@@ -1,1 +1,1 @@
-"""ZeRO itself, on `torch.distributed`: buckets, collectives, the optimizer on segments. Knows no Lightning, no files."""
+"""ZeRO itself, on `torch.distributed`: buckets, collectives, steps on segments. Knows no Lightning and no files."""

@@ -1,0 +1,201 @@
+"""A bucket at run time: the parameters of one message, this rank's shard of them, and its masters.
+
+[Note: masters]
+The optimizer steps on *masters*: fp32 (or wider) tensors, one for each segment that this rank owns.
+
+| the parameter is        | its master is                          | before a step        | after a step             |
+|-------------------------|----------------------------------------|----------------------|--------------------------|
+| fp32 or fp64            | a view of the parameter's own memory   | nothing to do        | the shard is gathered    |
+| the same, not contiguous| a view of the flat buffer              | copied from the      | the shard is gathered,   |
+|                         |                                        | parameter            | copied to the parameter  |
+| bf16 or fp16            | a tensor of its own                    | elements that were   | rounded into the shard,  |
+|                         |                                        | written from outside | which is gathered        |
+|                         |                                        | are taken over       |                          |
+
+So what a user or a callback writes into a parameter (WGAN's clamping, pruning, averaging) is never undone by the
+next step, whatever the parameter's dtype. "Written from outside" is seen in the values: an element that isn't its
+master's rounding any more. (A version counter would miss what goes through `.data`.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lightning_zero.engine.collectives import Collectives, Pending
+from lightning_zero.errors import UnsupportedModelError
+from lightning_zero.segments import Bucket, Segment
+
+
+@dataclass(eq=False)
+class Slot:
+    """A parameter's place in its bucket."""
+
+    name: str
+    parameter: Parameter
+    offset: int
+    deposited: bool = False
+    """This rank's gradient of the backward under way lies in the bucket's buffer."""
+    continues: bool = False
+    """That gradient adds to one that the segments hold already."""
+    pointer: int = field(default=0, repr=False)
+    """Where the parameter's memory is, if it is a view of the bucket's flat buffer; else 0."""
+
+
+@dataclass(eq=False)
+class Piece:
+    """A segment that this rank owns, with the tensor that the optimizer steps on."""
+
+    slot: Slot
+    segment: Segment
+    offset: int
+    """Where the segment begins in this rank's shard."""
+    master: Tensor
+
+
+class ParameterBucket:
+    """The parameters of one bucket, in one flat buffer that their memory is part of.
+
+    Args:
+        plan: what lies where, and who owns what.
+        parameters: by name.
+        collectives: the ranks that share the bucket.
+        whole: give a master its parameter's shape, for an optimizer that looks at it, not a flat one.
+    """
+
+    def __init__(
+        self, plan: Bucket, parameters: Mapping[str, Parameter], collectives: Collectives, *, whole: bool
+    ) -> None:
+        self.plan = plan
+        self._collectives = collectives
+        self.slots = [
+            Slot(spec.name, parameters[spec.name], offset)
+            for spec, offset in zip(plan.parameters, plan.offsets, strict=True)
+        ]
+        first = self.slots[0].parameter
+        self.dtype, self.device = first.dtype, first.device
+        self.master_dtype = torch.promote_types(self.dtype, torch.float32)
+        self._flat = self._adopt_parameters()
+        self._masters = self._shard if self.dtype == self.master_dtype else self._shard.to(self.master_dtype)
+        self._gradient: Tensor | None = None
+        rank, low = collectives.rank, plan.bounds[collectives.rank]
+        slots = {slot.name: slot for slot in self.slots}
+        self.pieces: list[Piece] = []
+        for segment, offset in plan.owned(rank):
+            slot = slots[segment.name]
+            master = self._masters[offset - low : offset - low + segment.numel]
+            if whole and slot.parameter.dim() > 0:
+                master = master.view(slot.parameter.shape)
+            self.pieces.append(Piece(slot, segment, offset - low, master))
+
+    @property
+    def _shard(self) -> Tensor:
+        rank = self._collectives.rank
+        return self._flat[self.plan.bounds[rank] : self.plan.bounds[rank + 1]]
+
+    def _adopt_parameters(self) -> Tensor:
+        """Make the parameters' memory part of one flat buffer; one that fills the bucket alone is it already."""
+        only = self.slots[0].parameter.data
+        if len(self.slots) == 1 and only.is_contiguous() and only.numel() == self.plan.numel:
+            self.slots[0].pointer = only.data_ptr()
+            return only.view(-1)
+        self._flat = torch.zeros(self.plan.numel, dtype=self.dtype, device=self.device)
+        for slot in self.slots:
+            self._adopt(slot)
+        return self._flat
+
+    def _region(self, slot: Slot) -> Tensor:
+        return self._flat[slot.offset : slot.offset + slot.parameter.numel()].view(slot.parameter.shape)
+
+    def _adopt(self, slot: Slot) -> None:
+        parameter, region = slot.parameter, self._region(slot)
+        region.copy_(parameter.data)
+        if parameter.data.is_contiguous():
+            parameter.data = region
+            slot.pointer = region.data_ptr()
+        else:
+            slot.pointer = 0
+
+    @property
+    def gradient(self) -> Tensor:
+        """This rank's shard of the averaged gradient; its memory is first touched when a gradient arrives."""
+        if self._gradient is None:
+            self._gradient = torch.empty(self._masters.numel(), dtype=self.master_dtype, device=self._masters.device)
+        return self._gradient
+
+    def segment_gradient(self, piece: Piece) -> Tensor | None:
+        """The averaged gradient of a segment, in its master's shape and dtype; None where there is none."""
+        whole = piece.slot.parameter.grad
+        if whole is None:
+            return None
+        if self._collectives.world_size > 1:
+            flat = self.gradient[piece.offset : piece.offset + piece.segment.numel]
+        else:
+            flat = whole.to_dense().reshape(-1) if whole.is_sparse else whole.reshape(-1)
+        return flat.view(piece.master.shape).to(self.master_dtype)
+
+    @torch.no_grad()
+    def take_over_outside_writes(self) -> None:
+        """Bring what was written into the parameters since the last step into the masters."""
+        for slot, spec in zip(self.slots, self.plan.parameters, strict=True):
+            parameter = slot.parameter
+            if parameter.shape != spec.shape:
+                raise UnsupportedModelError(
+                    f"the parameter {slot.name!r} changed its shape to {tuple(parameter.shape)} during training; "
+                    "give the optimizer a new parameter by add_param_group instead"
+                )
+            if parameter.numel() and parameter.data_ptr() != slot.pointer:
+                self._adopt(slot)
+        if self._masters.dtype != self.dtype:
+            shard = self._shard
+            outside = self._masters.to(self.dtype) != shard
+            if outside.any():
+                torch.where(outside, shard.to(self.master_dtype), self._masters, out=self._masters)
+
+    @torch.no_grad()
+    def publish(self) -> Pending:
+        """Give every rank what this rank's masters have become; the parameters stand when it is waited for."""
+        if self._masters.dtype != self.dtype:
+            self._shard.copy_(self._masters)
+        if self._collectives.world_size == 1:
+            return _Published(self, None)
+        return _Published(self, self._collectives.all_gather(self._flat, self.plan.bounds))
+
+    @torch.no_grad()
+    def copy_out(self) -> None:
+        """Bring the flat buffer's values to the parameters that are not views of it."""
+        for slot in self.slots:
+            if slot.parameter.numel() and not slot.pointer:
+                slot.parameter.copy_(self._region(slot))
+
+    def rebase(self) -> None:
+        """Follow the parameters to wherever they were moved; the flat buffer and the gradients are dropped.
+
+        Lightning moves a module to the CPU when a fit ends. The masters stay what they are for the checkpoint
+        that is saved after that.
+        """
+        moved = any(slot.pointer and slot.parameter.data_ptr() != slot.pointer for slot in self.slots)
+        self._gradient = None
+        if not moved:
+            return
+        for piece in self.pieces:
+            data = piece.slot.parameter.data
+            if self.dtype == self.master_dtype:
+                flat = data.reshape(-1)[piece.segment.start : piece.segment.stop]
+                piece.master.data = flat.view(piece.master.shape)
+            else:
+                piece.master.data = piece.master.data.to(data.device)
+
+
+class _Published:
+    def __init__(self, bucket: ParameterBucket, gathered: Pending | None) -> None:
+        self._bucket, self._gathered = bucket, gathered
+
+    def wait(self) -> None:
+        if self._gathered is not None:
+            self._gathered.wait()
+        self._bucket.copy_out()

@@ -1,0 +1,281 @@
+"""The user's own optimizer, stepping on this rank's segments.
+
+The optimizer object stays the user's: schedulers hold it, callbacks look at its `param_groups`, `toggle_optimizer`
+flips the parameters in there. So the groups hold the user's parameters at all times but inside `step`; for the
+length of a step their `"params"` are this rank's masters, and everything else in them stays where it is. Optimizer
+state is keyed by the masters, and so exists for this rank's segments only: that is the memory ZeRO saves (Rajbhandari
+et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020, section 5.1).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, optim
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from lightning_zero.engine.buckets import ParameterBucket, Piece
+from lightning_zero.engine.gradients import GradientReducer
+from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError
+from lightning_zero.segments import Policy
+
+ELEMENT_WISE: tuple[type[Optimizer], ...] = (
+    optim.SGD,
+    optim.Adam,
+    optim.AdamW,
+    optim.NAdam,
+    optim.RAdam,
+    optim.Adamax,
+    optim.Adagrad,
+    optim.Adadelta,
+    optim.RMSprop,
+    optim.Rprop,
+    optim.ASGD,
+)
+"""Optimizers whose update of an element looks at that element alone: any slice of a parameter is as good as all."""
+
+
+@dataclass(frozen=True, eq=False)
+class OwnedSegment:
+    """A segment that this rank owns of an optimizer's parameters.
+
+    Attributes:
+        name: the parameter's name in the module.
+        start: the first of its flattened elements.
+        stop: one past the last.
+        master: the tensor that the optimizer steps on: fp32, or fp64 for an fp64 parameter.
+        optimizer: the optimizer that steps on it.
+    """
+
+    name: str
+    start: int
+    stop: int
+    master: Tensor
+    optimizer: Optimizer
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The optimizer's state of this segment, by name; empty before the first step."""
+        state: dict[str, Any] = self.optimizer.state.get(self.master, {})
+        return state
+
+
+def policy_for(optimizer: Optimizer, requested: str) -> Policy:
+    """How an optimizer's parameters can be cut.
+
+    Raises:
+        UnsupportedModelError: the optimizer can't work on a part of the parameters at all.
+        ValueError: `requested` is none of `"auto"`, `"element"`, `"parameter"`.
+    """
+    if requested not in ("auto", "element", "parameter"):
+        raise ValueError(f'partition must be "auto", "element" or "parameter", not {requested!r}')
+    if isinstance(optimizer, optim.LBFGS):
+        raise UnsupportedModelError(
+            "LBFGS can't be partitioned: each of its steps needs dot products over all parameters, and calls the "
+            "closure several times. Use DDPStrategy for it, or another optimizer."
+        )
+    if isinstance(optimizer, optim.SparseAdam):
+        raise UnsupportedModelError(
+            "SparseAdam can't be partitioned: reduced gradients are dense. Use Adam, and embeddings with sparse=False."
+        )
+    if requested == "element":
+        return "element"
+    # The exact type: a subclass may override `step` with something that looks at more than one element.
+    return "element" if requested == "auto" and type(optimizer) in ELEMENT_WISE else "parameter"
+
+
+class SegmentedOptimizer:
+    """Makes a user's optimizer step on this rank's segments, in place, until `detach()`.
+
+    Args:
+        optimizer: the user's.
+        buckets: those with this optimizer's parameters.
+        reducer: brings the gradients.
+        on_new_parameters: called when a param group was added, so that its parameters are partitioned too.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        buckets: Sequence[ParameterBucket],
+        reducer: GradientReducer,
+        on_new_parameters: Callable[[], None],
+    ) -> None:
+        self.optimizer = optimizer
+        self._reducer = reducer
+        self._pieces: dict[Parameter, tuple[ParameterBucket, Piece]] = {}
+        self.buckets: list[ParameterBucket] = []
+        self.add(buckets)
+        self._user_step = optimizer.step
+        self._user_add_param_group = optimizer.add_param_group
+
+        @functools.wraps(self._user_step)
+        def step(_: Optimizer, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+            return self.step(closure, *args, **kwargs)
+
+        @functools.wraps(self._user_add_param_group)
+        def add_param_group(_: Optimizer, param_group: dict[str, Any]) -> None:
+            self._user_add_param_group(param_group)
+            on_new_parameters()
+
+        # Bound methods, since a learning-rate scheduler that is made later wraps `step.__func__`.
+        optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
+        optimizer.add_param_group = types.MethodType(add_param_group, optimizer)  # type: ignore[method-assign]
+
+    def add(self, buckets: Sequence[ParameterBucket]) -> None:
+        """Take in the buckets of a param group that was added."""
+        self.buckets += buckets
+        for bucket in buckets:
+            for piece in bucket.pieces:
+                self._pieces[piece.slot.parameter] = (bucket, piece)
+
+    def detach(self) -> None:
+        """Give the optimizer its own methods back."""
+        self.optimizer.step = self._user_step  # type: ignore[method-assign]
+        self.optimizer.add_param_group = self._user_add_param_group  # type: ignore[method-assign]
+
+    @property
+    def segments(self) -> list[OwnedSegment]:
+        """What this rank owns, in the order of the optimizer's param groups."""
+        return [
+            OwnedSegment(piece.segment.name, piece.segment.start, piece.segment.stop, piece.master, self.optimizer)
+            for _, piece in self._in_group_order()
+        ]
+
+    def _in_group_order(self) -> Iterator[tuple[ParameterBucket, Piece]]:
+        for group in self.optimizer.param_groups:
+            yield from (self._pieces[parameter] for parameter in group["params"] if parameter in self._pieces)
+
+    @property
+    def pieces(self) -> Iterator[Piece]:
+        """The same, as the engine knows them."""
+        for _, piece in self._pieces.values():
+            yield piece
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of the state, in torch's format: parameters are numbered, group by group."""
+        groups, state, count = [], {}, 0
+        for group in self.optimizer.param_groups:
+            indices = list(range(count, count + len(group["params"])))
+            count += len(indices)
+            groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": indices})
+            for index, parameter in zip(indices, group["params"], strict=True):
+                for piece in self._owned([parameter]):
+                    state[index] = dict(self.optimizer.state.get(piece.master, {}))
+        return {"state": state, "param_groups": groups}
+
+    def _owned(self, parameters: Iterable[Parameter]) -> Iterator[Piece]:
+        for parameter in parameters:
+            if parameter in self._pieces:
+                yield self._pieces[parameter][1]
+
+    def gradients(self) -> list[Tensor]:
+        """The averaged gradients of this rank's segments. What is written into them is stepped on. A collective."""
+        self._reducer.finish()
+        gradients = []
+        for bucket, piece in self._in_group_order():
+            if piece.slot.parameter.grad is None:
+                piece.master.grad = None
+            elif piece.master.grad is None:
+                piece.master.grad = bucket.segment_gradient(piece)
+            if piece.master.grad is not None:
+                gradients.append(piece.master.grad)
+        return gradients
+
+    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        """What `optimizer.step` does instead: the closure, the gradients, the step on segments, the gather."""
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+            args = (lambda: result, *args)
+        for bucket in self.buckets:
+            bucket.take_over_outside_writes()
+        self.gradients()
+        try:
+            with self._on_segments():
+                return self._user_step(*args, **kwargs)
+        finally:
+            self.drop_gradients()
+            for gathered in [bucket.publish() for bucket in self.buckets]:
+                gathered.wait()
+
+    def drop_gradients(self) -> None:
+        """Let go of the masters' gradients; they are taken from the parameters' again when they are asked for."""
+        for _, piece in self._pieces.values():
+            piece.master.grad = None
+
+    @contextmanager
+    def _on_segments(self) -> Iterator[None]:
+        groups = self.optimizer.param_groups
+        parameters = [group["params"] for group in groups]
+        for group in groups:
+            group["params"] = [piece.master for piece in self._owned(group["params"])]
+        try:
+            yield
+        finally:
+            for group, whole in zip(groups, parameters, strict=True):
+                group["params"] = whole
+
+    def load_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Take this rank's part of a whole state, replacing what is there.
+
+        Args:
+            state_dict: as `torch.optim.Optimizer.state_dict()` gives it for whole parameters, whoever saved it. A
+                tensor may be one that is still in a checkpoint: then only the owned range of it is read.
+
+        Raises:
+            CheckpointMismatchError: the groups don't match, or the state can't be cut as the partition asks.
+        """
+        groups, saved_groups = self.optimizer.param_groups, state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in groups]
+        saved_sizes = [len(group["params"]) for group in saved_groups]
+        if sizes != saved_sizes:
+            raise CheckpointMismatchError(
+                f"the checkpoint's {type(self.optimizer).__name__} has param groups of {saved_sizes} parameters, "
+                f"the model's of {sizes}; resume with the model and configure_optimizers that it was saved with"
+            )
+        state: defaultdict[Tensor, Any] = defaultdict(dict)
+        for group, saved_group in zip(groups, saved_groups, strict=True):
+            group.update({key: copy.deepcopy(value) for key, value in saved_group.items() if key != "params"})
+            for parameter, index in zip(group["params"], saved_group["params"], strict=True):
+                for piece in self._owned([parameter]):
+                    for key, value in state_dict["state"].get(index, {}).items():
+                        state[piece.master][key] = _part_of(value, key, piece, type(self.optimizer).__name__)
+        self.optimizer.__setstate__({"state": state, "param_groups": groups})
+
+
+def _part_of(value: Any, key: str, piece: Piece, optimizer_name: str) -> Any:
+    """The part of one state of a whole parameter that belongs to a piece of it."""
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    shape, master = piece.slot.parameter.shape, piece.master
+    if value.shape == shape and not (value.dim() == 0 and key == "step"):
+        still_in_checkpoint = hasattr(value, "read_range")  # and so of the dtype that the optimizer chose
+        dtype = value.dtype if still_in_checkpoint or not value.is_floating_point() else master.dtype
+        part = torch.empty(master.shape, dtype=dtype, device=master.device)
+        copy_range(value, piece.segment.start, piece.segment.stop, part)
+        return part
+    if value.numel() > 1 and piece.segment.numel != piece.slot.parameter.numel():
+        raise CheckpointMismatchError(
+            f"{optimizer_name}'s state {key!r} of {piece.slot.name!r} has the shape {tuple(value.shape)}, not the "
+            f"parameter's {tuple(shape)}, and can't be cut; use ZeroStrategy(partition=\"parameter\")"
+        )
+    return value.to("cpu" if key == "step" else master.device, copy=True)
+
+
+def copy_range(source: Tensor, start: int, stop: int, out: Tensor) -> None:
+    """Copy elements `[start, stop)` of a flattened tensor into `out`; one that is still on disk reads just those."""
+    read_range = getattr(source, "read_range", None)
+    if read_range is not None:
+        read_range(start, stop, out.view(-1))
+    else:
+        out.view(-1).copy_(source.reshape(-1)[start:stop])

@@ -1,0 +1,238 @@
+"""A module's trainable parameters, cut over the ranks: the engine as the strategy sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.optim import Optimizer
+
+from lightning_zero.engine import norms
+from lightning_zero.engine.buckets import ParameterBucket
+from lightning_zero.engine.collectives import Collectives
+from lightning_zero.engine.gradients import GradientReducer
+from lightning_zero.engine.optimizer import OwnedSegment, SegmentedOptimizer, copy_range, policy_for
+from lightning_zero.errors import UnsupportedModelError
+from lightning_zero.segments import ParameterSpec, plan_buckets
+
+
+class Partition:
+    """Partitions the optimizer states of a module, and its gradients, over the ranks; in effect until `detach()`.
+
+    Args:
+        module: its parameters have the same values on every rank.
+        optimizers: the user's; their param groups hold the module's parameters.
+        collectives: the ranks.
+        stage: 1: optimizer states are partitioned. 2: so are gradients while they accumulate.
+        partition: `"element"`, `"parameter"` or `"auto"`.
+        bucket_bytes: about how many bytes of parameters travel as one message.
+        reduce_dtype: the dtype in which gradients travel; by default the parameters' own.
+        find_unused_parameters: agree after each backward on the parameters that had a gradient, on NCCL too.
+
+    Raises:
+        UnsupportedModelError: an optimizer, or a way of sharing memory, that can't be partitioned.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        optimizers: Sequence[Optimizer],
+        collectives: Collectives,
+        *,
+        stage: int,
+        partition: str = "auto",
+        bucket_bytes: int,
+        reduce_dtype: torch.dtype | None = None,
+        find_unused_parameters: bool = False,
+    ) -> None:
+        self._module = module
+        self._collectives = collectives
+        self._policies = [policy_for(optimizer, partition) for optimizer in optimizers]
+        # One rank has nothing to send: every parameter is a bucket of its own, whose memory is left as it is.
+        self._bucket_bytes = bucket_bytes if collectives.world_size > 1 else 1
+        self._optimizers = list(optimizers)
+        self._by_parameter: dict[Parameter, ParameterBucket] = {}
+        self.reducer = GradientReducer(
+            [],
+            collectives,
+            stage=stage,
+            reduce_dtype=reduce_dtype,
+            find_unused_parameters=find_unused_parameters,
+        )
+        self._segmented = [
+            SegmentedOptimizer(optimizer, [], self.reducer, self._take_in_new_parameters) for optimizer in optimizers
+        ]
+        self._take_in_new_parameters()
+
+    def _take_in_new_parameters(self) -> None:
+        """Partition the parameters of the optimizers' groups that aren't yet."""
+        holders: dict[Parameter, list[int]] = {}
+        for index, optimizer in enumerate(self._optimizers):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter not in self._by_parameter:
+                        holders.setdefault(parameter, []).append(index)
+        names = self._names(holders)
+        # Backward reaches the last parameters first. What shares a bucket must share dtype, device and optimizers.
+        alike: dict[tuple[Any, ...], list[Parameter]] = {}
+        for parameter in reversed(names):
+            key = (tuple(holders[parameter]), parameter.dtype, parameter.device)
+            alike.setdefault(key, []).append(parameter)
+        for (indices, _, _), parameters in alike.items():
+            self._add_buckets(indices, parameters, names)
+
+    def _names(self, parameters: Mapping[Parameter, Any]) -> dict[Parameter, str]:
+        """The names of the given parameters, in the module's order; those of no module's get one of their own."""
+        names = {parameter: name for name, parameter in self._module.named_parameters() if parameter in parameters}
+        memory: dict[int, str] = {}
+        for parameter in parameters:
+            name = names.setdefault(parameter, f"<optimizer parameter {len(self._by_parameter) + len(names)}>")
+            if parameter.is_complex() or not parameter.is_floating_point():
+                raise UnsupportedModelError(
+                    f"the parameter {name!r} is {parameter.dtype}; only real floating-point parameters can be trained "
+                    "with ZeroStrategy. Use torch.view_as_real for a complex one"
+                )
+            if parameter.data_ptr() and memory.setdefault(parameter.data_ptr(), name) != name:
+                raise UnsupportedModelError(
+                    f"the parameters {memory[parameter.data_ptr()]!r} and {name!r} share memory but are two objects; "
+                    "tie them by assigning one Parameter to both modules"
+                )
+        return names
+
+    def _add_buckets(
+        self, indices: tuple[int, ...], parameters: Sequence[Parameter], names: Mapping[Parameter, str]
+    ) -> None:
+        by_element = all(self._policies[index] == "element" for index in indices)
+        plans = plan_buckets(
+            [ParameterSpec(names[p], tuple(p.shape), p.element_size()) for p in parameters],
+            self._collectives.world_size,
+            "element" if by_element else "parameter",
+            self._bucket_bytes,
+            equal_shards=self._collectives.equal_shards,
+        )
+        by_name = {names[parameter]: parameter for parameter in parameters}
+        buckets = [ParameterBucket(plan, by_name, self._collectives, whole=not by_element) for plan in plans]
+        for bucket in buckets:
+            for slot in bucket.slots:
+                self._by_parameter[slot.parameter] = bucket
+        self.reducer.add(buckets)
+        for index in indices:
+            self._segmented[index].add(buckets)
+
+    def detach(self) -> None:
+        """Undo everything but the memory layout: hooks, stand-ins and wrapped methods. No collective."""
+        self.reducer.detach()
+        for segmented in self._segmented:
+            segmented.drop_gradients()
+            segmented.detach()
+
+    def rebase(self) -> None:
+        """Follow the parameters after the module was moved to another device."""
+        for bucket in self.buckets:
+            bucket.rebase()
+
+    def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """This rank's part of an optimizer's state: see `SegmentedOptimizer.state_dict`."""
+        return self._of(optimizer).state_dict()
+
+    def load_state(self, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+        """Take this rank's part of an optimizer's whole state: see `SegmentedOptimizer.load_state`."""
+        self._of(optimizer).load_state(state_dict)
+
+    @torch.no_grad()
+    def load_masters(self, state_dict: Mapping[str, Any]) -> None:
+        """Take this rank's part of the masters that aren't views of their parameters from a module's state dict.
+
+        The parameters have been loaded from it already, rounded to their own dtype.
+        """
+        for bucket in self.buckets:
+            for piece in bucket.pieces:
+                value = state_dict.get(piece.slot.name)
+                if bucket.dtype != bucket.master_dtype and isinstance(value, Tensor):
+                    copy_range(value, piece.segment.start, piece.segment.stop, piece.master)
+
+    @property
+    def segmented(self) -> Sequence[SegmentedOptimizer]:
+        """The optimizers, in the order in which they were given."""
+        return self._segmented
+
+    @property
+    def buckets(self) -> list[ParameterBucket]:
+        """All buckets, each once."""
+        return list(dict.fromkeys(self._by_parameter.values()))
+
+    def flush(self) -> None:
+        """A backward is over: send what it left. A collective."""
+        for segmented in self._segmented:
+            segmented.drop_gradients()
+        self.reducer.flush()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients without communication, at stage 1."""
+        with self.reducer.no_sync():
+            yield
+
+    def segments(self, optimizer: Optimizer) -> list[OwnedSegment]:
+        """What this rank owns of an optimizer's parameters."""
+        return self._of(optimizer).segments
+
+    def gradients(self, optimizer: Optimizer | None = None) -> list[Tensor]:
+        """The averaged gradients of this rank's segments, of one optimizer or of all. A collective."""
+        of = self._segmented if optimizer is None else [self._of(optimizer)]
+        # A parameter that two optimizers hold has one gradient.
+        return list({id(gradient): gradient for one in of for gradient in one.gradients()}.values())
+
+    def grad_norm(self, optimizer: Optimizer | None = None, norm_type: float = 2.0) -> Tensor:
+        """The global gradient norm. A collective."""
+        return norms.global_norm(self.gradients(optimizer), self._collectives, self._device, norm_type)
+
+    def clip_grad_norm_(self, max_norm: float, optimizer: Optimizer | None = None, norm_type: float = 2.0) -> Tensor:
+        """Clip the gradient by its global norm, which is given back. A collective."""
+        gradients = self.gradients(optimizer)
+        norm = norms.global_norm(gradients, self._collectives, self._device, norm_type)
+        norms.scale_to_norm_(gradients, norm, max_norm)
+        return norm
+
+    def clip_grad_value_(self, clip_value: float, optimizer: Optimizer | None = None) -> None:
+        """Clamp the gradient's elements. A collective."""
+        norms.clip_values_(self.gradients(optimizer), clip_value)
+
+    def full_state(self, parameter: Parameter) -> dict[str, Any]:
+        """The whole fp32 parameter, as `"param"`, and its whole optimizer state. A collective."""
+        bucket = self._by_parameter.get(parameter)
+        if bucket is None:
+            raise UnsupportedModelError("full_state knows only parameters that an optimizer holds")
+        pieces = [piece for piece in bucket.pieces if piece.slot.parameter is parameter]
+        owner = next(one for one in self._segmented if bucket in one.buckets)
+        local: list[tuple[int, dict[str, Any]]] = [
+            (piece.segment.start, {"param": piece.master, **owner.optimizer.state.get(piece.master, {})})
+            for piece in pieces
+        ]
+        gathered = [part for parts in self._collectives.all_gather_object(local) for part in parts]
+        parts = sorted(gathered, key=lambda part: part[0])
+        whole: dict[str, Any] = {}
+        for key, first in parts[0][1].items() if parts else ():
+            values = [state[key] for _, state in parts]
+            if isinstance(first, Tensor) and first.shape == parts[0][1]["param"].shape:
+                whole[key] = torch.cat([value.reshape(-1) for value in values]).view(parameter.shape)
+            else:
+                whole[key] = first
+        return whole or {"param": parameter.detach().float()}
+
+    def _of(self, optimizer: Optimizer) -> SegmentedOptimizer:
+        for segmented in self._segmented:
+            # A LightningOptimizer holds the user's own in an attribute of that name.
+            if segmented.optimizer in (optimizer, getattr(optimizer, "optimizer", None)):
+                return segmented
+        raise UnsupportedModelError(
+            f"{type(optimizer).__name__} is none of the optimizers that configure_optimizers returned"
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._by_parameter)).device if self._by_parameter else torch.device("cpu")

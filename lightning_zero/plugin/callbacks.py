@@ -1,0 +1,142 @@
+"""Callbacks: periodic sharded checkpoints, and the fp32 file at the end."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint.load import resolve
+from lightning_zero.errors import CheckpointNotFoundError, UnsupportedModelError
+from lightning_zero.plugin.strategy import ZeroStrategy
+
+
+class ZeroCheckpoint(ModelCheckpoint):
+    """A `ModelCheckpoint` for checkpoint directories: everything that one has, and retention by number.
+
+    `fit(ckpt_path="last")` resumes from the tag that `latest` names in `dirpath`.
+
+    Args:
+        dirpath: the save directory; `checkpoints/` under the Trainer's `default_root_dir` by default, where a fresh
+            process finds it again.
+        filename: the tag, as for `ModelCheckpoint`; `"{step}"` by default. A tag that is there already is replaced
+            atomically, unless `enable_version_counter=True` is passed.
+        keep_last: keep this many of the newest tags of `dirpath` (and the best by `monitor`, if one is given), and
+            remove older ones; None: as `save_top_k` says.
+        keep_every_n_steps: tags whose step is a multiple of it are never removed.
+        **kwargs: `ModelCheckpoint`'s own.
+
+    Raises:
+        ValueError: a number to keep is less than 1.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        filename: str | None = None,
+        *,
+        keep_last: int | None = None,
+        keep_every_n_steps: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name, value in (("keep_last", keep_last), ("keep_every_n_steps", keep_every_n_steps)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, or None, not {value}")
+        self.keep_last = keep_last
+        self.keep_every_n_steps = keep_every_n_steps
+        kwargs.setdefault("enable_version_counter", False)
+        if self._retains and kwargs.get("monitor") is None:
+            kwargs.setdefault("save_top_k", -1)
+        super().__init__(dirpath, filename or "{step}", **kwargs)
+
+    @property
+    def _retains(self) -> bool:
+        return self.keep_last is not None or self.keep_every_n_steps is not None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.dirpath = self._save_directory(trainer)
+        super().setup(trainer, pl_module, stage)
+
+    def _save_directory(self, trainer: Trainer) -> str:
+        return os.fspath(self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints"))
+
+    @override
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        try:
+            return {os.fspath(resolve(self._save_directory(trainer)))}
+        except CheckpointNotFoundError:
+            rank_zero_info(f"no checkpoint in {self._save_directory(trainer)} yet: training starts afresh")
+            return set()
+
+    @override
+    def _save_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        super()._save_monitor_checkpoint(trainer, monitor_candidates)
+        if self._retains and self._last_global_step_saved != trainer.global_step:
+            # Not among the best, but among the last.
+            self._save_checkpoint(trainer, self._get_metric_interpolated_filepath_name(monitor_candidates, trainer))
+
+    @override
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        if self._retains and trainer.is_global_zero:
+            self._prune()
+
+    @override
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        # What is no longer among the best may still be among the last: retention removes it in its time.
+        if not self._retains:
+            super()._remove_checkpoint(trainer, filepath)
+
+    def _prune(self) -> None:
+        assert self.dirpath is not None
+        kept = {self.best_model_path, self.last_model_path, *self.best_k_models} if self.monitor else set()
+        directory = Path(self.dirpath)
+        protect = {Path(path).name for path in kept if path}
+        if self.keep_every_n_steps is not None:
+            protect |= {
+                tag.name
+                for tag in commit.list_tags(directory)
+                if tag.manifest is not None and tag.manifest.step % self.keep_every_n_steps == 0
+            }
+        commit.prune(directory, self.keep_last or 1, protect=protect)
+
+
+class Fp32Export(Callback):
+    """Writes one fp32 checkpoint when fit ends: what plain Lightning, or anything that reads safetensors, loads.
+
+    Args:
+        path: `.ckpt` for `MyModule.load_from_checkpoint`, `.safetensors` for the weights alone.
+
+    Raises:
+        ValueError: the path has another ending.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if self.path.suffix not in (".ckpt", ".safetensors"):
+            raise ValueError(f"Fp32Export writes .ckpt or .safetensors files, not {os.fspath(path)!r}")
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(trainer.strategy, ZeroStrategy):
+            raise UnsupportedModelError(
+                f"Fp32Export needs Trainer(strategy=ZeroStrategy()), not {type(trainer.strategy).__name__}; "
+                "use trainer.save_checkpoint(path, weights_only=True) there"
+            )
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        assert isinstance(trainer.strategy, ZeroStrategy)
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        trainer.strategy.export(checkpoint, self.path)
+        rank_zero_info(f"the fp32 checkpoint is in {self.path}")

@@ -1,0 +1,159 @@
+"""What a checkpoint holds: Lightning's dict and the partition, said in segments.
+
+Lightning hands over a dict with the module's state dict and whatever hooks and callbacks made of it. An entry that
+*is* a live parameter (the same memory) is stored as the segments of its masters, which each rank has of its own
+share; so a 16-bit model isn't stored twice. A frozen parameter is the same on every rank, and each writes a part.
+Anything else (buffers, averaged weights that a callback put in a parameter's place) is stored by rank 0 as given.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from lightning_zero.checkpoint.manifest import Entry, OptimizerEntry, StoredValue
+from lightning_zero.checkpoint.save import RankContent, SharedContent, TensorToSave
+from lightning_zero.engine.partition import Partition
+from lightning_zero.errors import UnsupportedModelError
+from lightning_zero.plugin.random_state import get_random_state
+from lightning_zero.segments import ParameterSpec, plan_buckets
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def contents(
+    checkpoint: Mapping[str, Any],
+    module: Module,
+    partition: Partition | None,
+    *,
+    rank: int,
+    world_size: int,
+    stage: int,
+) -> tuple[RankContent, SharedContent]:
+    """Divide Lightning's dict into what this rank writes and what the ranks share.
+
+    Args:
+        checkpoint: what `Trainer.save_checkpoint` dumped; it isn't changed.
+        module: the live one.
+        partition: what the ranks own, if an optimizer has been set up and its state is to be saved.
+        rank: this rank.
+        world_size: of how many.
+        stage: the ZeRO stage, for the record.
+    """
+    state_dict: Mapping[str, Any] = checkpoint["state_dict"]
+    live = {_memory(parameter): parameter for parameter in module.parameters()}
+    owned = {slot.parameter for bucket in partition.buckets for slot in bucket.slots} if partition else set()
+    buffers = {id(buffer.untyped_storage()) for buffer in module.buffers()}
+    buffer_memory = {_memory(buffer) for buffer in module.buffers()}
+    del buffers
+
+    entries: list[Entry] = []
+    aliases: dict[str, str] = {}
+    stored_names: dict[Parameter, str] = {}
+    frozen: list[tuple[str, Tensor]] = []
+    tensors: list[TensorToSave] = []
+    for name, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            continue
+        parameter = live.get(_memory(value)) if value.numel() else None
+        if parameter in stored_names:
+            aliases[name] = stored_names[parameter]
+            continue
+        role = "given"
+        if parameter is not None:
+            stored_names[parameter] = name
+            role = "parameter" if parameter in owned else "given" if parameter.requires_grad else "frozen"
+        elif _memory(value) in buffer_memory:
+            role = "buffer"
+        entries.append(Entry(name, tuple(value.shape), str(value.dtype).removeprefix("torch."), role))
+        if parameter is not None and role != "parameter":
+            frozen.append((name, value))
+        elif role != "parameter" and rank == 0 and value.numel():
+            tensors.append(TensorToSave("model", name, 0, value.numel(), value.detach().reshape(-1)))
+    tensors += _share_of(frozen, rank, world_size)
+
+    values: list[StoredValue] = []
+    optimizers: list[OptimizerEntry] = []
+    trainer = dict(checkpoint)
+    trainer["state_dict"] = {name: value for name, value in state_dict.items() if not isinstance(value, Tensor)}
+    if partition is not None:
+        names = {
+            slot.parameter: stored_names.get(slot.parameter, slot.name)
+            for bucket in partition.buckets
+            for slot in bucket.slots
+        }
+        for bucket in partition.buckets:
+            for piece in bucket.pieces:
+                if piece.slot.parameter in stored_names:
+                    segment = piece.segment
+                    tensors.append(
+                        TensorToSave(
+                            "model",
+                            names[piece.slot.parameter],
+                            segment.start,
+                            segment.stop,
+                            piece.master.view(-1),
+                        )
+                    )
+        if "optimizer_states" in checkpoint:
+            _add_optimizer_states(partition, names, tensors, values, optimizers)
+            trainer["optimizer_states"] = [{**state, "state": {}} for state in checkpoint["optimizer_states"]]
+    rank_state = io.BytesIO()
+    torch.save({"random": get_random_state(), "loops": checkpoint.get("loops")}, rank_state)
+    return (
+        RankContent(tensors, values, rank_state.getvalue(), step=checkpoint["global_step"]),
+        SharedContent(checkpoint["epoch"], stage, entries, aliases, optimizers, trainer),
+    )
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """Two tensors with the same of these are one."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _share_of(whole: list[tuple[str, Tensor]], rank: int, world_size: int) -> list[TensorToSave]:
+    """This rank's part of tensors that are the same on every rank."""
+    by_size: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, value in whole:
+        by_size.setdefault(value.element_size(), []).append((name, value))
+    shares = []
+    for size, alike in by_size.items():
+        specs = [ParameterSpec(name, tuple(value.shape), size) for name, value in alike]
+        total = sum(spec.numel for spec in specs) * size + 1
+        flat = {name: value.detach().reshape(-1) for name, value in alike}
+        for bucket in plan_buckets(specs, world_size, "element", total):
+            for segment, _ in bucket.owned(rank):
+                part = flat[segment.name][segment.start : segment.stop]
+                shares.append(TensorToSave("model", segment.name, segment.start, segment.stop, part))
+    return shares
+
+
+def _add_optimizer_states(
+    partition: Partition,
+    names: Mapping[Parameter, str],
+    tensors: list[TensorToSave],
+    values: list[StoredValue],
+    optimizers: list[OptimizerEntry],
+) -> None:
+    for index, segmented in enumerate(partition.segmented):
+        optimizer = segmented.optimizer
+        groups = [tuple(names[p] for p in group["params"]) for group in optimizer.param_groups]
+        optimizers.append(OptimizerEntry(type(optimizer).__name__, tuple(groups)))
+        for piece in segmented.pieces:
+            name, start, stop = names[piece.slot.parameter], piece.segment.start, piece.segment.stop
+            for key, value in optimizer.state.get(piece.master, {}).items():
+                if isinstance(value, Tensor):
+                    flat = value.reshape(-1) if value.shape == piece.master.shape else value
+                    tensors.append(TensorToSave("optimizer", name, start, stop, flat, optimizer=index, state=key))
+                elif isinstance(value, _PLAIN):
+                    values.append(StoredValue(index, name, start, stop, key, value))
+                else:
+                    raise UnsupportedModelError(
+                        f"{type(optimizer).__name__} keeps a {type(value).__name__} as the state {key!r} of {name!r}; "
+                        "a checkpoint holds tensors, numbers, strings and None"
+                    )

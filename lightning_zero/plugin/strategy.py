@@ -1,0 +1,462 @@
+"""`ZeroStrategy`: what Lightning calls, brought to the engine and to the checkpoint rooms."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_zero.checkpoint.export import convert_zero_checkpoint_to_fp32_state_dict
+from lightning_zero.checkpoint.load import is_checkpoint, resolve
+from lightning_zero.engine.collectives import Collectives, collectives_for
+from lightning_zero.engine.optimizer import OwnedSegment
+from lightning_zero.engine.partition import Partition
+from lightning_zero.errors import UnsupportedModelError, ZeroError
+from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ShardedCheckpoint, ZeroCheckpointIO
+from lightning_zero.plugin.contents import contents
+from lightning_zero.plugin.precision import route_clipping
+from lightning_zero.plugin.random_state import set_random_state
+
+_T = TypeVar("_T")
+
+
+class ZeroStrategy(DDPStrategy):
+    """ZeRO stages 1 and 2: optimizer states, and at stage 2 gradients, partitioned over the ranks.
+
+    It stands where `DDPStrategy` stands: the module, its optimizers, callbacks and precision stay as they are.
+
+    Args:
+        stage: 1: optimizer states are partitioned. 2: gradients too; under gradient accumulation each backward is
+            reduced at once, where stage 1 keeps whole gradients and reduces them with the last.
+        partition: how optimizer states are cut. `"element"`: flat slices, for optimizers whose update of an
+            element looks at that element alone. `"parameter"`: whole parameters, for any optimizer. `"auto"`:
+            by element for the optimizers of `torch.optim` that are known to be element-wise, else by parameter.
+        bucket_size_mb: about how many MiB of gradients travel as one message.
+        reduce_dtype: the dtype in which gradients travel, such as `"float32"`; the parameters' own by default.
+        find_unused_parameters: set this where a parameter may have a gradient on one rank and none on another.
+            On gloo it works without; on NCCL it costs a synchronisation a backward.
+        broadcast_buffers: give every rank the first rank's buffers before each forward, as DDP does.
+        accelerator: as for `DDPStrategy`, like all that follow.
+        parallel_devices: the devices of this node.
+        cluster_environment: who started the processes.
+        checkpoint_io: a `ZeroCheckpointIO`, or a wrapper around one.
+        precision_plugin: the precision plugin.
+        process_group_backend: `"gloo"` or `"nccl"`; by default whichever fits the device.
+        timeout: of the process group's collectives.
+        start_method: how processes are started: `"popen"`, `"spawn"`, `"fork"` or `"forkserver"`.
+
+    Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020.
+    """
+
+    strategy_name = "zero"
+
+    def __init__(
+        self,
+        stage: int = 2,
+        *,
+        partition: Literal["auto", "element", "parameter"] = "auto",
+        bucket_size_mb: float = 25.0,
+        reduce_dtype: str | torch.dtype | None = None,
+        find_unused_parameters: bool = False,
+        broadcast_buffers: bool = True,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = dist.constants.default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        if stage not in (1, 2):
+            raise ValueError(f"stage must be 1 or 2, not {stage!r}; use DDPStrategy for stage 0, FSDPStrategy for 3")
+        if partition not in ("auto", "element", "parameter"):
+            raise ValueError(f'partition must be "auto", "element" or "parameter", not {partition!r}')
+        if bucket_size_mb <= 0:
+            raise ValueError(f"bucket_size_mb must be positive, not {bucket_size_mb!r}")
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self.stage = stage
+        self._partition_by = partition
+        self._bucket_bytes = max(1, int(bucket_size_mb * 2**20))
+        self._reduce_dtype = _dtype(reduce_dtype)
+        self._find_unused_parameters = find_unused_parameters
+        self._broadcast_buffers = broadcast_buffers
+        self._buffers_due = True
+        self._partition: Partition | None = None
+        self._groups: tuple[dist.ProcessGroup, Collectives, dist.ProcessGroup] | None = None
+        self._random_state: dict[str, Any] | None = None
+
+    # --- plugins ---
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = ZeroCheckpointIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = ZeroCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        return self._precision_plugin if self._precision_plugin is not None else Precision()
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        self._precision_plugin = precision_plugin or Precision()
+        route_clipping(self._precision_plugin, self._clip_by_norm, self._clip_by_value)
+
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        self._partitioned.clip_grad_norm_(float(clip_val), optimizer)
+
+    def _clip_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
+        self._partitioned.clip_grad_value_(float(clip_val), optimizer)
+
+    # --- setting up and tearing down ---
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and self._layer_sync:
+            self.model = self._layer_sync.apply(self.model)
+        self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        _sync_module_states(self.model)
+        if fitting:
+            self._partition = None
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+            self._buffers_due = True
+            self._partition = Partition(
+                self.model,
+                self.optimizers,
+                self._collectives,
+                stage=self.stage,
+                partition=self._partition_by,
+                bucket_bytes=self._bucket_bytes,
+                reduce_dtype=self._reduce_dtype,
+                find_unused_parameters=self._find_unused_parameters,
+            )
+        elif self._partition is not None:
+            self._partition.rebase()
+
+    @override
+    def teardown(self) -> None:
+        # No collectives here: after an exception this rank may be the only one to come by.
+        if self._partition is not None:
+            self._partition.detach()
+        super().teardown()
+        if self._partition is not None:
+            self._partition.rebase()
+
+    def _own_groups(self) -> tuple[dist.ProcessGroup, Collectives, dist.ProcessGroup]:
+        """Groups of our own: Lightning's signal handlers use the default one whenever they like."""
+        world = dist.group.WORLD
+        if self._groups is None or self._groups[0] is not world:
+            assert world is not None
+            timeout = self._timeout
+            data = dist.new_group(timeout=timeout)
+            self._groups = (world, collectives_for(data), dist.new_group(timeout=timeout, backend="gloo"))
+        return self._groups
+
+    @property
+    def _collectives(self) -> Collectives:
+        return self._own_groups()[1]
+
+    @property
+    def _control_group(self) -> dist.ProcessGroup:
+        """For what the ranks tell each other as Python objects; on gloo, so that no device has to stop for it."""
+        return self._own_groups()[2]
+
+    @property
+    def _partitioned(self) -> Partition:
+        if self._partition is None:
+            raise UnsupportedModelError("nothing is partitioned yet; this can be called from the start of fit on")
+        return self._partition
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_groups": None, "_partition": None}
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if not self._interrupted:  # the other ranks don't know, and won't come
+            super().barrier(*args, **kwargs)
+
+    @property
+    def _interrupted(self) -> bool:
+        module = self.lightning_module
+        trainer = module._trainer if module is not None else None
+        return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED and self.world_size > 1
+
+    # --- a step ---
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._before_forward()
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            self._before_forward()
+        return super().validation_step(*args, **kwargs)
+
+    def _before_forward(self) -> None:
+        """Give every rank the first rank's buffers, just when DDP does: not after a forward that wasn't reduced."""
+        if self._broadcast_buffers and self._buffers_due and self.world_size > 1:
+            assert self.model is not None
+            works = [self._collectives.broadcast(buffer) for buffer in self.model.buffers() if buffer.numel()]
+            for work in works:
+                work.wait()
+        self._buffers_due = torch.is_grad_enabled() and not self._blocked
+
+    _blocked = False
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Generator[None]:
+        """Let gradients accumulate without communication, at stage 1; stage 2 reduces them all the same."""
+        self._blocked = True
+        try:
+            with self._partitioned.no_sync():
+                yield
+        finally:
+            self._blocked = False
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        pass  # DDP prepares its reducer here
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        self._partitioned.flush()
+
+    # --- what users ask ---
+
+    def segments(self, optimizer: Optimizer) -> list[OwnedSegment]:
+        """What this rank owns of an optimizer's parameters: from the start of fit on.
+
+        Returns:
+            Segments with `.name`, `.start`, `.stop` (in flattened elements), `.master` (the fp32 tensor that the
+            optimizer steps on) and `.state` (its optimizer state by name).
+        """
+        return self._partitioned.segments(optimizer)
+
+    def full_state(self, parameter: Parameter) -> dict[str, Any]:
+        """The whole fp32 `"param"` and every optimizer state of one parameter. Called on every rank."""
+        return self._partitioned.full_state(parameter)
+
+    def grad_norm(self) -> Tensor:
+        """The 2-norm of the averaged gradients of all optimizers, before the step. Called on every rank.
+
+        Returns:
+            A 0-d fp32 tensor, the same on every rank.
+        """
+        return self._partitioned.grad_norm()
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clip the gradients of all optimizers by their global norm, before the step. Called on every rank.
+
+        Returns:
+            The norm before clipping, as `torch.nn.utils.clip_grad_norm_` does.
+        """
+        return self._partitioned.clip_grad_norm_(max_norm, norm_type=norm_type)
+
+    # --- checkpoints ---
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """This rank's part of an optimizer's state, in the shape of torch's own: indices, and groups of indices."""
+        return self._partitioned.state_dict(optimizer)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        """Save a directory, all ranks together. A checkpoint of weights alone doesn't become `latest`."""
+        if self._interrupted:
+            rank_zero_warn(
+                f"{filepath} is not saved: training was interrupted, and a sharded checkpoint needs every rank. "
+                "`latest` still names the last one that was committed."
+            )
+            return
+        full = "optimizer_states" in checkpoint
+        self._save(checkpoint, filepath, storage_options, update_latest=full)
+
+    def _save(
+        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None, *, update_latest: bool
+    ) -> None:
+        assert self.lightning_module is not None
+        content, shared = contents(
+            checkpoint,
+            self.lightning_module,
+            self._partition,
+            rank=self.global_rank,
+            world_size=self.world_size,
+            stage=self.stage,
+        )
+        sharded = ShardedCheckpoint(checkpoint, content, shared, self._control_group, update_latest=update_latest)
+        self.checkpoint_io.save_checkpoint(sharded, path, storage_options=storage_options)
+
+    def export(self, checkpoint: Mapping[str, Any], path: Path) -> None:
+        """Write one fp32 file from Lightning's dict and the live masters. Called on every rank.
+
+        The way leads over a sharded checkpoint of the weights beside the file, so that no rank ever holds a second
+        copy of the model.
+        """
+        weights = {key: value for key, value in checkpoint.items() if key != "optimizer_states"}
+        shards = path.parent / f".{path.name}.shards" / "weights"
+        self._save(weights, shards, None, update_latest=False)
+
+        def convert() -> None:
+            try:
+                convert_zero_checkpoint_to_fp32_state_dict(shards, path)
+            finally:
+                shutil.rmtree(shards.parent, ignore_errors=True)
+
+        self._rank_zero_decides(convert)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint directory, or a plain file; every rank the one that rank 0 has chosen."""
+
+        def choose() -> str:
+            path = os.fspath(checkpoint_path)
+            return os.fspath(resolve(path)) if is_checkpoint(path) else path
+
+        path = self._rank_zero_decides(choose)
+        checkpoint = self._all_or_none(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
+        if isinstance(checkpoint, LoadedCheckpoint):
+            self._take_rank_state(checkpoint, weights_only)
+        return checkpoint
+
+    def _take_rank_state(self, checkpoint: LoadedCheckpoint, weights_only: bool | None) -> None:
+        """What belongs to this rank alone: its random number generators, and where its data loader is."""
+        stored = checkpoint.source.rank_state(self.global_rank)
+        if stored is None:
+            return
+        state = torch.load(io.BytesIO(stored), weights_only=weights_only is not False)
+        self._random_state = state["random"]
+        if checkpoint.source.manifest.world_size == self.world_size and state["loops"] is not None:
+            checkpoint["loops"] = state["loops"]
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take this rank's part of the optimizer states and masters, whoever saved them: ZeRO or DDP."""
+        states = checkpoint["optimizer_states"]
+
+        def load() -> None:
+            if len(states) != len(self.optimizers):
+                raise UnsupportedModelError(
+                    f"the checkpoint has {len(states)} optimizers, configure_optimizers gave {len(self.optimizers)}"
+                )
+            for optimizer, state in zip(self.optimizers, states, strict=True):
+                self._partitioned.load_state(optimizer, state)
+            self._partitioned.load_masters(checkpoint["state_dict"])
+
+        self._all_or_none(load)
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+
+    @override
+    def on_train_start(self) -> None:
+        """Go on from the saved random state once more, in the middle of an epoch.
+
+        At an epoch's border the iterators that Lightning has made since drew from it as they would have. In the
+        middle of one, they had been made before the checkpoint was.
+        """
+        super().on_train_start()
+        module, state, self._random_state = self.lightning_module, self._random_state, None
+        if state is not None and module is not None and _in_mid_epoch(module):
+            set_random_state(state)
+
+    def _rank_zero_decides(self, decide: Callable[[], _T]) -> _T:
+        """What `decide` gives on rank 0, or the error that it raises there, on every rank."""
+        outcome: list[Any] = [None]
+        if self.global_rank == 0:
+            outcome = [_outcome(decide)]
+        dist.broadcast_object_list(outcome, src=0, group=self._control_group)
+        error, value = outcome[0]
+        if error is not None:
+            raise error
+        decided: _T = value
+        return decided
+
+    def _all_or_none(self, function: Callable[[], _T]) -> _T:
+        """Call a function on every rank. If it fails on one, it fails on all, with the first rank's error."""
+        error, value = _outcome(function)
+        errors: list[Exception | None] = [None] * self.world_size
+        dist.all_gather_object(errors, error, group=self._control_group)
+        first = next(((rank, error) for rank, error in enumerate(errors) if error is not None), None)
+        if first is not None:
+            rank, failure = first
+            if isinstance(failure, ZeroError):
+                raise type(failure)(f"rank {rank}: {failure}") from error
+            raise failure
+        return value  # type: ignore[return-value]
+
+
+def _outcome(function: Callable[[], _T]) -> tuple[Exception | None, _T | None]:
+    try:
+        return None, function()
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return RuntimeError(f"{type(error).__name__}: {error}"), None
+        return error, None
+
+
+def _in_mid_epoch(module: LightningModule) -> bool:
+    progress = module.trainer.fit_loop.epoch_loop.batch_progress
+    return progress.current.ready > 0 and not progress.is_last_batch
+
+
+def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f'reduce_dtype must be a floating-point dtype such as "float32", not {name!r}')
+    return dtype
