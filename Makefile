@@ -1,0 +1,37 @@
+# Two commands on a fresh machine with Python 3.10 or newer:
+#   make example   sets up, then trains a small GPT in two processes, resumes if it was stopped, exports
+#   make test      sets up, then runs every test
+# TORCH pins the build; an unpinned torch pulls gigabytes of CUDA packages that a laptop has no use for.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: example test check clean
+
+.venv/.examples: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[examples]'
+	touch $@
+
+.venv/.dev: .venv/.examples
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+example: .venv/.examples
+	$(BIN)/python examples/train_gpt.py fit --config configs/gpt_zero2.yaml
+	$(BIN)/lightning-zero ls runs/gpt_zero2/checkpoints
+	$(BIN)/python examples/generate.py runs/gpt_zero2/model.ckpt
+
+test: .venv/.dev
+	$(BIN)/python -m pytest
+
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv runs
