@@ -37,7 +37,7 @@ class Model(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         torch.manual_seed(11)
-        self.into = nn.Linear(8, width)
+        self.into = nn.Linear(8, width, bias=False)  # its bias would have no gradient, before a norm
         self.norm = nn.BatchNorm1d(width)
         self.frozen = nn.Linear(width, width)
         self.frozen.requires_grad_(False)

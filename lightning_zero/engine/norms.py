@@ -21,19 +21,18 @@ from lightning_zero.engine.collectives import Collectives
 def global_norm(
     gradients: Sequence[Tensor], collectives: Collectives, device: torch.device, norm_type: float = 2.0
 ) -> Tensor:
-    """The norm of a gradient whose segments lie on all ranks; a 0-d fp32 tensor, the same on every rank."""
+    """The norm of a gradient whose segments lie on all ranks; a 0-d tensor, the same on every rank."""
     norms = [norm.to(device) for norm in torch._foreach_norm(list(gradients), norm_type)] if gradients else []
     if collectives.world_size == 1 and norms:
-        return torch.linalg.vector_norm(torch.stack(norms), norm_type).float()  # torch's own, bit for bit
+        return torch.linalg.vector_norm(torch.stack(norms), norm_type)  # torch's own, bit for bit
     local = torch.stack(norms).double() if norms else torch.zeros(1, dtype=torch.float64, device=device)
     if math.isinf(norm_type):
         total = local.max()
         collectives.all_reduce(total, dist.ReduceOp.MAX)
-    else:
-        total = local.pow(norm_type).sum()
-        collectives.all_reduce(total, dist.ReduceOp.SUM)
-        total = total.pow(1.0 / norm_type)
-    return total.float()
+        return total.float()
+    total = local.pow(norm_type).sum()
+    collectives.all_reduce(total, dist.ReduceOp.SUM)
+    return total.pow(1.0 / norm_type).float()
 
 
 @torch.no_grad()

@@ -142,8 +142,9 @@ class ZeroStrategy(DDPStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        self._precision_plugin = precision_plugin or Precision()
-        route_clipping(self._precision_plugin, self._clip_by_norm, self._clip_by_value)
+        self._precision_plugin = precision_plugin
+        if precision_plugin is not None:
+            route_clipping(precision_plugin, self._clip_by_norm, self._clip_by_value)
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         self._partitioned.clip_grad_norm_(float(clip_val), optimizer)
