@@ -297,7 +297,7 @@ class TokensPerSecond(Callback):
             return
         seconds = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         tokens = batch.shape[0] * (batch.shape[1] - 1) * trainer.world_size
-        pl_module.log("tokens_per_second", tokens / seconds, prog_bar=True)
+        pl_module.log("tokens/s", tokens / seconds, prog_bar=True)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

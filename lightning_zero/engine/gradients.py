@@ -298,7 +298,7 @@ class GradientReducer:
 
     def _arrived_anywhere(self) -> set[str]:
         """The parameters that had a gradient on any rank, as far as the ranks are to agree on it."""
-        if not self._agree:
+        if not self._agree or not self._slots:
             return set(self._arrived)
         flags = torch.tensor([name in self._arrived for name in self._slots], dtype=torch.uint8)
         flags = flags.to(self._buckets[0].device)

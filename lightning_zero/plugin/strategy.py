@@ -275,7 +275,8 @@ class ZeroStrategy(DDPStrategy):
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
-        self._partitioned.flush()
+        if self._partition is not None:
+            self._partition.flush()
 
     # --- what users ask ---
 

@@ -1,0 +1,617 @@
+"""The manifest: what a checkpoint holds, and where; the data model, its JSON, and what makes it believable.
+
+A checkpoint exists when its manifest does, so whatever reads one starts here. The text is not trusted: a manifest that
+was cut short, edited or made up raises an error that names the offending file and tensor before any byte of a tensor
+is read. What `Manifest.from_json` returns is consistent: every element of every tensor is stored exactly once, the
+tensors of a file lie one behind the other without a hole, and no name in it leaves the checkpoint's directory.
+
+No torch here: `lightning-zero ls` and `verify` start at once.
+
+[Note: whole and element-wise tensors]
+A stored tensor belongs to a segment, the elements [start, stop) of a flattened parameter. If it has one element for
+each of these it is *element-wise*: it can be cut, put together with its neighbours, and read in part. Any other shape
+(the 0-d `step` of AdamW, the row factors of Adafactor) is *whole*: it is repeated for every piece of the parameter, and
+the first piece's copy stands for all of them. `StoredTensor.elementwise` is the one place that decides.
+
+[Note: the manifest's own checksum]
+Each tensor has a checksum in the manifest; the manifest's own stands at its end, over every byte before it. So a byte
+that flips in a place that still reads as JSON (a step, a version) is found as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+import xxhash
+
+from lightning_zero.errors import CorruptCheckpointError, IncompleteCheckpointError
+from lightning_zero.segments import Segment, SegmentIndex
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+TRAINER_NAME = "trainer.pt"
+
+Kind = Literal["model", "optimizer", "rank"]
+Role = Literal["parameter", "frozen", "buffer", "given"]
+Plain: TypeAlias = "bool | int | float | str | None"
+
+DTYPES: Mapping[str, tuple[str, int]] = {
+    "float64": ("F64", 8),
+    "float32": ("F32", 4),
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "float8_e4m3fn": ("F8_E4M3", 1),
+    "float8_e4m3fnuz": ("F8_E4M3FNUZ", 1),
+    "float8_e5m2": ("F8_E5M2", 1),
+    "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1),
+    "complex128": ("C128", 16),  # not in safetensors' own list: its readers refuse a file with one, ours does not
+    "complex64": ("C64", 8),
+    "int64": ("I64", 8),
+    "int32": ("I32", 4),
+    "int16": ("I16", 2),
+    "int8": ("I8", 1),
+    "uint64": ("U64", 8),
+    "uint32": ("U32", 4),
+    "uint16": ("U16", 2),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
+}
+"""The code and the bytes of an element of each dtype that a checkpoint can hold, by torch's name."""
+
+_ITEM_BYTES = dict(DTYPES.values())
+_MASTER_CODES = frozenset(("F32", "F64", "C64", "C128"))
+_LARGEST = 2**63 - 1
+_XXH3 = re.compile(r"[0-9a-f]{16}")
+_SEAL = re.compile(r',\n"manifest_xxh3": "([0-9a-f]{16})"\n\}\n')
+_SEAL_LENGTH = len(f',\n"manifest_xxh3": "{0:016x}"\n}}\n')
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor in a shard file, and the elements that it belongs to.
+
+    Attributes:
+        kind: `model`: elements of an entry; `optimizer`: state of one; `rank`: what one rank alone needs.
+        name: of the entry, or, for `rank`, whatever it is called.
+        start: the first element of the flattened parameter.
+        stop: one past the last.
+        dtype: safetensors' code, such as `"F32"`.
+        shape: `(stop - start,)`, or another for a whole tensor: see [Note: whole and element-wise tensors].
+        offset: where its bytes begin, from the beginning of the file.
+        nbytes: how many there are.
+        xxh3: their xxh3_64, 16 hexadecimal digits.
+        optimizer: the optimizer's index, for kind `optimizer`.
+        state: the name of the state, for kind `optimizer`.
+    """
+
+    kind: Kind
+    name: str
+    start: int
+    stop: int
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    xxh3: str
+    optimizer: int | None = None
+    state: str | None = None
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether it can be cut: see [Note: whole and element-wise tensors]."""
+        return self.shape == (self.stop - self.start,)
+
+    @property
+    def label(self) -> str:
+        """What it is a part of; the same for every piece."""
+        return label(self.kind, self.name, self.optimizer, self.state)
+
+    @property
+    def key(self) -> str:
+        """Its name within the safetensors file."""
+        return key(self.label, self.kind, self.start, self.stop)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredValue:
+    """An optimizer's state that is a plain number, string or None, and the segment that it belongs to."""
+
+    optimizer: int
+    name: str
+    start: int
+    stop: int
+    state: str
+    value: Plain
+
+    @property
+    def label(self) -> str:
+        """What it is a part of; the same for every piece."""
+        return label("optimizer", self.name, self.optimizer, self.state)
+
+
+def label(kind: Kind, name: str, optimizer: int | None = None, state: str | None = None) -> str:
+    """The name that all pieces of one thing share, such as `optimizer/0/exp_avg/layer.weight`."""
+    return f"optimizer/{optimizer}/{state}/{name}" if kind == "optimizer" else f"{kind}/{name}"
+
+
+def key(of: str, kind: Kind, start: int, stop: int) -> str:
+    """The name of one piece within a safetensors file, such as `model/layer.weight[0:512]`."""
+    return of if kind == "rank" else f"{of}[{start}:{stop}]"
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One rank's shard file.
+
+    Attributes:
+        name: a plain file name within the checkpoint's directory.
+        nbytes: the size of the file.
+        header_nbytes: where the first tensor's bytes begin.
+        header_xxh3: xxh3_64 of everything before.
+        tensors: in the order in which they lie in the file, without a hole.
+        values: the optimizer states of this rank's segments that are no tensors.
+        rank: who wrote it.
+        step: of training, as that rank saw it.
+    """
+
+    name: str
+    nbytes: int
+    header_nbytes: int
+    header_xxh3: str
+    tensors: tuple[StoredTensor, ...]
+    values: tuple[StoredValue, ...]
+    rank: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerFile:
+    """`trainer.pt`: its size and the xxh3_64 of its bytes."""
+
+    nbytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the module's state dict.
+
+    Attributes:
+        name: in the state dict.
+        shape: of the whole tensor.
+        dtype: the live module's, by torch's name (`"bfloat16"`).
+        role: `parameter`: trained, and stored as its fp32 (or wider) masters. The others are stored in `dtype`:
+            `frozen`, `buffer`, and `given` for what a hook or a callback put in a tensor's place.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: Role
+
+    @property
+    def numel(self) -> int:
+        """The number of elements; 1 for a 0-d tensor."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerEntry:
+    """One optimizer: its class, and the names of its parameters, group by group, in their order."""
+
+    class_name: str
+    parameters: tuple[tuple[str, ...], ...]
+
+
+Stored: TypeAlias = tuple[str, StoredTensor | StoredValue]
+"""What is stored, with the name of the file that it is stored in (a value: that its rank wrote)."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that a checkpoint says about itself.
+
+    Attributes:
+        format_version: of the layout on disk; a reader refuses one that it does not know.
+        save_id: drawn afresh for every save, and written into every shard: a shard of another save doesn't fit.
+        step: of training (Lightning's `global_step`).
+        epoch: of training.
+        world_size: the number of ranks that wrote it.
+        stage: the ZeRO stage, for the record.
+        created: ISO 8601, UTC.
+        versions: of the packages that wrote it, for the record.
+        entries: the module's state dict, in its order.
+        aliases: tied tensors: the other name, to the name under which it is stored.
+        optimizers: in the trainer's order.
+        files: a shard for each rank, in the order of the ranks.
+        trainer: everything that is no tensor of the model or of an optimizer.
+    """
+
+    format_version: int
+    save_id: str
+    step: int
+    epoch: int
+    world_size: int
+    stage: int
+    created: str
+    versions: dict[str, str]
+    entries: tuple[Entry, ...]
+    aliases: dict[str, str]
+    optimizers: tuple[OptimizerEntry, ...]
+    files: tuple[FileEntry, ...]
+    trainer: TrainerFile
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all the files that it lists."""
+        return self.trainer.nbytes + sum(file.nbytes for file in self.files)
+
+    @cached_property
+    def index(self) -> SegmentIndex[Stored]:
+        """What is stored of the model and the optimizers, by label (in place of the segment's name) and range."""
+        return SegmentIndex(
+            (Segment(item.label, item.start, item.stop), (file.name, item))
+            for file in self.files
+            for items in (file.tensors, file.values)
+            for item in items
+            if not (isinstance(item, StoredTensor) and item.kind == "rank")
+        )
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`, a line for each entry and each tensor: see [Note: the manifest's own checksum]."""
+        body = ",\n".join(
+            [
+                *(
+                    f'"{name}": {_encode(getattr(self, name))}'
+                    for name in ("format_version", "save_id", "step", "epoch", "world_size", "stage", "created")
+                ),
+                f'"versions": {_encode(self.versions)}',
+                f'"trainer": {_encode(_row(self.trainer))}',
+                f'"entries": {_lines(map(_row, self.entries))}',
+                f'"aliases": {_encode(self.aliases)}',
+                f'"optimizers": {_lines(map(_row, self.optimizers))}',
+                f'"files": [{", ".join(map(_file_text, self.files))}]',
+            ]
+        )
+        body = "{\n" + body
+        return f'{body},\n"manifest_xxh3": "{xxhash.xxh3_64_hexdigest(body.encode())}"\n}}\n'
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Manifest:
+        """Read and check a manifest.
+
+        Args:
+            text: of `manifest.json`.
+            where: its path, for the messages.
+
+        Raises:
+            CorruptCheckpointError: it is not what was written, contradicts itself, or is of an unknown version.
+            IncompleteCheckpointError: elements of a tensor, or a rank's shard, are missing.
+        """
+        try:
+            manifest = cls(**_manifest_fields(_unseal(text)))
+            _check(manifest)
+        except (CorruptCheckpointError, IncompleteCheckpointError) as error:
+            raise type(error)(f"{where}: {error}") from None
+        return manifest
+
+
+# ---------------------------------------------------------------------------------------------------- to JSON
+
+_encode = json.JSONEncoder(allow_nan=False).encode
+
+
+def _row(item: StoredTensor | StoredValue | Entry | OptimizerEntry | TrainerFile) -> dict[str, Any]:
+    fields: Iterable[str] = item.__slots__  # type: ignore[assignment]
+    return {field: value for field in fields if (value := getattr(item, field)) is not None}
+
+
+def _value_row(item: StoredValue) -> dict[str, Any]:
+    value = item.value
+    finite = not isinstance(value, float) or math.isfinite(value)
+    # JSON knows no infinity: {"float": "inf"} is what every JSON reader can read
+    return _row(item) | {"value": value if finite else {"float": str(value)}}
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> str:
+    text = ",\n".join(map(_encode, rows))
+    return f"[\n{text}\n]" if text else "[]"
+
+
+def _file_text(file: FileEntry) -> str:
+    plain = {name: getattr(file, name) for name in ("name", "rank", "step", "nbytes", "header_nbytes", "header_xxh3")}
+    tensors, values = _lines(map(_row, file.tensors)), _lines(map(_value_row, file.values))
+    return f'{_encode(plain)[:-1]},\n"tensors": {tensors},\n"values": {values}}}'
+
+
+# -------------------------------------------------------------------------------------------------- from JSON
+
+
+def _unseal(text: str) -> object:
+    seal = _SEAL.fullmatch(text[-_SEAL_LENGTH:])
+    if seal is None:
+        raise CorruptCheckpointError("the manifest does not end as one does; it was cut short, or is something else")
+    body = text[:-_SEAL_LENGTH]
+    try:
+        encoded = body.encode()
+    except UnicodeEncodeError as error:
+        raise CorruptCheckpointError(f"the manifest is not valid text ({error})") from None
+    if xxhash.xxh3_64_hexdigest(encoded) != seal[1]:
+        raise CorruptCheckpointError("the manifest's checksum does not match: it was damaged or edited")
+    try:
+        parsed: object = json.loads(body + "\n}", parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpointError(f"the manifest is not JSON ({error})") from None
+    return parsed
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_SCHEMAS: dict[str, dict[str, type]] = {
+    "the manifest": {
+        "format_version": int,
+        "save_id": str,
+        "step": int,
+        "epoch": int,
+        "world_size": int,
+        "stage": int,
+        "created": str,
+        "versions": dict,
+        "trainer": dict,
+        "entries": list,
+        "aliases": dict,
+        "optimizers": list,
+        "files": list,
+    },
+    "a file": {
+        "name": str,
+        "rank": int,
+        "step": int,
+        "nbytes": int,
+        "header_nbytes": int,
+        "header_xxh3": str,
+        "tensors": list,
+        "values": list,
+    },
+    "a tensor": {
+        "kind": str,
+        "name": str,
+        "start": int,
+        "stop": int,
+        "dtype": str,
+        "shape": list,
+        "offset": int,
+        "nbytes": int,
+        "xxh3": str,
+    },
+    "a value": {"optimizer": int, "name": str, "start": int, "stop": int, "state": str, "value": object},
+    "an entry": {"name": str, "shape": list, "dtype": str, "role": str},
+    "an optimizer": {"class_name": str, "parameters": list},
+    "the trainer file": {"nbytes": int, "xxh3": str},
+}
+_SCHEMAS["an optimizer's tensor"] = _SCHEMAS["a tensor"] | {"optimizer": int, "state": str}
+
+
+def _fields(row: object, what: str, where: str) -> dict[str, Any]:
+    """The row itself, once it has just the fields of the schema, each of its type, and no number out of range."""
+    schema = _SCHEMAS[what]
+    if type(row) is not dict:
+        raise CorruptCheckpointError(f"{where}: {what} is {row!r:.80}, not an object")
+    if row.keys() != schema.keys():
+        missing, unknown = sorted(schema.keys() - row.keys()), sorted(row.keys() - schema.keys())
+        raise CorruptCheckpointError(f"{where}: {what} lacks {missing} and has the unknown fields {unknown!r:.200}")
+    for field, kind in schema.items():
+        value = row[field]
+        if type(value) is not kind and kind is not object:
+            raise CorruptCheckpointError(f"{where}: {field!r} of {what} is {value!r:.80}, not of type {kind.__name__}")
+        if kind is int and not 0 <= value <= _LARGEST:
+            raise CorruptCheckpointError(f"{where}: {field!r} of {what} is {value}, which no checkpoint has")
+    return row
+
+
+def _shape(value: list[object], where: str) -> tuple[int, ...]:
+    # The product is bounded one factor at a time: a list of a million large factors must not cost a bignum
+    numel = 1
+    for size in value:
+        if type(size) is not int or not 0 <= size <= _LARGEST:
+            raise CorruptCheckpointError(f"{where}: the shape {value!r:.80} is not a list of sizes")
+        numel *= size or 1
+        if numel > _LARGEST:
+            raise CorruptCheckpointError(f"{where}: the shape {value!r:.80} is larger than any tensor")
+    return tuple(cast("list[int]", value))
+
+
+def _strings(value: dict[Any, object], what: str) -> dict[str, str]:
+    if not all(type(item) is str for item in value.values()):
+        raise CorruptCheckpointError(f"the manifest's {what} are not all strings")
+    return cast("dict[str, str]", value)
+
+
+def _manifest_fields(parsed: object) -> dict[str, Any]:
+    if type(parsed) is dict and parsed.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise CorruptCheckpointError(
+            f"the checkpoint has the format version {parsed['format_version']!r:.40}, and this release of "
+            f"lightning_zero reads version {FORMAT_VERSION}; upgrade lightning_zero"
+        )
+    row = _fields(parsed, "the manifest", "the manifest")
+    trainer = _fields(row["trainer"], "the trainer file", TRAINER_NAME)
+    _check_digest(trainer["xxh3"], TRAINER_NAME)
+    return row | {
+        "versions": _strings(row["versions"], "versions"),
+        "aliases": _strings(row["aliases"], "aliases"),
+        "entries": tuple(map(_entry, row["entries"])),
+        "optimizers": tuple(map(_optimizer, row["optimizers"])),
+        "files": tuple(map(_file, row["files"])),
+        "trainer": TrainerFile(**trainer),
+    }
+
+
+def _entry(row: object) -> Entry:
+    fields = _fields(row, "an entry", "entries")
+    if fields["role"] not in get_args(Role):
+        raise CorruptCheckpointError(f"entry {fields['name']!r} has the unknown role {fields['role']!r:.40}")
+    if fields["dtype"] not in DTYPES:
+        raise CorruptCheckpointError(f"entry {fields['name']!r} has the unknown dtype {fields['dtype']!r:.40}")
+    return Entry(**fields | {"shape": _shape(fields["shape"], f"entry {fields['name']!r}")})
+
+
+def _optimizer(row: object) -> OptimizerEntry:
+    fields = _fields(row, "an optimizer", "optimizers")
+    for group in fields["parameters"]:
+        if type(group) is not list or not all(type(name) is str for name in group):
+            raise CorruptCheckpointError(f"optimizers: {group!r:.80} is not a list of parameter names")
+    return OptimizerEntry(fields["class_name"], tuple(map(tuple, fields["parameters"])))
+
+
+def _file(row: object) -> FileEntry:
+    fields = _fields(row, "a file", "files")
+    where = fields["name"]
+    _check_plain_name(where)
+    _check_digest(fields["header_xxh3"], where)
+    tensors = tuple(_tensor(tensor, where) for tensor in fields["tensors"])
+    values = tuple(_value(value, where) for value in fields["values"])
+    return FileEntry(**fields | {"tensors": tensors, "values": values})
+
+
+def _tensor(row: object, where: str) -> StoredTensor:
+    kind = row.get("kind") if type(row) is dict else None
+    fields = _fields(row, "an optimizer's tensor" if kind == "optimizer" else "a tensor", where)
+    if kind not in get_args(Kind):
+        raise CorruptCheckpointError(f"{where}: a tensor is of the unknown kind {kind!r:.40}")
+    here = f"{where}: {fields['name']!r}"
+    tensor = StoredTensor(**fields | {"shape": _shape(fields["shape"], here)})
+    _check_digest(tensor.xxh3, here)
+    if tensor.dtype not in _ITEM_BYTES:
+        raise CorruptCheckpointError(f"{here} has the unknown dtype {tensor.dtype!r:.40}")
+    if tensor.nbytes != math.prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]:
+        raise CorruptCheckpointError(
+            f"{here} is said to have {tensor.nbytes} bytes, "
+            f"which is not what the shape {tensor.shape} makes in {tensor.dtype}"
+        )
+    if tensor.kind != "optimizer" and not tensor.elementwise:
+        raise CorruptCheckpointError(
+            f"{here}: elements {tensor.start} to {tensor.stop} are stored with the shape {tensor.shape}"
+        )
+    return tensor
+
+
+def _value(row: object, where: str) -> StoredValue:
+    value = row.get("value") if type(row) is dict else None
+    fields = _fields(row, "a value", where)
+    if type(value) is dict and value.keys() == {"float"} and value["float"] in ("inf", "-inf", "nan"):
+        value = float(value["float"])
+    if not isinstance(value, bool | int | float | str | None):
+        raise CorruptCheckpointError(f"{where}: the value of {fields['state']!r} is {value!r:.80}")
+    return StoredValue(**fields | {"value": value})
+
+
+def _check_digest(digest: str, where: str) -> None:
+    if not _XXH3.fullmatch(digest):
+        raise CorruptCheckpointError(f"{where}: {digest!r:.40} is not an xxh3_64 checksum")
+
+
+def _check_plain_name(name: str) -> None:
+    """A name in a manifest never leaves the checkpoint's directory, nor means another file in it."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=-]{0,199}", name) or name in (MANIFEST_NAME, TRAINER_NAME):
+        raise CorruptCheckpointError(f"files: {name!r:.200} is not the name of a shard file")
+
+
+# ----------------------------------------------------------------------------------------------- consistency
+
+
+def _check(manifest: Manifest) -> None:
+    entries = {entry.name: entry for entry in manifest.entries}
+    if len(entries) != len(manifest.entries):
+        raise CorruptCheckpointError("entries: a name stands there twice")
+    for alias, stored in manifest.aliases.items():
+        if alias in entries or stored not in entries:
+            raise CorruptCheckpointError(f"aliases: {alias!r} stands for {stored!r}, which can't be")
+    if len({file.name for file in manifest.files}) != len(manifest.files):
+        raise CorruptCheckpointError("files: a name stands there twice")
+    ranks = [file.rank for file in manifest.files]
+    if ranks != list(range(manifest.world_size)):
+        missing = set(range(min(manifest.world_size, 2**20))) - set(ranks)
+        if missing:
+            raise IncompleteCheckpointError(f"files: the shards of the ranks {sorted(missing)!s:.80} are not listed")
+        raise CorruptCheckpointError(f"files: {manifest.world_size} ranks, and shards of the ranks {ranks!s:.80}")
+    for file in manifest.files:
+        if file.step != manifest.step:
+            raise CorruptCheckpointError(
+                f"{file.name} is of step {file.step} and the checkpoint of step {manifest.step}: two saves are mixed"
+            )
+        _check_layout(file)
+    _check_cover(manifest, entries)
+
+
+def _check_layout(file: FileEntry) -> None:
+    """The tensors lie one behind the other, from the header to the end of the file."""
+    ranks_own = [tensor.name for tensor in file.tensors if tensor.kind == "rank"]
+    if len(set(ranks_own)) != len(ranks_own):
+        raise CorruptCheckpointError(f"{file.name}: a tensor of the rank's own is listed twice")
+    position = file.header_nbytes
+    for tensor in file.tensors:
+        if tensor.offset != position:
+            raise CorruptCheckpointError(
+                f"{file.name}: {tensor.key!r} begins at byte {tensor.offset}, and not at {position}, "
+                "where the tensor before it ends"
+            )
+        position += tensor.nbytes
+    if position != file.nbytes:
+        raise CorruptCheckpointError(f"{file.name}: its tensors end at byte {position}, the file at {file.nbytes}")
+
+
+def _check_cover(manifest: Manifest, entries: Mapping[str, Entry]) -> None:
+    """Every element is stored once, in one dtype, and nothing is stored that nothing needs."""
+    index = manifest.index
+    for of in index:
+        first = index.payloads(of)[0][1]
+        if isinstance(first, StoredValue) or first.kind == "optimizer":
+            if cast("int", first.optimizer) >= len(manifest.optimizers):
+                raise CorruptCheckpointError(f"{of!r} is the state of an optimizer that is not listed")
+            if "/" in cast("str", first.state):
+                raise CorruptCheckpointError(f"{of!r}: the name of an optimizer's state holds a slash")
+            state_kind([item for _, item in index.payloads(of)], of)
+        elif first.name not in entries:
+            raise CorruptCheckpointError(f"{of!r} is stored and is not listed among the entries")
+        entry = entries.get(first.name)
+        # A state's parameter may be no entry, where a hook took it out of the state dict
+        index.check_cover(of, entry.numel if entry else index.payloads(of)[-1][1].stop)
+    for entry in manifest.entries:
+        if entry.numel:
+            index.check_cover(label("model", entry.name), entry.numel)
+            _check_dtype(entry, [item for _, item in index.payloads(label("model", entry.name))])
+
+
+def state_kind(pieces: list[StoredTensor | StoredValue], of: str) -> Literal["elementwise", "whole", "value"]:
+    """What one state of one parameter is, all its pieces taken together.
+
+    Raises:
+        CorruptCheckpointError: the pieces are of different kinds.
+    """
+    tensors = [piece for piece in pieces if isinstance(piece, StoredTensor)]
+    if not tensors:
+        return "value"
+    if len(tensors) == len(pieces) and len({piece.dtype for piece in tensors}) == 1:
+        if all(piece.elementwise for piece in tensors):
+            return "elementwise"
+        # A whole tensor of shape (1,) looks element-wise in the one piece that has a single element
+        if len({piece.shape for piece in tensors}) == 1:
+            return "whole"
+    raise CorruptCheckpointError(f"the pieces of {of!r} are of different dtypes or shapes")
+
+
+def _check_dtype(entry: Entry, pieces: Iterable[StoredTensor | StoredValue]) -> None:
+    stored = {cast("StoredTensor", piece).dtype for piece in pieces}
+    allowed = _MASTER_CODES if entry.role == "parameter" else {DTYPES[entry.dtype][0]}
+    if len(stored) != 1 or not stored <= allowed:
+        raise CorruptCheckpointError(
+            f"entry {entry.name!r}, a {entry.role} of dtype {entry.dtype}, is stored as {', '.join(sorted(stored))}"
+        )

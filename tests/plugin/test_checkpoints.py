@@ -1,0 +1,316 @@
+"""Checkpoints through Lightning: exact resume, other world sizes, what is restored, what is exported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroStrategy
+from tests.launch import distributed, run_ranks
+from tests.models import Data, Model, fit, quiet_trainer
+
+
+def train(directory, world_size, *, max_steps=None, max_epochs=-1, resume=False, stage=2, every=5, **options):
+    """One run; what a rank has seen and holds at the end."""
+    snapshot = Snapshot()
+    model, trainer = fit(
+        strategy=ZeroStrategy(stage=stage),
+        world_size=world_size,
+        max_steps=max_steps or -1,
+        max_epochs=max_epochs,
+        callbacks=[ZeroCheckpoint(directory, every_n_train_steps=every, keep_last=10), snapshot],
+        ckpt_path="last" if resume else None,
+        **options,
+    )
+    return {
+        "losses": model.losses,
+        "state_dict": {name: value.clone() for name, value in model.state_dict().items()},
+        "at_start": snapshot.at_start,
+        "at_end": snapshot.at_end,
+        "step": trainer.global_step,
+    }
+
+
+class Snapshot(Callback):
+    """Every parameter's whole master and optimizer state."""
+
+    def _take(self, trainer, module):
+        full = {
+            name: trainer.strategy.full_state(parameter)
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        return {name: {key: torch.as_tensor(v).clone() for key, v in state.items()} for name, state in full.items()}
+
+    def on_train_start(self, trainer, module):
+        self.at_start = self._take(trainer, module)
+
+    def on_train_end(self, trainer, module):
+        self.at_end = self._take(trainer, module)
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        if isinstance(a[key], dict):
+            assert_same(a[key], b[key])
+        else:
+            assert torch.equal(a[key], b[key]), key
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_resumed_run_goes_on_bit_for_bit_in_the_middle_of_an_epoch(tmp_path, world_size):
+    options = {"process_group": False}
+    whole = run_ranks(train, world_size, tmp_path / "whole", world_size, max_steps=23, **options)
+    run_ranks(train, world_size, tmp_path / "cut", world_size, max_steps=10, **options)
+    assert (tmp_path / "cut" / "latest").read_text() == "step=10.ckpt"
+    resumed = run_ranks(train, world_size, tmp_path / "cut", world_size, max_steps=23, resume=True, **options)
+    for a, b in zip(whole, resumed, strict=True):
+        assert a["losses"][10:] == b["losses"]
+        assert_same(a["state_dict"], b["state_dict"])
+        assert_same(a["at_end"], b["at_end"])
+
+
+def test_a_resumed_run_goes_on_bit_for_bit_at_the_border_of_an_epoch_and_in_bf16(tmp_path):
+    options = {"process_group": False, "precision": "bf16-true", "every": 8}
+    whole = run_ranks(train, 2, tmp_path / "whole", 2, max_steps=20, **options)
+    run_ranks(train, 2, tmp_path / "cut", 2, max_steps=8, **options)
+    resumed = run_ranks(train, 2, tmp_path / "cut", 2, max_steps=20, resume=True, **options)
+    for a, b in zip(whole, resumed, strict=True):
+        assert a["losses"][8:] == b["losses"]
+        assert_same(a["state_dict"], b["state_dict"])
+        assert_same(a["at_end"], b["at_end"])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_what_four_ranks_saved_any_number_resumes_bit_for_bit(tmp_path, precision):
+    options = {"process_group": False, "precision": precision, "every": 4}
+    saved = run_ranks(train, 4, tmp_path, 4, max_steps=4, **options)[0]
+    for world_size, stage in ((1, 2), (2, 1), (3, 2)):
+        resumed = run_ranks(
+            train, world_size, tmp_path, world_size, max_steps=6, resume=True, stage=stage, **(options | {"every": 100})
+        )
+        for rank in resumed:
+            assert_same(rank["at_start"], saved["at_end"])
+            assert rank["step"] == 6
+
+
+def test_a_checkpoint_of_ddp_is_resumed_and_cut(tmp_path):
+    path = tmp_path / "ddp.ckpt"
+    saved = run_ranks(save_with_ddp, 1, path, process_group=False)[0]
+    for rank in run_ranks(resume_from_ddp, 2, path, process_group=False):
+        for name, state in saved.items():
+            assert torch.equal(rank[name]["exp_avg"], state)
+
+
+def save_with_ddp(path):
+    model, trainer = fit(strategy="ddp", world_size=1, max_steps=3)
+    trainer.save_checkpoint(path)
+    optimizer = trainer.optimizers[0]
+    return {
+        name: optimizer.state[parameter]["exp_avg"]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def resume_from_ddp(path):
+    snapshot = Snapshot()
+    fit(strategy=ZeroStrategy(), world_size=2, max_steps=4, callbacks=[snapshot], ckpt_path=path)
+    return snapshot.at_start
+
+
+@distributed(world_size=2, process_group=False)
+def test_buffers_frozen_and_tied_parameters_are_restored_and_stay_tied(tmp_path):
+    model, trainer = fit(strategy=ZeroStrategy(), world_size=2, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "tag")
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    fresh = Model()
+    with torch.no_grad():
+        for value in fresh.state_dict().values():
+            value.zero_()
+    trainer = quiet_trainer(world_size=2)
+    trainer.validate(fresh, datamodule=Data(), ckpt_path=tmp_path / "tag", verbose=False)
+    assert_same(dict(fresh.state_dict()), expected)
+    assert fresh.out.weight is fresh.tied.weight
+    assert fresh.big.tolist() == [20000007, 2**60 + 1]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_checkpoint_takes_twelve_bytes_a_parameter(tmp_path, precision):
+    run_ranks(save_wide, 2, tmp_path, precision, process_group=False)
+    manifest = json.loads((tmp_path / "tag" / "manifest.json").read_text())
+    trained = sum(torch.Size(e["shape"]).numel() for e in manifest["entries"] if e["role"] == "parameter")
+    others = sum(torch.Size(e["shape"]).numel() for e in manifest["entries"] if e["role"] != "parameter")
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "tag").iterdir())
+    assert on_disk <= 12 * trained * 1.01 + 4 * others + 40_000  # the random states of two ranks, and two headers
+
+
+def save_wide(directory, precision):
+    _, trainer = fit(Model(width=1500), ZeroStrategy(), world_size=2, max_steps=2, precision=precision)
+    trainer.save_checkpoint(directory / "tag")
+
+
+def test_the_export_opens_where_lightning_zero_is_not_installed(tmp_path):
+    ours = run_ranks(fit_and_export, 2, tmp_path, process_group=False)[0]
+    script = tmp_path / "read.py"
+    script.write_text(
+        "import sys; sys.modules['lightning_zero'] = None\n"
+        "import torch\n"
+        "from model import Model\n"
+        "model = Model.load_from_checkpoint(sys.argv[1], weights_only=True)\n"
+        "assert model.out.weight is model.tied.weight\n"
+        "checkpoint = torch.load(sys.argv[1], weights_only=True, mmap=True)\n"
+        "assert checkpoint['global_step'] == 4 and checkpoint['hyper_parameters']['width'] == 24\n"
+        "torch.save(model.state_dict(), sys.argv[2])\n"
+    )
+    source = (Path(__file__).parent.parent / "models.py").read_text()
+    source = source.replace("from lightning_zero import ZeroStrategy\n", "ZeroStrategy = None\n")
+    (tmp_path / "model.py").write_text(source)
+    command = [sys.executable, str(script), str(tmp_path / "model.ckpt"), str(tmp_path / "out.pt")]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    read = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert_same(read, ours)
+
+
+def fit_and_export(directory):
+    model, _ = fit(
+        strategy=ZeroStrategy(), world_size=2, max_steps=4, callbacks=[Fp32Export(directory / "model.ckpt")]
+    )
+    return dict(model.state_dict())
+
+
+def test_the_export_of_a_bf16_run_holds_the_masters(tmp_path):
+    masters, live = run_ranks(fit_and_export_bf16, 2, tmp_path, process_group=False)[0]
+    exported = torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
+    for name, state in masters.items():
+        assert torch.equal(exported[name], state["param"])
+        assert torch.equal(exported[name].bfloat16(), live[name])
+    assert not list(tmp_path.glob(".*"))
+
+
+def fit_and_export_bf16(directory):
+    snapshot = Snapshot()
+    model, _ = fit(
+        strategy=ZeroStrategy(),
+        world_size=2,
+        max_steps=4,
+        precision="bf16-true",
+        callbacks=[snapshot, Fp32Export(directory / "model.ckpt")],
+    )
+    return snapshot.at_end, dict(model.state_dict())
+
+
+@distributed(world_size=2, process_group=False)
+def test_retention_keeps_the_last_and_the_best_and_every_nth(tmp_path):
+    callback = ZeroCheckpoint(tmp_path, every_n_train_steps=2, keep_last=2, keep_every_n_steps=6)
+    fit(strategy=ZeroStrategy(), world_size=2, max_steps=12, callbacks=[callback])
+    names = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert names == ["step=10.ckpt", "step=12.ckpt", "step=6.ckpt"]
+    assert (tmp_path / "latest").read_text() == "step=12.ckpt"
+
+
+@distributed(world_size=2, process_group=False)
+def test_model_checkpoints_top_k_and_save_last_work_on_directories(tmp_path):
+    callback = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=2, save_last=True, filename="{epoch}")
+    _, trainer = fit(strategy=ZeroStrategy(), world_size=2, max_epochs=4, callbacks=[callback])
+    names = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert names == sorted([*(Path(path).name for path in callback.best_k_models), "last.ckpt"])
+    assert len(names) == 3
+    metrics = trainer.validate(datamodule=Data(), ckpt_path="best", verbose=False)
+    assert metrics[0]["val_loss"] == pytest.approx(float(callback.best_model_score))
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_checkpoint_of_weights_alone_does_not_become_latest(tmp_path):
+    _, trainer = fit(strategy=ZeroStrategy(), world_size=2, max_steps=2)
+    trainer.save_checkpoint(tmp_path / "full")
+    trainer.save_checkpoint(tmp_path / "weights", weights_only=True)
+    assert (tmp_path / "latest").read_text() == "full"
+    assert (tmp_path / "weights" / "manifest.json").exists()
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_tag_that_is_there_is_replaced(tmp_path):
+    model, trainer = fit(strategy=ZeroStrategy(), world_size=2, max_steps=2)
+    trainer.save_checkpoint(tmp_path / "tag")
+    with torch.no_grad():
+        model.into.weight.fill_(3)
+    trainer.save_checkpoint(tmp_path / "tag")
+    fresh = Model()
+    quiet_trainer(world_size=2).validate(fresh, datamodule=Data(), ckpt_path=tmp_path, verbose=False)
+    assert torch.all(fresh.into.weight == 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "tag"]
+
+
+@distributed(world_size=1, process_group=False)
+def test_last_starts_afresh_where_there_is_nothing(tmp_path):
+    model, trainer = fit(
+        strategy=ZeroStrategy(),
+        world_size=1,
+        max_steps=2,
+        callbacks=[ZeroCheckpoint(every_n_train_steps=1)],
+        ckpt_path="last",
+        default_root_dir=tmp_path,
+    )
+    assert trainer.global_step == 2
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step=2.ckpt"
+
+
+@distributed(world_size=2, process_group=False)
+def test_hooks_see_an_ordinary_dict_and_what_they_change_is_loaded(tmp_path):
+    _, trainer = fit(strategy=ZeroStrategy(), world_size=2, max_steps=2)
+    trainer.save_checkpoint(tmp_path / "tag")
+
+    class Edited(Model):
+        def on_load_checkpoint(self, checkpoint):
+            weights = checkpoint["state_dict"]
+            assert all(isinstance(value, torch.Tensor) for value in weights.values())
+            weights["into.weight"] = torch.full_like(weights["into.weight"], 2.0)
+            weights["frozen.bias"] = weights["frozen.bias"] * 0
+
+    class Look(Callback):
+        def on_train_start(self, trainer, module):
+            self.seen = module.into.weight.clone(), module.frozen.bias.clone()
+
+    look = Look()
+    for precision in ("32-true", "bf16-true"):
+        fit(
+            Edited(),
+            ZeroStrategy(),
+            world_size=2,
+            max_steps=3,
+            ckpt_path=tmp_path / "tag",
+            callbacks=[look],
+            precision=precision,
+        )
+        assert torch.all(look.seen[0] == 2)
+        assert torch.all(look.seen[1] == 0)
+
+
+@distributed(world_size=2, process_group=False)
+def test_averaged_weights_that_a_hook_puts_in_a_parameters_place_are_saved_as_given(tmp_path):
+    class Averaged(Model):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["state_dict"]["into.weight"] = torch.full((24, 8), 7.0)
+
+    _, trainer = fit(Averaged(), ZeroStrategy(), world_size=2, max_steps=2)
+    trainer.save_checkpoint(tmp_path / "tag")
+    fresh = Model()
+    quiet_trainer(world_size=2).validate(fresh, datamodule=Data(), ckpt_path=tmp_path / "tag", verbose=False)
+    assert torch.all(fresh.into.weight == 7)
+
+
+def test_a_torn_latest_falls_back_to_the_newest_sound_tag(tmp_path):
+    run_ranks(train, 2, tmp_path, 2, max_steps=10, process_group=False)
+    (tmp_path / "step=10.ckpt" / "rank-00001-of-00002.safetensors").unlink()
+    resumed = run_ranks(train, 2, tmp_path, 2, max_steps=12, resume=True, every=100, process_group=False)
+    assert all(len(rank["losses"]) == 7 for rank in resumed)
+    assert (tmp_path / "step=10.ckpt").exists()
