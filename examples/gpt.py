@@ -80,14 +80,14 @@ class GPT(LightningModule):
     def __init__(
         self,
         block_size: int = 128,
-        layers: int = 6,
-        heads: int = 6,
-        width: int = 192,
+        layers: int = 4,
+        heads: int = 5,
+        width: int = 160,
         dropout: float = 0.0,
         learning_rate: float = 3e-3,
         weight_decay: float = 0.1,
-        warmup_steps: int = 50,
-        decay_steps: int = 600,
+        warmup_steps: int = 30,
+        decay_steps: int = 500,
     ) -> None:
         super().__init__()
         if width % heads:
@@ -200,19 +200,24 @@ class ElasticSampler(DistributedSampler[int]):
     """
 
     _drawn = 0  # by this rank in this epoch
+    _resume_epoch = 0
     _resume_at = 0
 
     @override
     def __iter__(self) -> Iterator[int]:
-        self._drawn, self._resume_at = self._resume_at, 0
+        # Runs at the first draw, so after Lightning's set_epoch. A checkpoint from an epoch's last batch resumes
+        # in the next epoch, at its beginning.
+        self._drawn = self._resume_at if self.epoch == self._resume_epoch else 0
+        self._resume_at = 0
         for index in itertools.islice(super().__iter__(), self._drawn, None):
             self._drawn += 1
             yield index
 
     def state_dict(self) -> dict[str, int]:
-        return {"drawn_by_all_ranks": self._drawn * self.num_replicas}
+        return {"epoch": self.epoch, "drawn_by_all_ranks": self._drawn * self.num_replicas}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._resume_epoch = state_dict["epoch"]
         self._resume_at = state_dict["drawn_by_all_ranks"] // self.num_replicas
 
 
@@ -235,7 +240,7 @@ class StandardLibrary(LightningDataModule):
     )
 
     def __init__(
-        self, block_size: int = 128, batch_size: int = 16, validation_fraction: float = 0.1, seed: int = 0
+        self, block_size: int = 128, batch_size: int = 8, validation_fraction: float = 0.1, seed: int = 0
     ) -> None:
         super().__init__()
         self.block_size = block_size

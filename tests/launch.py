@@ -9,6 +9,7 @@ import functools
 import importlib
 import multiprocessing
 import os
+import pickle
 import queue
 import socket
 import time
@@ -77,7 +78,7 @@ def run_ranks(
                 deadline = min(deadline, time.monotonic() + 20)
             continue
         if failure is None:
-            returned[rank] = value
+            returned[rank] = pickle.loads(value)
         else:
             failures[rank] = failure
     for rank, process in enumerate(processes):
@@ -130,7 +131,7 @@ def _run_rank(
         results.join_thread()
         os._exit(1)  # a peer may wait in a collective for us: closing the sockets wakes it
     else:
-        results.put((rank, None, value))
+        results.put((rank, None, pickle.dumps(value)))  # whole: shared memory would go with this process
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

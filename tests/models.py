@@ -5,6 +5,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from torch import nn
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from lightning_zero import ZeroStrategy
 
@@ -24,7 +25,9 @@ class Rows(Dataset):
 
 class Data(LightningDataModule):
     def train_dataloader(self):
-        return StatefulDataLoader(Rows(), batch_size=4, shuffle=True)
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        sampler = StatefulDistributedSampler(Rows(), num_replicas=world_size, rank=rank, seed=5)
+        return StatefulDataLoader(Rows(), batch_size=4, sampler=sampler)
 
     def val_dataloader(self):
         return torch.utils.data.DataLoader(Rows(16), batch_size=4)

@@ -1,7 +1,7 @@
 """What the kernel can do for a checkpoint and Python has no name for.
 
-Each function is a no-op, or says that it can't, where the system lacks the call: nothing here is needed for a checkpoint
-to be right, only for it to be fast (`reserve`, `start_writeback`) or for a shorter way to the same promise (`exchange`).
+Each function does nothing, or says that it can't, where the system lacks the call: none is needed for a checkpoint
+to be right, only for it to be fast (`reserve`, `start_writeback`), or for a shorter way to a promise (`exchange`).
 """
 
 from __future__ import annotations

@@ -8,12 +8,13 @@ once are welcome.
 A write that fails leaves a torn file behind; it lies in a staging directory, which goes as a whole (see `commit`).
 A read that meets the end of a file, or no file, raises IncompleteCheckpointError and names it.
 
-The header's `__metadata__` says which save the file belongs to (`save_id`, the step, the rank), and the manifest has the
-header's checksum: so a shard of another save doesn't pass for this one's, even where every size is the same.
+The header's `__metadata__` says which save the file belongs to (`save_id`, the step, the rank), and the manifest has
+the header's checksum: so a shard of another save doesn't pass for this one's, even where every size is the same.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -206,7 +207,9 @@ class Problem:
 
     def __str__(self) -> str:
         """One line for a person."""
-        return f"{self.file}: {f'{self.tensor!r}, ' if self.tensor else ''}bytes {self.start} to {self.stop}: {self.text}"
+        return (
+            f"{self.file}: {f'{self.tensor!r}, ' if self.tensor else ''}bytes {self.start} to {self.stop}: {self.text}"
+        )
 
 
 def check_header(path: Path, entry: FileEntry) -> Iterator[Problem]:
@@ -233,7 +236,9 @@ def check_header(path: Path, entry: FileEntry) -> Iterator[Problem]:
         os.close(fd)
 
 
-def verify_file(path: Path, entry: FileEntry, progress: Callable[[int], None] = lambda nbytes: None) -> Iterator[Problem]:
+def verify_file(
+    path: Path, entry: FileEntry, progress: Callable[[int], None] = lambda nbytes: None
+) -> Iterator[Problem]:
     """Compare every byte of a shard file with its checksum.
 
     Args:
@@ -243,7 +248,7 @@ def verify_file(path: Path, entry: FileEntry, progress: Callable[[int], None] = 
     """
     yield from check_header(path, entry)
     try:
-        file = os.fdopen(open_shard(path), "rb", buffering=_BUFFER_BYTES)
+        file = io.BufferedReader(io.FileIO(open_shard(path)), _BUFFER_BYTES)
     except IncompleteCheckpointError:
         return  # check_header has said so
     with file:

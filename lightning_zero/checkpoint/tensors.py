@@ -48,8 +48,7 @@ def code_of(tensor: Tensor, name: str) -> str:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, of any dtype; writing there writes the tensor."""
-    array: npt.NDArray[np.uint8] = tensor.detach().view(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
 def tensor_chunks(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[memoryview]:
@@ -62,7 +61,7 @@ def tensor_chunks(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[
     if isinstance(tensor, LazyTensor):
         read: Callable[[int, int, Tensor], object] = tensor.read_range
     else:
-        flat = tensor.detach().contiguous().view(-1)
+        flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
         if flat.is_cpu and flat.dtype == dtype:
             whole = tensor_bytes(flat)
             step = 2 * BUFFER_BYTES  # still in the cache when the checksum has gone over it
@@ -94,7 +93,7 @@ def _buffer(numel: int, dtype: torch.dtype, purpose: str, *, pinned: bool = Fals
 
 
 class Source(Protocol):
-    """Where a `LazyTensor` reads: the flattened elements of one stored tensor, in the dtype in which they are stored."""
+    """Where a `LazyTensor` reads: the flattened elements of one stored tensor, in the dtype that they have there."""
 
     dtype: torch.dtype
 
@@ -129,8 +128,8 @@ class LazyTensor(Tensor):
             shape: of the tensor.
             dtype: the tensor's, if it isn't the one in which the elements are stored.
         """
-        lazy: LazyTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, tuple(shape), dtype=dtype or source.dtype, device="cpu"
+        lazy = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=dtype or source.dtype, device=torch.device("cpu")
         )
         lazy._source = source
         lazy._kept = None
@@ -153,10 +152,9 @@ class LazyTensor(Tensor):
             return
         out, stored = out.detach(), self._source.dtype
         flat = out.view(-1) if out.is_contiguous() else out
-        if flat is not out or flat.dim() == 1:
-            if out.is_cpu and out.is_contiguous() and out.dtype == self.dtype == stored:
-                self._source.read(start, stop, tensor_bytes(out))
-                return
+        if out.is_cpu and out.is_contiguous() and out.dtype == self.dtype == stored:
+            self._source.read(start, stop, tensor_bytes(out))
+            return
         # By rows: a row is one element of a flat tensor, and a slice along the first dimension of a strided one
         row_numel = flat.numel() // len(flat)
         rows = max(1, BUFFER_BYTES // (row_numel * stored.itemsize))
@@ -186,7 +184,7 @@ class LazyTensor(Tensor):
     @override
     def detach(self) -> Tensor:
         """Become an ordinary tensor, and give a detached view of it."""
-        torch.utils.swap_tensors(self, self._read())
+        torch.utils.swap_tensors(self, self._read())  # type: ignore[no-untyped-call]
         return self.detach()
 
     @override
@@ -210,16 +208,18 @@ class LazyTensor(Tensor):
 
     @override
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._read().__reduce_ex__(protocol)
+        return self._read().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     @override
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"LazyTensor(shape={tuple(self.shape)}, dtype={self.dtype}, {'read' if self._kept is not None else 'unread'})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        state = "unread" if self._kept is None else "read"
+        return f"LazyTensor(shape={tuple(self.shape)}, dtype={self.dtype}, {state})"
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    @override
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """See the class: `copy_` from a lazy tensor reads into the target, all else works on what was read."""

@@ -1,4 +1,14 @@
-"""`ZeroStrategy`: what Lightning calls, brought to the engine and to the checkpoint rooms."""
+"""`ZeroStrategy`: what Lightning calls, brought to the engine and to the checkpoint rooms.
+
+[Note: when random states are restored]
+A resumed run must draw the numbers that the uninterrupted one would have drawn, and makes its data loaders and their
+iterators anew on the way.
+
+| the checkpoint was saved    | its iterator was made      | so the states are restored                          |
+|-----------------------------|----------------------------|-----------------------------------------------------|
+| in the middle of an epoch   | before                     | when all iterators are there (`on_train_start`)     |
+| at an epoch's end           | after, for the next epoch  | between loader and iterator (`process_dataloader`)  |
+"""
 
 from __future__ import annotations
 
@@ -18,7 +28,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -39,6 +49,7 @@ from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import UnsupportedModelError, ZeroError
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ShardedCheckpoint, ZeroCheckpointIO
 from lightning_zero.plugin.contents import contents
+from lightning_zero.plugin.loader_state import finish_epochs
 from lightning_zero.plugin.precision import route_clipping
 from lightning_zero.plugin.random_state import set_random_state
 
@@ -373,6 +384,7 @@ class ZeroStrategy(DDPStrategy):
         checkpoint = self._all_or_none(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
         if isinstance(checkpoint, LoadedCheckpoint):
             self._take_rank_state(checkpoint, weights_only)
+            finish_epochs(checkpoint.get("loops", {}))
         return checkpoint
 
     def _take_rank_state(self, checkpoint: LoadedCheckpoint, weights_only: bool | None) -> None:
@@ -400,20 +412,27 @@ class ZeroStrategy(DDPStrategy):
             self._partitioned.load_masters(checkpoint["state_dict"])
 
         self._all_or_none(load)
-        if self._random_state is not None:
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        """Called when a loader is there and its iterator isn't: see [Note: when random states are restored]."""
+        if self._random_state is not None and not self._in_mid_epoch:
             set_random_state(self._random_state)
+        return super().process_dataloader(dataloader)
 
     @override
     def on_train_start(self) -> None:
-        """Go on from the saved random state once more, in the middle of an epoch.
-
-        At an epoch's border the iterators that Lightning has made since drew from it as they would have. In the
-        middle of one, they had been made before the checkpoint was.
-        """
+        """Called when the iterators are there: see [Note: when random states are restored]."""
         super().on_train_start()
-        module, state, self._random_state = self.lightning_module, self._random_state, None
-        if state is not None and module is not None and _in_mid_epoch(module):
-            set_random_state(state)
+        if self._random_state is not None and self._in_mid_epoch:
+            set_random_state(self._random_state)
+        self._random_state = None
+
+    @property
+    def _in_mid_epoch(self) -> bool:
+        assert self.lightning_module is not None
+        progress = self.lightning_module.trainer.fit_loop.epoch_loop.batch_progress
+        return progress.current.ready > 0 and not progress.is_last_batch
 
     def _rank_zero_decides(self, decide: Callable[[], _T]) -> _T:
         """What `decide` gives on rank 0, or the error that it raises there, on every rank."""
@@ -450,11 +469,6 @@ def _outcome(function: Callable[[], _T]) -> tuple[Exception | None, _T | None]:
         except Exception:
             return RuntimeError(f"{type(error).__name__}: {error}"), None
         return error, None
-
-
-def _in_mid_epoch(module: LightningModule) -> bool:
-    progress = module.trainer.fit_loop.epoch_loop.batch_progress
-    return progress.current.ready > 0 and not progress.is_last_batch
 
 
 def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:

@@ -153,7 +153,9 @@ def test_a_checkpoint_takes_twelve_bytes_a_parameter(tmp_path, precision):
 
 
 def save_wide(directory, precision):
-    _, trainer = fit(Model(width=1500), ZeroStrategy(), world_size=2, max_steps=2, precision=precision)
+    model = Model(width=6000)
+    model.frozen = torch.nn.Identity()
+    _, trainer = fit(model, ZeroStrategy(), world_size=2, max_steps=2, precision=precision)
     trainer.save_checkpoint(directory / "tag")
 
 

@@ -1,0 +1,441 @@
+"""The life of a save directory: how a tag comes to be, is replaced, and goes; and which one `latest` names.
+
+A tag's directory is complete or it is not there under its name, and `latest` never names anything else, whatever is
+killed when. No process group here: one process, rank 0, makes these changes.
+
+[Note: the commit, step by step]
+Each step is durable (fsync) before the next begins. What a crash after each leaves behind:
+
+| after | on disk | the next load sees |
+|---|---|---|
+| writing into the staging directory, the manifest last | `.staging-…`, torn or whole | the checkpoint before |
+| renaming it to the tag, if there is none | the tag, whole; `latest` as before | the checkpoint before |
+| exchanging it with the tag, if there is one | new: the tag; old: `.staging-…` | the new one, if `latest` names it |
+| replacing `latest` | the same | the new one |
+| removing the replaced copy | the new one | the new one |
+
+What is left over in `.staging-…` goes with the next save.
+
+Where the file system has no exchange (NFS, some of FUSE's), a tag that exists is replaced by more steps, at no instant
+of which `latest` names nothing:
+
+| after | on disk | `latest` names |
+|---|---|---|
+| a copy of the old tag by hard links, hidden first, then renamed | the tag and `<tag>.replaced-…`, both old | the tag |
+| replacing `latest`, if it named the tag | the same | `<tag>.replaced-…` |
+| renaming the old tag to `.trash-…` | `<tag>.replaced-…` | `<tag>.replaced-…` |
+| renaming the staging directory to the tag | the tag, new, and `<tag>.replaced-…` | `<tag>.replaced-…` |
+| replacing `latest` | the same | the tag |
+| removing `<tag>.replaced-…` and `.trash-…` | the tag, new | the tag |
+
+A crash in between leaves `<tag>.replaced-…`: a checkpoint like any other, which `remove_tag` removes.
+
+[Note: what is stale]
+A save locks its staging directory (flock) for as long as it runs; the kernel lets go when the process dies, however
+it dies. So a staging directory that can be locked is a dead save's, and goes. Where the file system knows no locks, one
+in which nothing has changed for a day is taken for dead. Trash is always stale.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_zero.checkpoint import kernel
+from lightning_zero.checkpoint.integrity import read_manifest, require_sound
+from lightning_zero.checkpoint.manifest import MANIFEST_NAME, TRAINER_NAME, Manifest
+from lightning_zero.errors import CheckpointWriteError, CorruptCheckpointError, ZeroError
+
+LATEST = "latest"
+_STAGING = ".staging-"
+_TRASH = ".trash-"
+_TAG_BYTES = 200
+_IDLE_SECONDS = 24 * 3600
+
+
+class InvalidTagError(ZeroError, ValueError):
+    """A tag that can't be the name of a checkpoint's directory."""
+
+
+def validate_tag(tag: str) -> str:
+    """The tag itself, if it can be the name of a visible directory within the save directory.
+
+    Raises:
+        InvalidTagError: it can't; the message says why.
+    """
+    if not isinstance(tag, str):
+        raise InvalidTagError(f"a tag is a string, not {tag!r:.80}")
+    if not tag or tag == LATEST or tag.startswith("."):
+        raise InvalidTagError(f"{tag!r} can't be a tag: it is empty, hidden, or the name of the file `latest`")
+    if "/" in tag or "\\" in tag or not tag.isprintable():
+        raise InvalidTagError(f"{tag!r:.200} can't be a tag: it is one plain name, without separators of a path")
+    if len(tag.encode(errors="replace")) > _TAG_BYTES:
+        raise InvalidTagError(f"{tag!r:.40}… can't be a tag: it is longer than {_TAG_BYTES} bytes")
+    return tag
+
+
+# ----------------------------------------------------------------------------------------------------- latest
+
+
+def read_latest(save_dir: Path) -> str | None:
+    """The tag that `latest` names, or None where there is no such file.
+
+    Raises:
+        CorruptCheckpointError: there is one, and what it holds can't be a tag.
+    """
+    path = save_dir / LATEST
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path} can't be read: {error.strerror}") from error
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise CorruptCheckpointError(f"{path} is not a plain file")
+        content = file.read(4096)
+    try:
+        return validate_tag(content.decode().strip())
+    except (UnicodeDecodeError, InvalidTagError) as error:
+        raise CorruptCheckpointError(f"{path} is damaged: {error}") from None
+
+
+def _names(save_dir: Path, tag: str) -> bool:
+    """Whether `latest` names this tag; a damaged one names none."""
+    try:
+        return read_latest(save_dir) == tag
+    except CorruptCheckpointError:
+        return False
+
+
+def write_latest(save_dir: Path, tag: str, *, fsync: bool = True) -> None:
+    """Have `latest` name a tag, in one atomic step."""
+    new = save_dir / f"{_TRASH}{LATEST}-{secrets.token_hex(4)}"
+    try:
+        with open(new, "x", encoding="utf-8") as file:
+            file.write(tag)
+            file.flush()
+            if fsync:
+                os.fsync(file.fileno())
+        os.replace(new, save_dir / LATEST)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    _sync_directory(save_dir, fsync)
+
+
+# ----------------------------------------------------------------------------------------------------- commit
+
+
+def staging_directory(save_dir: Path, tag: str, token: str) -> Path:
+    """Where a save gathers its files: hidden, beside the tag, and on the same file system.
+
+    Lightning takes whatever has `hpc_ckpt_` in its name for a checkpoint of SLURM's, hidden or not.
+    """
+    return save_dir / f"{_STAGING}{tag.replace('hpc_ckpt_', 'hpc-ckpt-')}-{token}"
+
+
+class StagingLock:
+    """Says that a save is alive: see [Note: what is stale]."""
+
+    def __init__(self, staging: Path) -> None:
+        self._fd: int | None = os.open(staging, os.O_RDONLY | os.O_CLOEXEC)
+        _lock(self._fd)
+
+    def release(self) -> None:
+        """Let go; a second time does nothing."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def make_staging(staging: Path) -> StagingLock:
+    """Make the staging directory, and the save directory if need be."""
+    staging.mkdir(parents=True)
+    return StagingLock(staging)
+
+
+def commit(staging: Path, save_dir: Path, tag: str, *, update_latest: bool = True, fsync: bool = True) -> None:
+    """Give a complete staging directory its name: see [Note: the commit, step by step].
+
+    Args:
+        staging: with all files in it, each already durable, the manifest last.
+        save_dir: its parent.
+        tag: the name.
+        update_latest: have `latest` name it.
+        fsync: make each step durable before the next.
+
+    Raises:
+        CheckpointWriteError: under the tag's name there is something that is no checkpoint; it isn't deleted.
+        OSError: the file system refuses.
+    """
+    target = save_dir / validate_tag(tag)
+    _sync_directory(staging, fsync)
+    if not os.path.lexists(target):
+        os.rename(staging, target)
+        _sync_directory(save_dir, fsync)
+    else:
+        _require_replaceable(target)
+        if kernel.exchange(staging, target):
+            _sync_directory(save_dir, fsync)
+        else:
+            _replace_without_exchange(staging, save_dir, tag, fsync)
+    if update_latest:
+        write_latest(save_dir, tag, fsync=fsync)
+    _remove(staging)
+
+
+def _require_replaceable(target: Path) -> None:
+    """A directory goes only if it is a checkpoint of ours, whole or torn: not if it is somebody's source code."""
+    if target.is_symlink() or not target.is_dir():
+        return
+    foreign = [
+        name
+        for name in sorted(os.listdir(target))
+        if name not in (MANIFEST_NAME, TRAINER_NAME)
+        and not (name.startswith("rank-") and name.endswith(".safetensors"))
+    ]
+    if foreign and not (target / MANIFEST_NAME).is_file():
+        raise CheckpointWriteError(
+            f"{target} exists and is not a checkpoint (it holds {foreign[0]!r}); "
+            "it was left as it is. Save under another name, or remove it"
+        )
+
+
+def _replace_without_exchange(staging: Path, save_dir: Path, tag: str, fsync: bool) -> None:
+    """The second table of [Note: the commit, step by step], but for its last two rows."""
+    target, token = save_dir / tag, secrets.token_hex(4)
+    second = f"{tag}.replaced-{token}"
+    was_latest = _names(save_dir, tag)
+    if was_latest:
+        hidden = save_dir / f"{_TRASH}{token}-copy"
+        _copy_by_links(target, hidden, fsync)
+        os.rename(hidden, save_dir / second)
+        write_latest(save_dir, second, fsync=fsync)
+    trash = save_dir / f"{_TRASH}{token}"
+    os.rename(target, trash)
+    os.rename(staging, target)
+    _sync_directory(save_dir, fsync)
+    if was_latest:
+        write_latest(save_dir, tag, fsync=fsync)
+        remove_tag(save_dir, second)
+    _remove(trash)
+
+
+def _copy_by_links(source: Path, copy: Path, fsync: bool) -> None:
+    if source.is_symlink():
+        os.symlink(os.readlink(source), copy)
+        return
+    copy.mkdir()
+    for name in os.listdir(source):
+        try:
+            os.link(source / name, copy / name)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK):
+                raise
+            shutil.copy2(source / name, copy / name)
+    _sync_directory(copy, fsync)
+
+
+# ------------------------------------------------------------------------------------------------------- tags
+
+
+@dataclass(frozen=True, slots=True)
+class TagInfo:
+    """What lies in the save directory under one name.
+
+    Attributes:
+        name: the tag.
+        path: its directory.
+        manifest: if it has one that can be believed.
+        problem: what is wrong with it; empty for a complete one.
+        modified: when its directory last changed, in seconds since the epoch.
+    """
+
+    name: str
+    path: Path
+    manifest: Manifest | None
+    problem: str
+    modified: float
+
+    @property
+    def step(self) -> int:
+        """Of training; -1 where nothing says."""
+        return self.manifest.step if self.manifest else -1
+
+    @property
+    def complete(self) -> bool:
+        """Whether every file is there with its size and header."""
+        return not self.problem
+
+
+def list_tags(save_dir: Path) -> list[TagInfo]:
+    """Everything that is a checkpoint or looks like one, the newest first: by step, then by time.
+
+    A directory with neither a manifest nor a shard is somebody else's and is left out.
+    """
+    try:
+        names = os.listdir(save_dir)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    tags = [_inspect(save_dir, name) for name in names if _looks_like_tag(save_dir / name)]
+    return sorted(
+        tags, key=lambda tag: (tag.manifest.step if tag.manifest else -1, tag.modified, tag.name), reverse=True
+    )
+
+
+def _looks_like_tag(path: Path) -> bool:
+    try:
+        validate_tag(path.name)
+        return path.is_dir() and any(
+            name == MANIFEST_NAME or (name.startswith("rank-") and name.endswith(".safetensors"))
+            for name in os.listdir(path)
+        )
+    except (InvalidTagError, OSError):
+        return False
+
+
+def _inspect(save_dir: Path, name: str) -> TagInfo:
+    path = save_dir / name
+    manifest, problem = None, ""
+    try:
+        check_link(path)
+        manifest = read_manifest(path)
+        require_sound(path, manifest, "sizes")
+    except ZeroError as error:
+        problem = str(error)
+    try:
+        modified = os.stat(path).st_mtime
+    except OSError as error:  # removed under our eyes
+        modified, problem = 0.0, str(error)
+    return TagInfo(name, path, manifest, problem, modified)
+
+
+def check_link(path: Path) -> None:
+    """A tag may be a link to another (Lightning's `save_last="link"`), and to nothing outside of the save directory.
+
+    Raises:
+        CorruptCheckpointError: it leads out.
+    """
+    if path.is_symlink():
+        target = Path(os.path.realpath(path))
+        if target.parent != Path(os.path.realpath(path.parent)):
+            raise CorruptCheckpointError(
+                f"{path} is a link that leaves the save directory, to {target}; it isn't followed"
+            )
+
+
+def remove_tag(save_dir: Path, tag: str) -> None:
+    """Remove a tag. If `latest` names it, `latest` names the newest other complete one first, or goes.
+
+    A tag that isn't there is no error. A crash in between leaves either the tag or some trash.
+    """
+    path = save_dir / validate_tag(tag)
+    if not os.path.lexists(path):
+        return
+    if _names(save_dir, tag):
+        real = os.path.realpath(path)
+        others = [other for other in list_tags(save_dir) if other.complete and os.path.realpath(other.path) != real]
+        if others:
+            write_latest(save_dir, others[0].name)
+        else:
+            (save_dir / LATEST).unlink()
+            _sync_directory(save_dir, True)
+    trash = save_dir / f"{_TRASH}{secrets.token_hex(4)}"
+    try:
+        os.rename(path, trash)
+    except FileNotFoundError:
+        return
+    _remove(trash)
+
+
+def prune(save_dir: Path, keep_last: int, protect: Collection[str] = ()) -> list[str]:
+    """Remove all but the newest complete tags, and never the one that `latest` names.
+
+    Torn directories are left as they are: they aren't ours to judge, and `lightning-zero ls` shows them.
+
+    Args:
+        save_dir: the save directory.
+        keep_last: how many to keep, at least 1.
+        protect: tags that stay whatever their age, and don't count.
+
+    Returns:
+        The tags that were removed.
+    """
+    if keep_last < 1:
+        raise ValueError(f"keep_last must be at least 1, got {keep_last}")
+    kept = {*protect, read_latest(save_dir)}
+    tags = [tag for tag in list_tags(save_dir) if tag.complete and not tag.path.is_symlink()]
+    linked = {os.path.realpath(path) for path in save_dir.iterdir() if path.is_symlink()}
+    counted = [tag for tag in tags if tag.name not in protect]
+    removed = [
+        tag.name for tag in counted[keep_last:] if tag.name not in kept and os.path.realpath(tag.path) not in linked
+    ]
+    for name in removed:
+        remove_tag(save_dir, name)
+    return removed
+
+
+def clean_leftovers(save_dir: Path) -> None:
+    """Remove what dead saves left behind: see [Note: what is stale]. Whatever resists is left for the next time."""
+    try:
+        names = os.listdir(save_dir)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name in names:
+        path = save_dir / name
+        if name.startswith(_TRASH) or (name.startswith(_STAGING) and _is_dead(path)):
+            _remove(path)
+
+
+def _is_dead(staging: Path) -> bool:
+    try:
+        fd = os.open(staging, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        if (locked := _lock(fd)) is not None:
+            return locked
+        newest = max([os.fstat(fd).st_mtime, *(os.stat(name, dir_fd=fd).st_mtime for name in os.listdir(fd))])
+        return time.time() - newest > _IDLE_SECONDS
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int) -> bool | None:
+    """Lock for as long as the descriptor is open. False: another has it. None: the file system knows no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Remove something that no name leads to any more. What resists is left: the next save tries again."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync_directory(path: Path, fsync: bool) -> None:
+    """Make the names in a directory durable: a rename is not, before this."""
+    if fsync:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,308 @@
+"""Reading a checkpoint: which tag is meant, and its tensors, each read when it is wanted.
+
+Opening a checkpoint reads its manifest and, by default, the headers of its shards. The dicts that it gives out hold
+`LazyTensor`s: what a rank needs is read by position straight into its place, whatever the number of ranks that wrote it
+(`SegmentIndex.find`), and what it doesn't need is never read. One mechanism serves resuming, exporting and looking.
+
+| `resolve` is given | `latest` | it gives |
+|---|---|---|
+| a tag's directory, or a file in one | not looked at | that directory |
+| a save directory and a tag | not looked at | the tag, or CheckpointNotFoundError with the tags that there are |
+| a save directory | names a sound tag | that tag |
+| a save directory | missing, damaged, or names what is not sound | a warning, and the newest sound tag |
+| a save directory without a sound tag | any | CheckpointNotFoundError, with what is wrong with each |
+
+No row deletes or repairs anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import os
+import pickle
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import xxhash
+from torch import Tensor
+
+from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint.integrity import Depth, find_problems, read_manifest, read_trainer, require_sound
+from lightning_zero.checkpoint.manifest import (
+    DTYPES,
+    MANIFEST_NAME,
+    TRAINER_NAME,
+    Entry,
+    Manifest,
+    Stored,
+    StoredTensor,
+    StoredValue,
+    label,
+    state_kind,
+)
+from lightning_zero.checkpoint.shards import open_shard, read_into
+from lightning_zero.checkpoint.tensors import DTYPES_BY_CODE, LazyTensor
+from lightning_zero.errors import CheckpointNotFoundError, CorruptCheckpointError, ZeroError
+from lightning_zero.segments import Segment, SegmentIndex
+
+_OPEN_FILES = 64
+
+
+class UntrustedContentError(ZeroError, pickle.UnpicklingError):
+    """`trainer.pt` holds objects that are only loaded on request, with `weights_only=False`."""
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether `resolve` is worth a try: a tag's directory, a file of one, or a save directory with a tag in it."""
+    where = Path(path)
+    if _tag_directory(where) is not None or (where / commit.LATEST).is_file():
+        return True
+    return where.is_dir() and any((child / MANIFEST_NAME).is_file() for child in where.iterdir())
+
+
+def resolve(path: str | os.PathLike[str], tag: str | None = None, *, verify: Depth = "sizes") -> Path:
+    """The directory of the tag that is meant: see the table above.
+
+    Args:
+        path: a save directory, a tag's directory, or a file in one.
+        tag: of the save directory; `latest` decides where it is None.
+        verify: how sound the tag that `latest` names has to be.
+
+    Raises:
+        CheckpointNotFoundError: it isn't there.
+        CorruptCheckpointError: the tag that was asked for is a link that leaves the save directory.
+    """
+    where = Path(path)
+    if tag is not None:
+        return _named(where, tag)
+    if (directory := _tag_directory(where)) is not None:
+        return directory
+    if not where.is_dir():
+        raise CheckpointNotFoundError(
+            f"{where} is not a checkpoint of lightning_zero; give the save directory, or a tag's directory"
+            if where.exists()
+            else f"there is no checkpoint at {where}"
+        )
+    try:
+        latest = commit.read_latest(where)
+        if latest is None:
+            problem = f"{where / commit.LATEST} is missing"
+        else:
+            directory = _named(where, latest)
+            require_sound(directory, read_manifest(directory), verify)
+            return directory
+    except ZeroError as error:
+        problem = f"the checkpoint that {where / commit.LATEST} names can't be used: {error}"
+    for candidate in commit.list_tags(where):
+        if candidate.manifest is None or not candidate.complete:
+            continue
+        if verify == "full" and any(find_problems(candidate.path, candidate.manifest, verify)):
+            continue
+        warnings.warn(f"{problem}\nThe newest sound checkpoint is taken instead: {candidate.path}", stacklevel=2)
+        return candidate.path
+    listed = "".join(f"\n  {found.name}: {found.problem or 'a checksum is wrong'}" for found in commit.list_tags(where))
+    raise CheckpointNotFoundError(f"{where} holds no sound checkpoint; {problem}{listed}")
+
+
+def _tag_directory(path: Path) -> Path | None:
+    """The tag's directory that a path names, itself or by a file in it."""
+    if (path / MANIFEST_NAME).is_file():
+        return path
+    if path.is_file() and (path.parent / MANIFEST_NAME).is_file():
+        return path.parent
+    return None
+
+
+def _named(save_dir: Path, tag: str) -> Path:
+    directory = save_dir / commit.validate_tag(tag)
+    if not directory.is_dir():
+        there = [found.name for found in commit.list_tags(save_dir)]
+        raise CheckpointNotFoundError(
+            f"there is no checkpoint {tag!r} in {save_dir}; there {f'are {there}' if there else 'is none at all'}"
+        )
+    commit.check_link(directory)
+    return directory
+
+
+class _OpenFile:
+    """A file descriptor that is closed with the last reference to it, so never under a thread that reads from it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fd = open_shard(path)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+class _Elements:
+    """The elements of one stored tensor, wherever its pieces lie (`tensors.Source`)."""
+
+    def __init__(self, checkpoint: Checkpoint, index: SegmentIndex[Stored], of: str, dtype: torch.dtype) -> None:
+        self._checkpoint = checkpoint
+        self._index = index
+        self._of = of
+        self.dtype = dtype
+
+    def read(self, start: int, stop: int, target: memoryview) -> None:
+        """Fill `target` with the elements `[start, stop)`."""
+        item_bytes, filled = self.dtype.itemsize, 0
+        for segment, (file, stored), skipped in self._index.find(Segment(self._of, start, stop)):
+            nbytes = segment.numel * item_bytes
+            offset = cast("StoredTensor", stored).offset + skipped * item_bytes
+            self._checkpoint.read(file, offset, target[filled : filled + nbytes])
+            filled += nbytes
+
+
+class Checkpoint:
+    """One tag's directory, open for reading. Needs no process group; several threads may use it at once.
+
+    Args:
+        directory: the tag's, as `resolve` gives it.
+        verify: what is checked at once: see `integrity`.
+
+    Raises:
+        IncompleteCheckpointError: something is missing, cut short, or another save's.
+        CorruptCheckpointError: the manifest can't be believed, or (`full`) a checksum doesn't match.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], verify: Depth = "sizes") -> None:
+        self.directory = Path(directory)
+        self.manifest: Manifest = read_manifest(self.directory)
+        require_sound(self.directory, self.manifest, verify)
+        self._open = functools.lru_cache(maxsize=_OPEN_FILES)(_OpenFile)
+
+    def read(self, file: str, offset: int, target: memoryview) -> None:
+        """Fill `target` from a shard file, by its name."""
+        opened = self._open(self.directory / file)
+        read_into(opened.fd, offset, target, opened.path)
+
+    def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The module's state dict, unread; tied tensors are one object, their other names at the end.
+
+        Args:
+            dtype: of the floating tensors; as they are stored where it is None (fp32 or wider for what was trained).
+        """
+        tensors: dict[str, Tensor] = {}
+        for entry in self.manifest.entries:
+            of = label("model", entry.name)
+            found = self.manifest.index.payloads(of)
+            stored = _dtype(found[0]) if found else _dtype_without_elements(entry)
+            shown = dtype if dtype is not None and stored.is_floating_point else stored
+            tensors[entry.name] = LazyTensor(_Elements(self, self.manifest.index, of, stored), entry.shape, shown)
+        return tensors | {alias: tensors[stored] for alias, stored in self.manifest.aliases.items()}
+
+    def optimizer_state(self, index: int, *, weights_only: bool = True) -> dict[str, Any]:
+        """One optimizer's state in torch's own format: element-wise state unread, of its parameter's full shape.
+
+        Args:
+            index: of the optimizer.
+            weights_only: for `trainer`, where the parameter groups are.
+        """
+        return self._optimizer_state(index, self.trainer(weights_only)["optimizer_states"][index]["param_groups"])
+
+    def _optimizer_state(self, index: int, param_groups: list[Any]) -> dict[str, Any]:
+        names = (name for group in self.manifest.optimizers[index].parameters for name in group)
+        stored = self._states[index]
+        return {
+            "state": {position: self._state_of(stored[name]) for position, name in enumerate(names) if name in stored},
+            "param_groups": param_groups,
+        }
+
+    @functools.cached_property
+    def _states(self) -> list[dict[str, list[str]]]:
+        """For each optimizer: the labels of each parameter's states, by the parameter's name."""
+        states: list[dict[str, list[str]]] = [{} for _ in self.manifest.optimizers]
+        for of in self.manifest.index:
+            _, first = self.manifest.index.payloads(of)[0]
+            if first.optimizer is not None:
+                states[first.optimizer].setdefault(first.name, []).append(of)
+        return states
+
+    def _state_of(self, labels: Iterable[str]) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        for of in labels:
+            pieces = self.manifest.index.payloads(of)
+            kind = state_kind([piece for _, piece in pieces], of)
+            file, first = pieces[0]
+            if isinstance(first, StoredValue):
+                state[first.state] = first.value
+                continue
+            index, shape = self.manifest.index, self._shapes.get(first.name, (pieces[-1][1].stop,))
+            if kind == "whole":
+                # [Note: whole and element-wise tensors]: the first piece's copy stands for all
+                index, shape = SegmentIndex([(Segment(of, 0, math.prod(first.shape)), (file, first))]), first.shape
+            lazy = LazyTensor(_Elements(self, index, of, _dtype(pieces[0])), shape)
+            state[cast("str", first.state)] = lazy.contiguous() if kind == "whole" and lazy.numel() == 1 else lazy
+        return state
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {entry.name: entry.shape for entry in self.manifest.entries}
+
+    def trainer(self, weights_only: bool = True) -> dict[str, Any]:
+        """Everything that is no tensor of the model or of an optimizer: the content of `trainer.pt`.
+
+        Args:
+            weights_only: refuse whatever would run code.
+
+        Raises:
+            UntrustedContentError: there is such a thing in it.
+            IncompleteCheckpointError: the file is missing, or cut short.
+            CorruptCheckpointError: its checksum doesn't match.
+        """
+        content = io.BytesIO(read_trainer(self.directory, self.manifest.trainer))
+        try:
+            loaded: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=weights_only)
+        except pickle.UnpicklingError as error:
+            content.seek(0)
+            offending = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(content)) or "an unknown class"
+            raise UntrustedContentError(
+                f"{self.directory / TRAINER_NAME} holds objects of {offending}, in the hyper-parameters or the state "
+                "of a callback. If you trust whoever wrote it, pass weights_only=False (Trainer.fit takes it too): "
+                "it then runs what the file says"
+            ) from error
+        return loaded
+
+    def rank_state(self, rank: int) -> bytes | None:
+        """What a rank stored for itself alone, if there was such a rank and it did."""
+        for file in self.manifest.files:
+            for stored in file.tensors:
+                if file.rank == rank and stored.kind == "rank":
+                    content = bytearray(stored.nbytes)
+                    self.read(file.name, stored.offset, memoryview(content))
+                    if xxhash.xxh3_64_hexdigest(content) != stored.xxh3:
+                        raise CorruptCheckpointError(
+                            f"{self.directory / file.name}: {stored.key!r}: the checksum doesn't match"
+                        )
+                    return bytes(content)
+        return None
+
+    def lightning_checkpoint(self, weights_only: bool = True) -> dict[str, Any]:
+        """What a plain Lightning checkpoint holds: `trainer` with the state dict and the optimizers' put back, unread.
+
+        Args:
+            weights_only: see `trainer`, whose errors this raises.
+        """
+        checkpoint = self.trainer(weights_only)
+        checkpoint["state_dict"] = self.state_dict() | checkpoint.get("state_dict", {})
+        for index in range(len(self.manifest.optimizers)):
+            states = checkpoint["optimizer_states"]
+            states[index] = self._optimizer_state(index, states[index]["param_groups"])
+        return checkpoint
+
+
+def _dtype(stored: Stored) -> torch.dtype:
+    return DTYPES_BY_CODE[cast("StoredTensor", stored[1]).dtype]
+
+
+def _dtype_without_elements(entry: Entry) -> torch.dtype:
+    """What `_dtype` would be if there were an element: masters are fp32 or wider."""
+    dtype = DTYPES_BY_CODE[DTYPES[entry.dtype][0]]
+    return torch.promote_types(dtype, torch.float32) if entry.role == "parameter" else dtype

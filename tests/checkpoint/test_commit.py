@@ -1,0 +1,237 @@
+"""The life of a save directory, killed at every step of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_zero.checkpoint import commit, kernel
+from lightning_zero.checkpoint.load import Checkpoint, resolve
+from lightning_zero.errors import CheckpointNotFoundError, CheckpointWriteError, CorruptCheckpointError
+from tests.checkpoint.sample import Sample
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing that follows is done, and no `except Exception` sees it."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the process die before its `step`-th change of a name in the file system."""
+    count = 0
+
+    def count_and_die(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count >= step:  # the dead do nothing more
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("rename", "replace", "link", "unlink", "rmdir", "mkdir", "symlink"):
+        monkeypatch.setattr(os, name, count_and_die(getattr(os, name)))
+    monkeypatch.setattr(kernel, "exchange", count_and_die(kernel.exchange))
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("existing", ["none", "another", "latest", "not latest"])
+def test_whenever_a_save_is_killed_latest_names_a_checkpoint_that_loads(
+    tmp_path: Path, existing: str, exchange: bool
+) -> None:
+    step = 0
+    while True:
+        step += 1
+        save_dir = tmp_path / str(step)
+        before = {"none": [], "another": ["other"], "latest": ["other", "tag"], "not latest": ["tag", "other"]}[existing]
+        for number, tag in enumerate(before):
+            Sample(step=number).save(save_dir / tag)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if not exchange:
+                monkeypatch.setattr(kernel, "exchange", lambda one, other: False)
+            kill_at(monkeypatch, step)
+            try:
+                Sample(step=9).save(save_dir / "tag")
+                died = False
+            except Killed:
+                died = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            if (save_dir / "latest").exists():
+                Checkpoint(resolve(save_dir), verify="full")
+            else:
+                assert not before, f"latest is gone after step {step}"
+        for tag in commit.list_tags(save_dir):
+            assert tag.complete, tag.problem
+        for tag in before:
+            if died and tag != "tag":
+                assert (save_dir / tag).is_dir()
+        if not died:
+            break
+        Sample(step=10).save(save_dir / "tag")
+        left = {path.name for path in save_dir.iterdir() if not path.name.startswith("tag.replaced-")}
+        assert left == {*before, "tag", "latest"}
+    assert step > 3
+    assert Checkpoint(resolve(save_dir)).manifest.step == 9
+    assert {path.name for path in save_dir.iterdir()} == {*before, "tag", "latest"}
+
+
+def test_a_directory_that_is_no_checkpoint_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "main.py").write_text("precious")
+    with pytest.raises(CheckpointWriteError, match=r"holds 'main\.py'"):
+        Sample().save(tmp_path / "src")
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+    assert (tmp_path / "src" / "main.py").read_text() == "precious"
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_plain_file_and_a_link_give_way_to_a_checkpoint(
+    tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(kernel, "exchange", lambda one, other: False)
+    Sample(step=1).save(tmp_path / "one")
+    (tmp_path / "file").write_text("an old checkpoint")
+    (tmp_path / "last").symlink_to("one")
+    commit.write_latest(tmp_path, "last")
+    for step, tag in enumerate(("file", "last"), 2):
+        Sample(step=step).save(tmp_path / tag)
+        assert Checkpoint(resolve(tmp_path)).manifest.step == step
+    assert Checkpoint(tmp_path / "one").manifest.step == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "file", "last", "latest"}
+
+
+def test_the_staging_directory_of_a_live_save_is_left_alone_and_that_of_a_killed_one_goes(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from lightning_zero.checkpoint import commit\n"
+        "lock = commit.make_staging(commit.staging_directory(Path(sys.argv[1]), 'tag', 'x')); print('up', flush=True)\n"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        commit.clean_leftovers(tmp_path)
+        assert os.listdir(tmp_path) == [".staging-tag-x"]
+        process.send_signal(signal.SIGKILL)
+    commit.clean_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_locks_a_staging_directory_is_stale_after_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "_lock", lambda fd: None)
+    for name, age in ((".staging-young-x", 3600), (".staging-old-x", 2 * 86400), (".staging-busy-x", 2 * 86400)):
+        (tmp_path / name).mkdir()
+        if "busy" in name:
+            (tmp_path / name / "shard").touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    commit.clean_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".staging-busy-x", ".staging-young-x"]
+
+
+def test_a_staging_directory_is_never_taken_for_a_slurm_checkpoint(tmp_path: Path) -> None:
+    staging = commit.staging_directory(tmp_path, "hpc_ckpt_3.ckpt", "x")
+    assert "hpc_ckpt_" not in staging.name
+    assert staging.name.startswith(".")
+
+
+def test_removing_what_latest_names_points_latest_at_the_newest_other(tmp_path: Path) -> None:
+    for step in (1, 3, 2):
+        Sample(step=step).save(tmp_path / f"s{step}")
+    (tmp_path / "s3" / "manifest.json").write_text("torn")
+    commit.remove_tag(tmp_path, "s2")
+    assert commit.read_latest(tmp_path) == "s1"
+    commit.remove_tag(tmp_path, "missing")
+    commit.remove_tag(tmp_path, "s1")
+    assert commit.read_latest(tmp_path) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["s3"]
+
+
+def test_tags_are_listed_newest_first_with_what_is_wrong(tmp_path: Path) -> None:
+    for step in (1, 10, 2):
+        Sample(step=step, world_size=2).save(tmp_path / f"s{step}")
+    (tmp_path / "s2" / "rank-00001-of-00002.safetensors").unlink()
+    (tmp_path / "notes").mkdir()
+    tags = commit.list_tags(tmp_path)
+    assert [(tag.name, tag.complete) for tag in tags] == [("s10", True), ("s2", False), ("s1", True)]
+    assert "rank-00001-of-00002.safetensors" in tags[1].problem
+    assert commit.list_tags(tmp_path / "nowhere") == []
+
+
+def test_pruning_keeps_the_newest_the_protected_the_linked_and_the_latest(tmp_path: Path) -> None:
+    for step in (6, 1, 2, 3, 4, 5):
+        Sample(step=step).save(tmp_path / f"s{step}", update_latest=step == 1)
+    (tmp_path / "last").symlink_to("s2")
+    assert sorted(commit.prune(tmp_path, 2, protect=["s3"])) == ["s4"]
+    assert sorted(os.listdir(tmp_path)) == ["last", "latest", "s1", "s2", "s3", "s5", "s6"]
+    with pytest.raises(ValueError, match="at least 1"):
+        commit.prune(tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    "tag", ["", ".", "..", ".hidden", "latest", "a/b", "/a", "a\\b", "a\0", "a\nb", "\x7f", "x" * 201, "\u00e9" * 101]
+)
+def test_what_can_be_no_tag_is_refused_everywhere(tmp_path: Path, tag: str) -> None:
+    for use in (commit.validate_tag, lambda tag: resolve(tmp_path, tag), lambda tag: commit.remove_tag(tmp_path, tag)):
+        with pytest.raises(commit.InvalidTagError):
+            use(tag)
+
+
+@pytest.mark.parametrize("tag", ["step=500.ckpt", "global_step3", "epoch=1-val_loss=0.25.ckpt", "déjà vu", "latest.ckpt"])
+def test_what_lightning_and_people_call_their_checkpoints_is_a_tag(tmp_path: Path, tag: str) -> None:
+    Sample().save(tmp_path / tag)
+    assert resolve(tmp_path).name == tag
+
+
+CONTENTS = [b"", b"\n", b"../../etc", b"/etc/passwd", b"a\0b", b"\xff\xfe", b"x" * 10_000, b"latest", b".", b"gone"]
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_a_hostile_latest_is_warned_of_and_the_newest_sound_tag_taken(tmp_path: Path, content: bytes) -> None:
+    Sample(step=1).save(tmp_path / "one")
+    (tmp_path / "latest").write_bytes(content)
+    with pytest.warns(UserWarning, match="newest sound checkpoint is taken instead"):
+        assert resolve(tmp_path) == tmp_path / "one"
+    assert (tmp_path / "latest").read_bytes() == content
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/etc/passwd", path)])
+def test_a_latest_that_is_no_plain_file_is_damaged(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "latest")
+    with pytest.raises(CorruptCheckpointError):
+        commit.read_latest(tmp_path)
+
+
+def test_a_link_to_a_sibling_is_followed_and_one_that_leaves_is_not(tmp_path: Path) -> None:
+    outside = Sample(step=2).save(tmp_path / "elsewhere" / "tag")
+    save_dir = tmp_path / "ckpts"
+    Sample(step=1).save(save_dir / "one")
+    (save_dir / "last").symlink_to("one")
+    (save_dir / "evil").symlink_to(outside)
+    assert Checkpoint(resolve(save_dir, "last")).manifest.step == 1
+    with pytest.raises(CorruptCheckpointError, match="leaves the save directory"):
+        resolve(save_dir, "evil")
+    commit.write_latest(save_dir, "evil")
+    with pytest.warns(UserWarning, match="leaves the save directory"):
+        assert resolve(save_dir).name in ("one", "last")
+    assert [tag.name for tag in commit.list_tags(save_dir) if not tag.complete] == ["evil"]
+
+
+def test_nothing_sound_is_an_error_that_says_what_is_wrong_with_each(tmp_path: Path) -> None:
+    Sample(step=1).save(tmp_path / "one")
+    (tmp_path / "one" / "trainer.pt").unlink()
+    with pytest.raises(CheckpointNotFoundError, match=r"(?s)no sound checkpoint.*one: .*trainer\.pt"):
+        resolve(tmp_path)
+    with pytest.raises(CheckpointNotFoundError):
+        resolve(tmp_path / "nowhere")
+
+

@@ -1,0 +1,27 @@
+"""Whatever starts the processes: Lightning itself, or torchrun."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lightning_zero import get_fp32_state_dict_from_zero_checkpoint
+from tests.launch import free_port
+
+
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_a_script_trains_saves_and_exports_under(launcher, tmp_path):
+    command = [sys.executable, "-m", "tests.plugin.launched", str(tmp_path)]
+    if launcher == "torchrun":
+        command[1:2] = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "-m"]
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {key: value for key, value in os.environ.items() if key not in names} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ckpts" / "latest").read_text() == "step=4.ckpt"
+    exported = torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
+    saved = get_fp32_state_dict_from_zero_checkpoint(tmp_path / "ckpts")
+    assert exported.keys() == saved.keys()
+    assert all(torch.equal(exported[name], saved[name]) for name in saved)
