@@ -66,7 +66,4 @@ def _is_command() -> bool:
 
 
 if not _is_command():
-    try:  # TEMP
-        importlib.import_module("lightning_zero.plugin.registration")
-    except ModuleNotFoundError:
-        pass
+    importlib.import_module("lightning_zero.plugin.registration")

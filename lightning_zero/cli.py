@@ -85,14 +85,12 @@ def _ls(options: argparse.Namespace) -> int:
     if not rows:
         print(f"no checkpoints in {save_dir}")
         return 0
-    columns = ("tag", "step", "epoch", "world_size", "stage", "bytes", "age")
-    table = [[column.replace("_", " ") for column in columns] + [""]]
+    table = [["tag", "step", "epoch", "world size", "stage", "bytes", "age", ""]]
     for row in rows:
-        remark = "latest" if row["latest"] else ""
-        cells = [str(row[column]) if row[column] is not None else "-" for column in columns]
-        cells[5] = _bytes_text(row["bytes"]) if row["bytes"] is not None else "-"
-        cells[6] = _age_text(row["age_seconds"])
-        table.append([*cells, remark if row["complete"] else f"{remark} INCOMPLETE".strip()])
+        cells = ["-" if row[key] is None else str(row[key]) for key in ("tag", "step", "epoch", "world_size", "stage")]
+        size = "-" if row["bytes"] is None else _bytes_text(row["bytes"])
+        remarks = ["latest"] * row["latest"] + ["INCOMPLETE"] * (not row["complete"])
+        table.append([*cells, size, _age_text(row["age_seconds"]), ", ".join(remarks)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         aligned = [cells[0].ljust(widths[0])]

@@ -25,7 +25,7 @@ of which `latest` names nothing:
 | replacing `latest`, if it named the tag | the same | `<tag>.replaced-…` |
 | renaming the old tag to `.trash-…` | `<tag>.replaced-…` | `<tag>.replaced-…` |
 | renaming the staging directory to the tag | the tag, new, and `<tag>.replaced-…` | `<tag>.replaced-…` |
-| replacing `latest` | the same | the tag |
+| replacing `latest` again | the same | the tag |
 | removing `<tag>.replaced-…` and `.trash-…` | the tag, new | the tag |
 
 A crash in between leaves `<tag>.replaced-…`: a checkpoint like any other, which `remove_tag` removes.
@@ -98,10 +98,12 @@ def read_latest(save_dir: Path) -> str | None:
         return None
     except OSError as error:
         raise CorruptCheckpointError(f"{path} can't be read: {error.strerror}") from error
-    with os.fdopen(fd, "rb") as file:
+    try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise CorruptCheckpointError(f"{path} is not a plain file")
-        content = file.read(4096)
+        content = os.read(fd, 4096)
+    finally:
+        os.close(fd)
     try:
         return validate_tag(content.decode().strip())
     except (UnicodeDecodeError, InvalidTagError) as error:
@@ -211,14 +213,15 @@ def _require_replaceable(target: Path) -> None:
 
 
 def _replace_without_exchange(staging: Path, save_dir: Path, tag: str, fsync: bool) -> None:
-    """The second table of [Note: the commit, step by step], but for its last two rows."""
+    """The second table of [Note: the commit, step by step]."""
     target, token = save_dir / tag, secrets.token_hex(4)
     second = f"{tag}.replaced-{token}"
+    hidden = save_dir / f"{_TRASH}{token}-copy"
+    _copy_by_links(target, hidden, fsync)
+    os.rename(hidden, save_dir / second)
+    _sync_directory(save_dir, fsync)
     was_latest = _names(save_dir, tag)
     if was_latest:
-        hidden = save_dir / f"{_TRASH}{token}-copy"
-        _copy_by_links(target, hidden, fsync)
-        os.rename(hidden, save_dir / second)
         write_latest(save_dir, second, fsync=fsync)
     trash = save_dir / f"{_TRASH}{token}"
     os.rename(target, trash)
@@ -226,23 +229,27 @@ def _replace_without_exchange(staging: Path, save_dir: Path, tag: str, fsync: bo
     _sync_directory(save_dir, fsync)
     if was_latest:
         write_latest(save_dir, tag, fsync=fsync)
-        remove_tag(save_dir, second)
+    remove_tag(save_dir, second)
     _remove(trash)
 
 
 def _copy_by_links(source: Path, copy: Path, fsync: bool) -> None:
-    if source.is_symlink():
-        os.symlink(os.readlink(source), copy)
-        return
-    copy.mkdir()
-    for name in os.listdir(source):
-        try:
-            os.link(source / name, copy / name)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK):
-                raise
-            shutil.copy2(source / name, copy / name)
-    _sync_directory(copy, fsync)
+    if source.is_dir() and not source.is_symlink():
+        copy.mkdir()
+        for name in os.listdir(source):
+            _link(source / name, copy / name)
+        _sync_directory(copy, fsync)
+    else:
+        _link(source, copy)
+
+
+def _link(source: Path, copy: Path) -> None:
+    try:
+        os.link(source, copy, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
+        shutil.copy2(source, copy, follow_symlinks=False)
 
 
 # ------------------------------------------------------------------------------------------------------- tags
@@ -365,7 +372,7 @@ def prune(save_dir: Path, keep_last: int, protect: Collection[str] = ()) -> list
     Args:
         save_dir: the save directory.
         keep_last: how many to keep, at least 1.
-        protect: tags that stay whatever their age, and don't count.
+        protect: tags that stay whatever their age.
 
     Returns:
         The tags that were removed.
@@ -375,9 +382,8 @@ def prune(save_dir: Path, keep_last: int, protect: Collection[str] = ()) -> list
     kept = {*protect, read_latest(save_dir)}
     tags = [tag for tag in list_tags(save_dir) if tag.complete and not tag.path.is_symlink()]
     linked = {os.path.realpath(path) for path in save_dir.iterdir() if path.is_symlink()}
-    counted = [tag for tag in tags if tag.name not in protect]
     removed = [
-        tag.name for tag in counted[keep_last:] if tag.name not in kept and os.path.realpath(tag.path) not in linked
+        tag.name for tag in tags[keep_last:] if tag.name not in kept and os.path.realpath(tag.path) not in linked
     ]
     for name in removed:
         remove_tag(save_dir, name)

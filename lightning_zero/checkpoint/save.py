@@ -425,7 +425,10 @@ def _attempt(rank: int, where: Path, action: Callable[[], _T]) -> _T | _Failure:
 
 
 def _error(plan: Plan, failure: _Failure) -> CheckpointWriteError:
-    return CheckpointWriteError(f"{plan.directory} was not saved: {failure.text}. Earlier checkpoints are as they were")
+    # The tag and not the path: on every rank the same words, even where each spells the path in its own way
+    return CheckpointWriteError(
+        f"the checkpoint {plan.directory.name!r} was not saved: {failure.text}. Earlier checkpoints are as they were"
+    )
 
 
 def _abandon(plan: Plan) -> None:

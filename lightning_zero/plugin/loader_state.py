@@ -13,15 +13,28 @@ from typing import Any
 def finish_epochs(loops: dict[str, Any]) -> None:
     """If the fit loop's state is that of an epoch's last batch, let its loaders begin the next epoch.
 
+    A state without a generator says nothing but how far the epoch was, and is dropped. One with a generator, which
+    the next epoch's order is drawn from, is kept and marked as finished.
+
     Args:
         loops: `checkpoint["loops"]`; changed in place.
     """
     fit = loops.get("fit_loop", {})
-    if fit.get("epoch_loop.batch_progress", {}).get("is_last_batch"):
-        for state in fit.get("state_dict", {}).get("combined_loader", []):
-            if isinstance(state, dict) and "_iterator_finished" in state:
-                state["_iterator_finished"] = True
-                _rewind_samplers(state)
+    states = fit.get("state_dict", {}).get("combined_loader", [])
+    if not fit.get("epoch_loop.batch_progress", {}).get("is_last_batch"):
+        return
+    if not all(isinstance(state, dict) and "_iterator_finished" in state for state in states):
+        return  # somebody else's loader, which knows for itself
+    if any(_has_generator(state) for state in states):
+        for state in states:
+            state["_iterator_finished"] = True
+            _rewind_samplers(state)
+    else:
+        fit["state_dict"].pop("combined_loader", None)
+
+
+def _has_generator(state: dict[str, Any]) -> bool:
+    return "generator" in state or any(_has_generator(value) for value in state.values() if isinstance(value, dict))
 
 
 def _rewind_samplers(state: dict[str, Any]) -> None:

@@ -83,7 +83,12 @@ class Sample:
             **self.trainer,
         }
         return SharedContent(
-            1, 2, entries, {"head.weight": next(iter(self.shapes))}, [OptimizerEntry("AdamW", (tuple(self.shapes),))], trainer
+            1,
+            2,
+            entries,
+            {"head.weight": next(iter(self.shapes))},
+            [OptimizerEntry("AdamW", (tuple(self.shapes),))],
+            trainer,
         )
 
     def save(self, directory: Path, *, update_latest: bool = True) -> Path:

@@ -50,7 +50,9 @@ def test_whenever_a_save_is_killed_latest_names_a_checkpoint_that_loads(
     while True:
         step += 1
         save_dir = tmp_path / str(step)
-        before = {"none": [], "another": ["other"], "latest": ["other", "tag"], "not latest": ["tag", "other"]}[existing]
+        before = {"none": [], "another": ["other"], "latest": ["other", "tag"], "not latest": ["tag", "other"]}[
+            existing
+        ]
         for number, tag in enumerate(before):
             Sample(step=number).save(save_dir / tag)
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -70,9 +72,8 @@ def test_whenever_a_save_is_killed_latest_names_a_checkpoint_that_loads(
                 assert not before, f"latest is gone after step {step}"
         for tag in commit.list_tags(save_dir):
             assert tag.complete, tag.problem
-        for tag in before:
-            if died and tag != "tag":
-                assert (save_dir / tag).is_dir()
+        for tag in before:  # by one name or another
+            assert any(path.name.startswith(tag) for path in save_dir.iterdir()), f"{tag} is lost after step {step}"
         if not died:
             break
         Sample(step=10).save(save_dir / "tag")
@@ -111,7 +112,8 @@ def test_a_plain_file_and_a_link_give_way_to_a_checkpoint(
 
 def test_the_staging_directory_of_a_live_save_is_left_alone_and_that_of_a_killed_one_goes(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from lightning_zero.checkpoint import commit\n"
+        "import sys, time; sys.argv[0] = 'lightning-zero'; from pathlib import Path\n"
+        "from lightning_zero.checkpoint import commit\n"
         "lock = commit.make_staging(commit.staging_directory(Path(sys.argv[1]), 'tag', 'x')); print('up', flush=True)\n"
         "time.sleep(60)"
     )
@@ -186,7 +188,9 @@ def test_what_can_be_no_tag_is_refused_everywhere(tmp_path: Path, tag: str) -> N
             use(tag)
 
 
-@pytest.mark.parametrize("tag", ["step=500.ckpt", "global_step3", "epoch=1-val_loss=0.25.ckpt", "déjà vu", "latest.ckpt"])
+@pytest.mark.parametrize(
+    "tag", ["step=500.ckpt", "global_step3", "epoch=1-val_loss=0.25.ckpt", "déjà vu", "latest.ckpt"]
+)
 def test_what_lightning_and_people_call_their_checkpoints_is_a_tag(tmp_path: Path, tag: str) -> None:
     Sample().save(tmp_path / tag)
     assert resolve(tmp_path).name == tag
@@ -233,5 +237,3 @@ def test_nothing_sound_is_an_error_that_says_what_is_wrong_with_each(tmp_path: P
         resolve(tmp_path)
     with pytest.raises(CheckpointNotFoundError):
         resolve(tmp_path / "nowhere")
-
-

@@ -23,7 +23,9 @@ from tests.checkpoint.sample import Sample
 
 
 def expected(sample: Sample) -> dict[str, torch.Tensor]:
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in sample.state_dict.items()}
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in sample.state_dict.items()
+    }
 
 
 def assert_same(loaded: dict[str, torch.Tensor], sample: Sample, *without: str) -> None:
@@ -121,7 +123,9 @@ def test_tensors_in_a_callbacks_state_are_kept(tmp_path: Path) -> None:
 def test_the_torch_file_is_read_without_lightning_zero(tmp_path: Path) -> None:
     Sample().save(tmp_path / "tag")
     convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "model.ckpt")
-    script = "import sys; sys.modules['lightning_zero'] = None; import torch; torch.load(sys.argv[1], weights_only=True)"
+    script = (
+        "import sys; sys.modules['lightning_zero'] = None; import torch; torch.load(sys.argv[1], weights_only=True)"
+    )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "model.ckpt")], check=True, cwd="/")
 
 
@@ -131,7 +135,7 @@ def test_a_safetensors_file_has_each_tensor_once(save_dir: Path, sample: Sample,
 
 
 def test_a_folder_in_the_hugging_face_layout(save_dir: Path, sample: Sample, tmp_path: Path) -> None:
-    for size, count in (("1KB", 4), ("1GB", 1), (500, 4)):
+    for size, count in (("1KB", 3), ("1GB", 1), (150, 4)):
         convert_zero_checkpoint_to_fp32_state_dict(save_dir, tmp_path / "hf", max_shard_size=size)
         files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
         assert len(files) == count

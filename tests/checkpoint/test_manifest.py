@@ -22,12 +22,10 @@ def manifest_of(count: int) -> Manifest:
     tensors = []
     for number in range(count):
         name = f"layer.{number}.weight"
-        base = dict(name=name, start=0, stop=2, dtype="F32", xxh3=DIGEST)
+        base = {"name": name, "start": 0, "stop": 2, "dtype": "F32", "xxh3": DIGEST}
         tensors += [
             StoredTensor("model", shape=(2,), offset=64 + 12 * number, nbytes=8, **base),
-            StoredTensor(
-                "optimizer", shape=(), offset=72 + 12 * number, nbytes=4, optimizer=0, state="step", **base
-            ),
+            StoredTensor("optimizer", shape=(), offset=72 + 12 * number, nbytes=4, optimizer=0, state="step", **base),
         ]
     names = tuple(f"layer.{number}.weight" for number in range(count))
     values = (StoredValue(0, names[0], 0, 2, "inf", float("inf")), StoredValue(0, names[0], 0, 2, "none", None))

@@ -20,9 +20,7 @@ from tests.checkpoint.sample import Sample
 
 def item(name: str, tensor: torch.Tensor) -> Item:
     flat = tensor.view(-1)
-    return Item(
-        "model", name, 0, flat.numel(), CODES[tensor.dtype], tuple(flat.shape), lambda: tensor_chunks(flat)
-    )
+    return Item("model", name, 0, flat.numel(), CODES[tensor.dtype], tuple(flat.shape), lambda: tensor_chunks(flat))
 
 
 def test_safetensors_itself_reads_a_shard(tmp_path: Path) -> None:
@@ -144,4 +142,6 @@ def test_a_tensor_of_another_layout_gives_the_same_bytes() -> None:
     tensor = torch.randn(3000, 1100)
     for view in (tensor.T, tensor[:, 1::2], tensor.to(torch.complex64).conj()):
         chunks = b"".join(bytes(chunk) for chunk in tensor_chunks(view))
-        assert np.array_equal(np.frombuffer(chunks, np.uint8), np.frombuffer(view.resolve_conj().contiguous().numpy().tobytes(), np.uint8))
+        assert np.array_equal(
+            np.frombuffer(chunks, np.uint8), np.frombuffer(view.resolve_conj().contiguous().numpy().tobytes(), np.uint8)
+        )

@@ -45,7 +45,7 @@ def test_the_bytes_of_every_dtype(dtype: torch.dtype) -> None:
 
 
 def test_a_tensor_that_no_checkpoint_holds_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModelError, match="'w' is a torch.sparse_coo tensor"):
+    with pytest.raises(UnsupportedModelError, match=r"'w' is a torch\.sparse_coo tensor"):
         code_of(torch.eye(2).to_sparse(), "w")
 
 
@@ -112,7 +112,7 @@ def test_any_operation_works_on_what_was_read() -> None:
     assert torch.equal(tensor, real)
     assert torch.equal(real + tensor, real + real)
     assert torch.equal(torch.cat([tensor, real]), torch.cat([real, real]))
-    assert torch.equal(torch.stack([row for row in tensor]), real)
+    assert torch.equal(torch.stack(list(tensor)), real)
     assert tensor.sum().item() == real.sum().item()
 
 

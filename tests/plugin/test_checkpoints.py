@@ -17,6 +17,7 @@ from tests.models import Data, Model, fit, quiet_trainer
 
 
 def train(directory, world_size, *, max_steps=None, max_epochs=-1, resume=False, stage=2, every=5, **options):
+    every_n = {"every_n_epochs": 1} if every == "epoch" else {"every_n_train_steps": every}
     """One run; what a rank has seen and holds at the end."""
     snapshot = Snapshot()
     model, trainer = fit(
@@ -24,7 +25,7 @@ def train(directory, world_size, *, max_steps=None, max_epochs=-1, resume=False,
         world_size=world_size,
         max_steps=max_steps or -1,
         max_epochs=max_epochs,
-        callbacks=[ZeroCheckpoint(directory, every_n_train_steps=every, keep_last=10), snapshot],
+        callbacks=[ZeroCheckpoint(directory, keep_last=10, **every_n), snapshot],
         ckpt_path="last" if resume else None,
         **options,
     )
@@ -78,14 +79,15 @@ def test_a_resumed_run_goes_on_bit_for_bit_in_the_middle_of_an_epoch(tmp_path, w
 
 
 def test_a_resumed_run_goes_on_bit_for_bit_at_the_border_of_an_epoch_and_in_bf16(tmp_path):
-    options = {"process_group": False, "precision": "bf16-true", "every": 8}
-    whole = run_ranks(train, 2, tmp_path / "whole", 2, max_steps=20, **options)
-    run_ranks(train, 2, tmp_path / "cut", 2, max_steps=8, **options)
-    resumed = run_ranks(train, 2, tmp_path / "cut", 2, max_steps=20, resume=True, **options)
-    for a, b in zip(whole, resumed, strict=True):
-        assert a["losses"][8:] == b["losses"]
-        assert_same(a["state_dict"], b["state_dict"])
-        assert_same(a["at_end"], b["at_end"])
+    for every, more in (("epoch", {}), (8, {"limit_val_batches": 0})):
+        options = {"process_group": False, "precision": "bf16-true", "every": every, **more}
+        whole = run_ranks(train, 2, tmp_path / f"whole{every}", 2, max_epochs=3, **options)
+        run_ranks(train, 2, tmp_path / f"cut{every}", 2, max_epochs=1, **options)
+        resumed = run_ranks(train, 2, tmp_path / f"cut{every}", 2, max_epochs=3, resume=True, **options)
+        for a, b in zip(whole, resumed, strict=True):
+            assert a["losses"][8:] == b["losses"]
+            assert_same(a["state_dict"], b["state_dict"])
+            assert_same(a["at_end"], b["at_end"])
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
@@ -210,10 +212,13 @@ def fit_and_export_bf16(directory):
     return snapshot.at_end, dict(model.state_dict())
 
 
-@distributed(world_size=2, process_group=False)
-def test_retention_keeps_the_last_and_the_best_and_every_nth(tmp_path):
-    callback = ZeroCheckpoint(tmp_path, every_n_train_steps=2, keep_last=2, keep_every_n_steps=6)
+def fit_with_retention(directory):
+    callback = ZeroCheckpoint(directory, every_n_train_steps=2, keep_last=2, keep_every_n_steps=6)
     fit(strategy=ZeroStrategy(), world_size=2, max_steps=12, callbacks=[callback])
+
+
+def test_retention_keeps_the_last_and_every_nth(tmp_path):
+    run_ranks(fit_with_retention, 2, tmp_path, process_group=False)
     names = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
     assert names == ["step=10.ckpt", "step=12.ckpt", "step=6.ckpt"]
     assert (tmp_path / "latest").read_text() == "step=12.ckpt"

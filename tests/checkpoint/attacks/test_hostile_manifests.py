@@ -98,7 +98,19 @@ def test_the_same_manifest_unedited_is_taken(manifest: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", "[]", "null", "\0" * 100, "[" * 100_000, '{"a":' * 100_000, "1" * 10_000, "NaN", '{"step": NaN', "\ud800"],
+    [
+        "",
+        "{}",
+        "[]",
+        "null",
+        "\0" * 100,
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "1" * 10_000,
+        "NaN",
+        '{"step": NaN',
+        "\ud800",
+    ],
 )
 def test_text_that_is_no_manifest_is_refused(text: str) -> None:
     body = text[:-1] if text.endswith("}") else text

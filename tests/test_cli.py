@@ -1,0 +1,133 @@
+"""The command, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_zero.checkpoint import commit
+from lightning_zero.cli import main
+from tests.checkpoint.sample import Sample
+
+
+@pytest.fixture
+def save_dir(tmp_path: Path) -> Path:
+    for step in (1, 2):
+        Sample(world_size=2, step=step).save(tmp_path / "ckpts" / f"step={step}.ckpt")
+    return tmp_path / "ckpts"
+
+
+def flip(path: Path, position: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_ls_shows_the_tags(save_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (save_dir / "step=1.ckpt" / "rank-00001-of-00002.safetensors").unlink()
+    assert main(["ls", str(save_dir)]) == 0
+    header, newest, oldest = capsys.readouterr().out.splitlines()
+    assert header.split() == ["tag", "step", "epoch", "world", "size", "stage", "bytes", "age"]
+    assert newest.split()[:5] == ["step=2.ckpt", "2", "1", "2", "2"]
+    assert newest.endswith("latest")
+    assert oldest.endswith("INCOMPLETE")
+    assert main(["ls", str(save_dir), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["tag"], row["latest"], row["complete"]) for row in rows] == [
+        ("step=2.ckpt", True, True),
+        ("step=1.ckpt", False, False),
+    ]
+    assert main(["ls", str(save_dir / "step=1.ckpt"), "--json"]) == 0
+    assert [row["tag"] for row in json.loads(capsys.readouterr().out)] == ["step=1.ckpt"]
+
+
+def test_verify_of_a_sound_checkpoint_is_0(save_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(save_dir)]) == 0
+    assert "step=2.ckpt: sound" in capsys.readouterr().out
+    assert main(["verify", str(save_dir), "--tag", "step=1.ckpt", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sound"]
+
+
+def test_verify_names_the_file_the_tensor_and_the_bytes(save_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = save_dir / "step=2.ckpt" / "rank-00001-of-00002.safetensors"
+    flip(shard)
+    flip(save_dir / "step=2.ckpt" / "trainer.pt", 100)
+    size = shard.stat().st_size
+    assert main(["verify", str(save_dir)]) == 1
+    out = capsys.readouterr().out
+    assert "trainer.pt" in out
+    assert f"{shard.name}: 'rank/state', bytes {size - 6} to {size}: the checksum doesn't match" in out
+    assert main(["verify", str(save_dir), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert {problem["file"] for problem in found["problems"]} == {"trainer.pt", shard.name}
+    assert main(["verify", str(save_dir / "step=1.ckpt")]) == 0
+
+
+@pytest.mark.parametrize("content", ["gone", "../x", "", None])
+def test_verify_finds_a_damaged_latest(save_dir: Path, content: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    (save_dir / "latest").unlink()
+    if content is not None:
+        (save_dir / "latest").write_text(content)
+    assert main(["verify", str(save_dir)]) == 1
+    assert capsys.readouterr().out.startswith("latest: ")
+
+
+def test_verify_of_a_damaged_manifest_is_1(save_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(save_dir / "step=2.ckpt" / "manifest.json", 30)
+    assert main(["verify", str(save_dir)]) == 1
+    assert "manifest.json" in capsys.readouterr().out
+
+
+def test_export_writes_what_torch_loads(save_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(save_dir), str(tmp_path / "m.ckpt"), "--tag", "step=1.ckpt", "--exclude-frozen"]) == 0
+    loaded = torch.load(tmp_path / "m.ckpt", weights_only=True)
+    assert torch.equal(loaded["state_dict"]["bias"], Sample(step=1).masters["bias"])
+    assert "frozen" not in loaded["state_dict"]
+    capsys.readouterr()
+    assert main(["export", str(save_dir), str(tmp_path / "hf"), "--max-shard-size", "1KB", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] > 0
+    assert "model.safetensors.index.json" in os.listdir(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["dance"],
+        ["ls"],
+        ["verify", "DIR", "--tag", "../x"],
+        ["export", "DIR"],
+        ["export", "DIR", "OUT", "--max-shard-size", "huge"],
+    ],
+)
+def test_a_wrong_use_is_2(save_dir: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([str(save_dir) if argument == "DIR" else argument for argument in arguments])
+    assert caught.value.code == 2
+    assert "usage: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["ls", "nowhere"], ["verify", "nowhere"], ["verify", "DIR", "--tag", "gone"], ["export", "nowhere", "OUT"]],
+)
+def test_an_error_is_1_and_one_line(save_dir: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(save_dir) if argument == "DIR" else argument for argument in arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_to_look_needs_neither_torch_nor_lightning(save_dir: Path) -> None:
+    commit.write_latest(save_dir, "step=1.ckpt")
+    script = (
+        "import sys; sys.argv = ['lightning-zero', *sys.argv[1:]]\n"
+        "from lightning_zero.cli import main; status = main()\n"
+        "assert not {'torch', 'lightning', 'numpy'} & sys.modules.keys(); sys.exit(status)"
+    )
+    for command in ("ls", "verify"):
+        subprocess.run([sys.executable, "-c", script, command, str(save_dir)], check=True, capture_output=True)
