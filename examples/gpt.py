@@ -127,6 +127,11 @@ class GPT(LightningModule):
         return loss
 
     @override
+    def on_validation_start(self) -> None:
+        # precision="bf16-true" casts a metric's running sums with the model; they need more digits than that
+        self.validation_perplexity.set_dtype(torch.float32)
+
+    @override
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.validation_perplexity(self(batch[:, :-1]).float(), batch[:, 1:])
         self.log("val/perplexity", self.validation_perplexity, prog_bar=True)

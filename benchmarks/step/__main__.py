@@ -143,7 +143,9 @@ def main() -> None:
             rounds[-1][name] = run(strategy, 29600 + number * 10 + index, arguments)
             print(f"round {number}: {name}: {rounds[-1][name]}", file=sys.stderr)
     base = rounds[0]["DDP"]["base_mib"]
-    print(f"\n{rounds[0]['DDP']['parameters'] / 1e6:.1f} M parameters, fp32, {WORLD_SIZE} ranks, {platform.machine()}\n")
+    print(
+        f"\n{rounds[0]['DDP']['parameters'] / 1e6:.1f} M parameters, fp32, {WORLD_SIZE} ranks, {platform.machine()}\n"
+    )
     print("| | step, DDP = 1 | step, s | peak memory, MiB | above the imports, MiB |\n|---|---|---|---|---|")
     figures = {}
     for name in CONTESTANTS:

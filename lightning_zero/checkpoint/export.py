@@ -5,10 +5,10 @@ not grow with the model; it appears under its name by a rename, whole or not at 
 until then.
 
 [Note: a torch file without its tensors in memory]
-`torch.save` lays out the archive from stand-ins (FakeTensors) whose bytes it leaves empty (`skip_data`); then each
-storage's bytes are written at its place in the file, and its CRC, which is only known then, is patched into the two
-headers that hold it. So the layout is torch's own: `torch.load(weights_only=True, mmap=True)` reads it like any other
-file, and so does `unzip -t`.
+`torch.save` lays out the archive from stand-ins whose bytes it leaves empty (`skip_data`); then each storage's bytes
+are written at their place in the file, and the CRC, which is only known then, is patched into the two records that hold
+it. So the layout is torch's own: `torch.load(weights_only=True, mmap=True)` reads it like any other file, and so does
+`unzip -t`. FakeTensors would do for stand-ins, but the first one costs two seconds of imports.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import shutil
 import struct
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,6 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_zero.checkpoint import kernel
 from lightning_zero.checkpoint.load import Checkpoint, resolve
@@ -271,19 +271,14 @@ def _write_folder(folder: Path, tensors: Mapping[str, Tensor], max_bytes: int, p
 
 def _write_torch(path: Path, checkpoint: dict[str, Any], progress: Progress) -> None:
     """See [Note: a torch file without its tensors in memory]."""
-    mode = FakeTensorMode()
-    stand_ins: dict[int, Tensor] = {}
-    sources: dict[int, Tensor] = {}
-    with mode:
-        for tensor in checkpoint["state_dict"].values():
-            if isinstance(tensor, LazyTensor) and id(tensor) not in stand_ins:
-                stand_ins[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
-                sources[stand_ins[id(tensor)].untyped_storage()._cdata] = tensor
+    lazy = {id(value): value for value in checkpoint["state_dict"].values() if isinstance(value, LazyTensor)}
+    stand_ins = {key: _StandIn(tensor) for key, tensor in lazy.items()}
+    sources = {stand_in.storage._cdata: lazy[key] for key, stand_in in stand_ins.items()}
     state_dict = {name: stand_ins.get(id(value), value) for name, value in checkpoint["state_dict"].items()}
     laid_out = checkpoint | {"state_dict": state_dict}
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        storages = _storages(laid_out)
+    with torch.serialization.skip_data():
         torch.save(laid_out, path)
+    storages = _storages(laid_out)
     with open(path, "r+b") as file, zipfile.ZipFile(path) as archive:
         places = _places(file, archive)
         for number, storage in enumerate(storages):
@@ -302,6 +297,25 @@ def _write_torch(path: Path, checkpoint: dict[str, Any], progress: Progress) -> 
                 file.write(struct.pack("<I", crc))
         file.flush()
         os.fsync(file.fileno())
+
+
+class _StandIn:
+    """Pickled, it is a tensor on the CPU; its storage has a size, and no memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        self.storage = self._tensor.untyped_storage()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        tensor = self._tensor
+        place: tuple[Any, ...] = (0, tuple(tensor.shape), tensor.stride(), False, OrderedDict())
+        # Dtypes that are younger than torch's typed storages are pickled in a way of their own
+        typed = tensor.dtype in torch.storage._dtype_to_storage_type_map()
+        storage: Any = tensor._typed_storage() if typed else self.storage  # type: ignore[no-untyped-call]
+        storage._fake_device = torch.device("cpu")  # where it pretends to be: torch.save asks, for FakeTensors' sake
+        if typed:
+            return torch._utils._rebuild_tensor_v2, (storage, *place)
+        return torch._utils._rebuild_tensor_v3, (storage, *place, tensor.dtype)
 
 
 def _storages(laid_out: object) -> list[torch.UntypedStorage]:

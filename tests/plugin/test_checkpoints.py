@@ -178,16 +178,16 @@ def test_the_export_opens_where_lightning_zero_is_not_installed(tmp_path):
     source = source.replace("from lightning_zero import ZeroStrategy\n", "ZeroStrategy = None\n")
     (tmp_path / "model.py").write_text(source)
     command = [sys.executable, str(script), str(tmp_path / "model.ckpt"), str(tmp_path / "out.pt")]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, text=True, capture_output=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, text=True, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     read = torch.load(tmp_path / "out.pt", weights_only=True)
     assert_same(read, ours)
 
 
 def fit_and_export(directory):
-    model, _ = fit(
-        strategy=ZeroStrategy(), world_size=2, max_steps=4, callbacks=[Fp32Export(directory / "model.ckpt")]
-    )
+    model, _ = fit(strategy=ZeroStrategy(), world_size=2, max_steps=4, callbacks=[Fp32Export(directory / "model.ckpt")])
     return dict(model.state_dict())
 
 

@@ -88,7 +88,9 @@ class TorchNorm(Callback):
         self.norms = []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.norms.append(float(nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])))
+        self.norms.append(
+            float(nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None]))
+        )
 
 
 @distributed(world_size=2, process_group=False)
