@@ -68,8 +68,7 @@ class GPT(LightningModule):
         layers: How many blocks.
         heads: Attention heads in each block; must divide `width`.
         width: Channels of the residual stream.
-        dropout: 0 suits a run that sees each byte once, and makes a resumed run repeat the uninterrupted one
-            exactly; dropout's random numbers are not in a checkpoint.
+        dropout: 0 suits a run that sees each byte once.
         learning_rate: The peak, reached after the warm-up.
         weight_decay: For matrices only: gains and biases are not decayed.
         warmup_steps: Optimizer steps of linear warm-up.

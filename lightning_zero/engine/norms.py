@@ -24,7 +24,8 @@ def global_norm(
     """The norm of a gradient whose segments lie on all ranks; a 0-d tensor, the same on every rank."""
     norms = [norm.to(device) for norm in torch._foreach_norm(list(gradients), norm_type)] if gradients else []
     if collectives.world_size == 1 and norms:
-        return torch.linalg.vector_norm(torch.stack(norms), norm_type)  # torch's own, bit for bit
+        whole: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)  # torch's own, bit for bit
+        return whole
     local = torch.stack(norms).double() if norms else torch.zeros(1, dtype=torch.float64, device=device)
     if math.isinf(norm_type):
         total = local.max()

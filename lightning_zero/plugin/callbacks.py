@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -27,11 +27,14 @@ class ZeroCheckpoint(ModelCheckpoint):
         dirpath: the save directory; `checkpoints/` under the Trainer's `default_root_dir` by default, where a fresh
             process finds it again.
         filename: the tag, as for `ModelCheckpoint`; `"{step}"` by default. A tag that is there already is replaced
-            atomically, unless `enable_version_counter=True` is passed.
+            atomically, unless `enable_version_counter` is set.
         keep_last: keep this many of the newest tags of `dirpath` (and the best by `monitor`, if one is given), and
             remove older ones; None: as `save_top_k` says.
         keep_every_n_steps: tags whose step is a multiple of it are never removed.
-        **kwargs: `ModelCheckpoint`'s own.
+        monitor: as for `ModelCheckpoint`, like all that follow.
+        save_top_k: by default 1; all, where tags are kept by number and nothing is monitored.
+        enable_version_counter: save a tag that is there already as another, `-v1`.
+        **kwargs: `ModelCheckpoint`'s other arguments.
 
     Raises:
         ValueError: a number to keep is less than 1.
@@ -44,6 +47,9 @@ class ZeroCheckpoint(ModelCheckpoint):
         *,
         keep_last: int | None = None,
         keep_every_n_steps: int | None = None,
+        monitor: str | None = None,
+        save_top_k: int | None = None,
+        enable_version_counter: bool = False,
         **kwargs: Any,
     ) -> None:
         for name, value in (("keep_last", keep_last), ("keep_every_n_steps", keep_every_n_steps)):
@@ -51,10 +57,16 @@ class ZeroCheckpoint(ModelCheckpoint):
                 raise ValueError(f"{name} must be at least 1, or None, not {value}")
         self.keep_last = keep_last
         self.keep_every_n_steps = keep_every_n_steps
-        kwargs.setdefault("enable_version_counter", False)
-        if self._retains and kwargs.get("monitor") is None:
-            kwargs.setdefault("save_top_k", -1)
-        super().__init__(dirpath, filename or "{step}", **kwargs)
+        if save_top_k is None:
+            save_top_k = -1 if self._retains and monitor is None else 1
+        super().__init__(
+            dirpath,
+            filename or "{step}",
+            monitor=monitor,
+            save_top_k=save_top_k,
+            enable_version_counter=enable_version_counter,
+            **kwargs,
+        )
 
     @property
     def _retains(self) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
 from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint.integrity import Depth
 from lightning_zero.checkpoint.load import Checkpoint, is_checkpoint, resolve
 from lightning_zero.checkpoint.save import RankContent, SaveReport, SharedContent, save_checkpoint
 
@@ -51,9 +52,9 @@ class ZeroCheckpointIO(TorchCheckpointIO):
             power cut doesn't matter.
     """
 
-    def __init__(self, *, verify: Literal["none", "sizes", "full"] = "sizes", fsync: bool = True) -> None:
+    def __init__(self, *, verify: Depth = "sizes", fsync: bool = True) -> None:
         super().__init__()
-        if verify not in ("none", "sizes", "full"):
+        if verify not in get_args(Depth):
             raise ValueError(f'verify must be "none", "sizes" or "full", not {verify!r}')
         self.verify = verify
         self.fsync = fsync
@@ -84,7 +85,7 @@ class ZeroCheckpointIO(TorchCheckpointIO):
         """Load a directory (a tag's, or a save directory, whose `latest` then decides) or a plain file."""
         if not is_checkpoint(path):
             return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only)
-        source = Checkpoint(resolve(path), verify=self.verify)
+        source = Checkpoint(resolve(path, verify=self.verify), verify=self.verify)
         return LoadedCheckpoint(source.lightning_checkpoint(weights_only=weights_only is not False), source)
 
     @override

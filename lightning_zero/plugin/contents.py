@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from lightning_zero.checkpoint.manifest import Entry, OptimizerEntry, StoredValue
+from lightning_zero.checkpoint.manifest import Entry, OptimizerEntry, Role, StoredValue
 from lightning_zero.checkpoint.save import RankContent, SharedContent, TensorToSave
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import UnsupportedModelError
@@ -48,9 +48,7 @@ def contents(
     state_dict: Mapping[str, Any] = checkpoint["state_dict"]
     live = {_memory(parameter): parameter for parameter in module.parameters()}
     owned = {slot.parameter for bucket in partition.buckets for slot in bucket.slots} if partition else set()
-    buffers = {id(buffer.untyped_storage()) for buffer in module.buffers()}
-    buffer_memory = {_memory(buffer) for buffer in module.buffers()}
-    del buffers
+    buffers = {_memory(buffer) for buffer in module.buffers()}
 
     entries: list[Entry] = []
     aliases: dict[str, str] = {}
@@ -64,11 +62,11 @@ def contents(
         if parameter in stored_names:
             aliases[name] = stored_names[parameter]
             continue
-        role = "given"
+        role: Role = "given"
         if parameter is not None:
             stored_names[parameter] = name
             role = "parameter" if parameter in owned else "given" if parameter.requires_grad else "frozen"
-        elif _memory(value) in buffer_memory:
+        elif _memory(value) in buffers:
             role = "buffer"
         entries.append(Entry(name, tuple(value.shape), str(value.dtype).removeprefix("torch."), role))
         if parameter is not None and role != "parameter":

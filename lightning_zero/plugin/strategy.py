@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
@@ -36,17 +35,19 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_zero.checkpoint.export import convert_zero_checkpoint_to_fp32_state_dict
+from lightning_zero.checkpoint.integrity import Depth
 from lightning_zero.checkpoint.load import is_checkpoint, resolve
 from lightning_zero.engine.collectives import Collectives, collectives_for
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
-from lightning_zero.errors import UnsupportedModelError, ZeroError
+from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError, ZeroError
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ShardedCheckpoint, ZeroCheckpointIO
 from lightning_zero.plugin.contents import contents
 from lightning_zero.plugin.loader_state import finish_epochs
@@ -54,6 +55,7 @@ from lightning_zero.plugin.precision import route_clipping
 from lightning_zero.plugin.random_state import set_random_state
 
 _T = TypeVar("_T")
+_CLIENT_STATE = "lightning_zero_client_state"
 
 
 class ZeroStrategy(DDPStrategy):
@@ -145,6 +147,14 @@ class ZeroStrategy(DDPStrategy):
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
         self._checkpoint_io = io
+
+    @property
+    def _verify(self) -> Depth:
+        """How sound a checkpoint has to be for it to be chosen."""
+        innermost: CheckpointIO | None = self.checkpoint_io
+        while isinstance(innermost, _WrappingCheckpointIO):
+            innermost = innermost.checkpoint_io
+        return innermost.verify if isinstance(innermost, ZeroCheckpointIO) else "sizes"
 
     @property
     @override
@@ -354,6 +364,96 @@ class ZeroStrategy(DDPStrategy):
         sharded = ShardedCheckpoint(checkpoint, content, shared, self._control_group, update_latest=update_latest)
         self.checkpoint_io.save_checkpoint(sharded, path, storage_options=storage_options)
 
+    def save_zero_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> None:
+        """Save everything under `save_dir/tag`, as DeepSpeed's `save_checkpoint` does. Called on every rank.
+
+        Args:
+            save_dir: the save directory.
+            tag: `global_step{N}` by default; the same on every rank.
+            client_state: what `load_zero_checkpoint` is to give back: plain values and tensors.
+            save_latest: let `latest` name the tag.
+            exclude_frozen_parameters: leave out what isn't trained; such a checkpoint is loaded with
+                `load_module_strict=False`.
+
+        Raises:
+            TagMismatchError: the ranks gave different tags.
+            CheckpointWriteError: a rank could not write its part; nothing has changed.
+        """
+        trainer = self._trainer
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        checkpoint[_CLIENT_STATE] = dict(client_state or {})
+        if exclude_frozen_parameters:
+            frozen = {name for name, p in trainer.lightning_module.named_parameters() if not p.requires_grad}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        self._save(
+            checkpoint, Path(save_dir) / (tag or f"global_step{trainer.global_step}"), None, update_latest=save_latest
+        )
+
+    def load_zero_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[[dict[str, Any], Module], object] | None = None,
+    ) -> tuple[str | None, dict[str, Any]]:
+        """Load into the live module, optimizers and schedulers, as DeepSpeed's does. Called on every rank.
+
+        Args:
+            load_dir: the save directory, or one tag's.
+            tag: by default the one that `latest` names.
+            load_module_strict: if False, names that only one side has are warned of and passed over.
+            load_optimizer_states: the optimizers' states and hyper-parameters too.
+            load_lr_scheduler_states: the schedulers' too.
+            load_module_only: neither of both.
+            custom_load_fn: called with the state dict and the module, instead of `module.load_state_dict`.
+
+        Returns:
+            The tag's directory, and the client state that was saved with it; `(None, {})`, with a warning, where
+            there is no checkpoint.
+
+        Raises:
+            CheckpointNotFoundError: the tag that was asked for isn't there, or no tag is sound.
+            CheckpointMismatchError: the checkpoint doesn't fit the module or its optimizers.
+        """
+        module = self._trainer.lightning_module
+
+        def choose() -> str | None:
+            there = tag is not None or is_checkpoint(load_dir)
+            return os.fspath(resolve(load_dir, tag, verify=self._verify)) if there else None
+
+        path = self._rank_zero_decides(choose)
+        if path is None:
+            rank_zero_warn(f"there is no checkpoint in {load_dir}: nothing is loaded")
+            return None, {}
+
+        def load() -> dict[str, Any]:
+            checkpoint = self.checkpoint_io.load_checkpoint(path)
+            state_dict = checkpoint["state_dict"]
+            if custom_load_fn is not None:
+                custom_load_fn(state_dict, module)
+            else:
+                _load_module(module, state_dict, path, strict=load_module_strict)
+            self._partitioned.load_masters(state_dict)
+            if load_optimizer_states and not load_module_only:
+                self._load_optimizer_states(checkpoint)
+            if load_lr_scheduler_states and not load_module_only:
+                for config, state in zip(self.lr_scheduler_configs, checkpoint.get("lr_schedulers", ()), strict=False):
+                    config.scheduler.load_state_dict(state)
+            client_state: dict[str, Any] = checkpoint.get(_CLIENT_STATE, {})
+            return client_state
+
+        return path, self._all_or_none(load)
+
     def export(self, checkpoint: Mapping[str, Any], path: Path) -> None:
         """Write one fp32 file from Lightning's dict and the live masters. Called on every rank.
 
@@ -378,7 +478,7 @@ class ZeroStrategy(DDPStrategy):
 
         def choose() -> str:
             path = os.fspath(checkpoint_path)
-            return os.fspath(resolve(path)) if is_checkpoint(path) else path
+            return os.fspath(resolve(path, verify=self._verify)) if is_checkpoint(path) else path
 
         path = self._rank_zero_decides(choose)
         checkpoint = self._all_or_none(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
@@ -400,18 +500,22 @@ class ZeroStrategy(DDPStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this rank's part of the optimizer states and masters, whoever saved them: ZeRO or DDP."""
-        states = checkpoint["optimizer_states"]
 
         def load() -> None:
-            if len(states) != len(self.optimizers):
-                raise UnsupportedModelError(
-                    f"the checkpoint has {len(states)} optimizers, configure_optimizers gave {len(self.optimizers)}"
-                )
-            for optimizer, state in zip(self.optimizers, states, strict=True):
-                self._partitioned.load_state(optimizer, state)
             self._partitioned.load_masters(checkpoint["state_dict"])
+            self._load_optimizer_states(checkpoint)
 
         self._all_or_none(load)
+
+    def _load_optimizer_states(self, checkpoint: Mapping[str, Any]) -> None:
+        states = checkpoint.get("optimizer_states")
+        if states is None or len(states) != len(self.optimizers):
+            raise CheckpointMismatchError(
+                f"the checkpoint has the states of {len(states or ())} optimizers, configure_optimizers gave "
+                f"{len(self.optimizers)}; load its weights alone (load_module_only=True, or fit without ckpt_path)"
+            )
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            self._partitioned.load_state(optimizer, state)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -429,9 +533,14 @@ class ZeroStrategy(DDPStrategy):
         self._random_state = None
 
     @property
+    def _trainer(self) -> Trainer:
+        if self.lightning_module is None or self.lightning_module._trainer is None:
+            raise UnsupportedModelError("no module is attached to the strategy yet; call this during fit, or after it")
+        return self.lightning_module.trainer
+
+    @property
     def _in_mid_epoch(self) -> bool:
-        assert self.lightning_module is not None
-        progress = self.lightning_module.trainer.fit_loop.epoch_loop.batch_progress
+        progress = self._trainer.fit_loop.epoch_loop.batch_progress
         return progress.current.ready > 0 and not progress.is_last_batch
 
     def _rank_zero_decides(self, decide: Callable[[], _T]) -> _T:
@@ -469,6 +578,15 @@ def _outcome(function: Callable[[], _T]) -> tuple[Exception | None, _T | None]:
         except Exception:
             return RuntimeError(f"{type(error).__name__}: {error}"), None
         return error, None
+
+
+def _load_module(module: Module, state_dict: dict[str, Any], path: str, *, strict: bool) -> None:
+    try:
+        missing, unexpected = module.load_state_dict(state_dict, strict=strict)
+    except RuntimeError as error:
+        raise CheckpointMismatchError(f"{path} doesn't fit the module: {error}") from None
+    if missing or unexpected:
+        rank_zero_warn(f"{path} was loaded in part: missing {list(missing)}, unexpected {list(unexpected)}")
 
 
 def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:

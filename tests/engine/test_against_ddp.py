@@ -228,7 +228,7 @@ def test_a_parameter_without_a_gradient_anywhere_is_not_stepped_and_one_with_a_g
 
 @distributed(world_size=2)
 def test_torchs_own_clipping_on_partitioned_gradients_is_an_error_with_a_way_out():
-    net, _, partition, optimizer = train_side_by_side(OPTIMIZERS["adamw"], stage=2, steps=1)
+    net, _, partition, _optimizer = train_side_by_side(OPTIMIZERS["adamw"], stage=2, steps=1)
     loss_of(net, None).backward()
     partition.flush()
     with pytest.raises(Exception, match="clip_grad_norm_"):
@@ -270,7 +270,7 @@ def test_masters_of_a_16_bit_model_accumulate_what_16_bits_lose():
 
 @distributed(world_size=2)
 def test_full_state_is_put_together_from_all_ranks():
-    net, reference, partition, optimizer = train_side_by_side(OPTIMIZERS["adamw"], stage=1)
+    net, reference, partition, _optimizer = train_side_by_side(OPTIMIZERS["adamw"], stage=1)
     for parameter, other in zip(net.parameters(), reference.parameters(), strict=True):
         if parameter.numel():
             state = partition.full_state(parameter)

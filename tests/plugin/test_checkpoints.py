@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroStrategy
+from lightning_zero.errors import CheckpointMismatchError, CheckpointNotFoundError, TagMismatchError
 from tests.launch import distributed, run_ranks
 from tests.models import Data, Model, fit, quiet_trainer
 
@@ -259,7 +261,7 @@ def test_a_tag_that_is_there_is_replaced(tmp_path):
 
 @distributed(world_size=1, process_group=False)
 def test_last_starts_afresh_where_there_is_nothing(tmp_path):
-    model, trainer = fit(
+    _model, trainer = fit(
         strategy=ZeroStrategy(),
         world_size=1,
         max_steps=2,
@@ -321,3 +323,57 @@ def test_a_torn_latest_falls_back_to_the_newest_sound_tag(tmp_path):
     resumed = run_ranks(train, 2, tmp_path, 2, max_steps=12, resume=True, every=100, process_group=False)
     assert all(len(rank["losses"]) == 7 for rank in resumed)
     assert (tmp_path / "step=10.ckpt").exists()
+
+
+class DeepSpeedStyle(Callback):
+    """Saves and loads by tags in the middle of a fit."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def on_train_batch_end(self, trainer, module, *args):
+        strategy, step = trainer.strategy, trainer.global_step
+        if step == 1:
+            assert strategy.load_zero_checkpoint(self.directory) == (None, {})
+        if step == 2:
+            self.saved = take_state(trainer, module)
+            strategy.save_zero_checkpoint(self.directory, client_state={"epoch": 7, "global_step": "mine"})
+            strategy.save_zero_checkpoint(
+                self.directory, "light", save_latest=False, exclude_frozen_parameters=True, client_state=None
+            )
+        if step == 4:
+            assert not torch.equal(
+                take_state(trainer, module)["into.weight"]["param"], self.saved["into.weight"]["param"]
+            )
+            path, client_state = strategy.load_zero_checkpoint(self.directory)
+            assert Path(path).name == "global_step2"
+            assert client_state == {"epoch": 7, "global_step": "mine"}
+            assert trainer.global_step == 4
+            assert_same(take_state(trainer, module), self.saved)
+            with pytest.raises(CheckpointNotFoundError, match="global_step3"):
+                strategy.load_zero_checkpoint(self.directory, "global_step3")
+            with pytest.raises(CheckpointMismatchError, match="frozen"):
+                strategy.load_zero_checkpoint(self.directory, "light")
+            warned = pytest.warns(UserWarning, match=r"missing .*frozen") if trainer.is_global_zero else nullcontext()
+            with warned:
+                strategy.load_zero_checkpoint(self.directory, "light", load_module_strict=False)
+            with pytest.raises(TagMismatchError, match="rank 1: 'mine1'"):
+                strategy.save_zero_checkpoint(self.directory, f"mine{trainer.global_rank}")
+
+
+def take_state(trainer, module):
+    return Snapshot()._take(trainer, module)
+
+
+@distributed(world_size=2, process_group=False)
+def test_checkpoints_are_saved_and_loaded_by_tags_as_deepspeed_users_know_it(tmp_path):
+    for precision in ("32-true", "bf16-true"):
+        directory = tmp_path / precision
+        fit(
+            strategy=ZeroStrategy(),
+            world_size=2,
+            max_steps=5,
+            callbacks=[DeepSpeedStyle(directory)],
+            precision=precision,
+        )
+        assert (directory / "latest").read_text() == "global_step2"

@@ -147,7 +147,7 @@ def test_a_wrong_argument_is_refused_with_the_valid_ones(options, message):
 def test_lbfgs_is_refused_with_a_reason_and_a_way_out():
     from lightning_zero.engine.optimizer import policy_for
 
-    with pytest.raises(ValueError, match="LBFGS can't be partitioned.*Use DDPStrategy"):
+    with pytest.raises(ValueError, match=r"LBFGS can't be partitioned.*Use DDPStrategy"):
         policy_for(torch.optim.LBFGS([nn.Parameter(torch.zeros(1))]), "auto")
 
 
