@@ -54,7 +54,8 @@ class Piece:
     segment: Segment
     offset: int
     """Where the segment begins in this rank's shard."""
-    master: Tensor
+    master: Parameter
+    """A `Parameter`, since an optimizer may ask whether it requires a gradient."""
 
 
 class ParameterBucket:
@@ -71,6 +72,7 @@ class ParameterBucket:
         self, plan: Bucket, parameters: Mapping[str, Parameter], collectives: Collectives, *, whole: bool
     ) -> None:
         self.plan = plan
+        self.whole = whole or collectives.world_size == 1
         self._collectives = collectives
         self.slots = [
             Slot(spec.name, parameters[spec.name], offset)
@@ -90,7 +92,7 @@ class ParameterBucket:
             master = self._masters[offset - low : offset - low + segment.numel]
             if whole and slot.parameter.dim() > 0:
                 master = master.view(slot.parameter.shape)
-            self.pieces.append(Piece(slot, segment, offset - low, master))
+            self.pieces.append(Piece(slot, segment, offset - low, Parameter(master)))
 
     @property
     def _shard(self) -> Tensor:
@@ -137,6 +139,15 @@ class ParameterBucket:
         else:
             flat = whole.to_dense().reshape(-1) if whole.is_sparse else whole.reshape(-1)
         return flat.view(piece.master.shape).to(self.master_dtype)
+
+    def part_from_others(self) -> None:
+        """Give a parameter that was pointed at other memory a copy of its own: it may be another parameter's.
+
+        To be done for all buckets before any of them takes over what was written outside.
+        """
+        for slot in self.slots:
+            if slot.pointer and slot.parameter.data_ptr() != slot.pointer:
+                slot.parameter.data = slot.parameter.data.clone()
 
     @torch.no_grad()
     def take_over_outside_writes(self) -> None:

@@ -24,6 +24,8 @@ class BufferPool:
             whole = min(fitting, key=Tensor.numel)
             self._free = [buffer for buffer in self._free if buffer is not whole]
         else:
+            # Those that are too small would never be taken again by the larger ones to come: let them go.
+            self._free = [buffer for buffer in self._free if buffer.dtype != dtype or buffer.device != device]
             whole = torch.empty(numel, dtype=dtype, device=device)
         lent = whole[:numel]
         self._lent[id(lent)] = (lent, whole)
@@ -34,3 +36,7 @@ class BufferPool:
         _, whole = self._lent.pop(id(lent), (lent, None))
         if whole is not None:
             self._free.append(whole)
+
+    def clear(self) -> None:
+        """Let go of everything that isn't lent."""
+        self._free.clear()

@@ -2,23 +2,30 @@
 
 [Note: the way of a gradient]
 Backward accumulates a parameter's gradient; a hook moves it into its bucket's buffer, divided by the number of
-ranks, and frees it. A full bucket is reduce-scattered while backward goes on: always in the order of the buckets,
-so that all ranks issue the same collectives. When backward is over, `flush` sends what is left, and `finish`
-waits: each rank's shard of the averaged gradient stands. A second backward adds to the shards.
+ranks, and frees it. A full bucket is reduce-scattered while backward goes on. When backward is over, `flush` sends
+what is left, and `finish` waits: each rank's shard of the averaged gradient stands. A second backward adds to it.
 
 From then on `parameter.grad` is a *stand-in*: it has the shape and takes no memory, and being there says that the
 segments hold a gradient. So whatever drops or zeroes gradients (`optimizer.zero_grad()`, `module.zero_grad()`,
 `parameter.grad = None`) does what it says, and whoever wants to compute with a gradient that isn't there gets an
 error with a way out, never a silent nothing.
 
-| `parameter.grad` before backward | what the new gradient does to the segments |
-|----------------------------------|--------------------------------------------|
-| None                             | replaces what they hold                    |
-| a tensor (stage 1, accumulating) | goes there as it is, with what it has      |
-| the stand-in                     | adds to what they hold                     |
+| `parameter.grad` when a gradient comes | what it does to the segments       |
+|----------------------------------------|------------------------------------|
+| None                                   | replaces what they hold            |
+| a tensor (stage 1, accumulating)       | replaces it, with what is in there |
+| the stand-in                           | adds to what they hold             |
 
 At stage 1 under `no_sync` a gradient stays whole in `parameter.grad` (or with the stand-in) and is reduced once.
 With one rank no gradient moves anywhere: the segments' gradients are views of `parameter.grad`.
+
+[Note: the same collectives on every rank]
+What a rank sends must not depend on which gradients it has: another may have others. So between two flushes every
+rank sends every bucket that has a parameter to train, once and in the same order, full of zeros if need be. What
+comes for a bucket that is gone already (a second backward that nobody flushed, a layer that runs again in a reentrant
+checkpoint) waits for the flush, which then goes round once more. The order is learned: after the first backward all
+take the order in which rank 0's buckets were full, so that buckets leave, and gradients are freed, as backward goes,
+whatever order the module defines its layers in.
 
 Which parameters had a gradient on *any* rank is agreed on at each flush where that is cheap or asked for
 (`find_unused_parameters`): a parameter without one on every rank must keep `None`, or AdamW would decay it.
@@ -73,7 +80,7 @@ class PartitionedGradient(torch.Tensor):
     ) -> Any:
         self = args[0]
         if func is torch.ops.aten.add_.Tensor and isinstance(self, cls):
-            self.pending = args[1] if self.pending is None else self.pending + args[1]
+            self._add(args[1], **(kwargs or {}))
             return self
         if func is torch.ops.aten.zero_.default:
             self._zero()
@@ -86,11 +93,18 @@ class PartitionedGradient(torch.Tensor):
             return self
         names = [tensor._name for tensor in _flatten(args) if isinstance(tensor, cls)]
         raise UnsupportedModelError(
-            f"the gradient of {names[0]!r} is partitioned over the ranks; no rank holds it whole ({func}). "
-            "Clip with Trainer(gradient_clip_val=...), self.clip_gradients(optimizer, ...) or "
+            f"the gradient of {names[0]!r} is partitioned over the ranks; no rank holds it whole, and {func} can't "
+            "be done with it. Clip with Trainer(gradient_clip_val=...), self.clip_gradients(optimizer, ...) or "
             "self.trainer.strategy.clip_grad_norm_(max_norm); self.trainer.strategy.grad_norm() is the global norm; "
             "strategy.segments(optimizer) gives what this rank owns"
         )
+
+    def _add(self, other: Tensor | float, alpha: float = 1) -> None:
+        addend = torch.as_tensor(other, dtype=self.dtype, device=self.device)
+        addend = addend.to_dense() if addend.is_sparse else addend.expand(self.shape)
+        if alpha != 1:
+            addend = addend * alpha
+        self.pending = addend if self.pending is None else self.pending + addend
 
     def _zero(self) -> None:
         self.pending = None
@@ -135,15 +149,19 @@ class GradientReducer:
         self._sync = True
         self._pool = BufferPool()
         self._buckets: list[ParameterBucket] = []
-        self._slots: dict[str, tuple[ParameterBucket, Slot]] = {}
+        self._slots: dict[str, tuple[int, Slot]] = {}
         self._stand_ins: dict[str, PartitionedGradient] = {}
         self._hooks: list[RemovableHandle] = []
-        self._in_flight: list[tuple[Pending, Tensor]] = []
+        self._in_flight: list[tuple[Pending, Tensor, ParameterBucket]] = []
         self._buffers: dict[int, Tensor] = {}
-        # Of the backward under way:
-        self._arrived: set[str] = set()
-        self._missing: list[int] = []
-        self._next = 0
+        self._order: list[int] = []
+        self._order_is_learned = False
+        # Since the last flush:
+        self._open = False
+        self._queue: list[int] = []
+        self._sent = 0
+        self._missing: dict[int, int] = {}
+        self._full: list[int] = []
         self.add(buckets)
 
     def add(self, buckets: Sequence[ParameterBucket]) -> None:
@@ -152,9 +170,11 @@ class GradientReducer:
         self._buckets += buckets
         if self._collectives.world_size == 1:
             return
+        self._order += range(first, len(self._buckets))
+        self._order_is_learned = False
         for index, bucket in enumerate(buckets, first):
             for slot in bucket.slots:
-                self._slots[slot.name] = (bucket, slot)
+                self._slots[slot.name] = (index, slot)
                 self._stand_ins[slot.name] = PartitionedGradient.of(slot, self)
                 self._hooks.append(self._hook(index, slot))
 
@@ -179,6 +199,7 @@ class GradientReducer:
         self._hooks.clear()
         self._in_flight.clear()
         self._buffers.clear()
+        self._pool.clear()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -189,126 +210,171 @@ class GradientReducer:
         finally:
             self._sync = before
 
+    # --- while backward goes on ---
+
     def _on_gradient(self, index: int, slot: Slot) -> None:
         if not self._sync:
             return
-        if slot.name in self._arrived:
-            self.flush()  # a second backward has begun, and nobody has told us of the first one's end
-        if not self._arrived:
-            self._next = 0
-            self._missing = [sum(slot.parameter.requires_grad for slot in bucket.slots) for bucket in self._buckets]
-        self._deposit(index, slot)
-        self._missing[index] -= 1
-        while self._next < len(self._buckets) and self._missing[self._next] <= 0:
-            if self._next in self._buffers:
-                self._launch(self._next)
-            self._next += 1
+        if not self._open:
+            self._begin()
+        if index in self._queue[: self._sent]:
+            return  # too late: it waits where it is for the flush
+        self._missing[index] -= not slot.deposited
+        self._deposit(index, slot, own_memory=True)
+        if self._missing[index] == 0:
+            self._full.append(index)
+        while self._sent < len(self._queue) and self._missing[self._queue[self._sent]] <= 0:
+            self._send_next()
+
+    def _begin(self) -> None:
+        self._open = True
+        self._sent = 0
+        self._full = []
+        self._missing = {
+            index: sum(slot.parameter.requires_grad for slot in bucket.slots)
+            for index, bucket in enumerate(self._buckets)
+        }
+        self._queue = [
+            index
+            for index in self._order
+            if self._missing[index] or any(_local_gradient(slot) is not None for slot in self._buckets[index].slots)
+        ]
 
     @torch.no_grad()
-    def _deposit(self, index: int, slot: Slot) -> None:
+    def _deposit(self, index: int, slot: Slot, *, own_memory: bool) -> None:
         """Move a gradient from its parameter into the bucket's buffer; the parameter keeps the stand-in."""
-        bucket, gradient = self._buckets[index], slot.parameter.grad
-        slot.continues = isinstance(gradient, PartitionedGradient)
-        if isinstance(gradient, PartitionedGradient):
-            stand_in, gradient = gradient, gradient.pending
-            stand_in.pending = None
+        gradient, bucket = _local_gradient(slot), self._buckets[index]
         if gradient is None:
             return
-        slot.parameter.grad = self._stand_ins[slot.name]
+        onto_stand_in = isinstance(slot.parameter.grad, PartitionedGradient)
+        joins = onto_stand_in and slot.deposited
+        slot.continues = slot.continues if joins else onto_stand_in
         slot.deposited = True
-        self._arrived.add(slot.name)
+        self._install_stand_in(slot)
         dtype = self._reduce_dtype or bucket.dtype
         share = 1.0 / self._collectives.world_size
         flat = (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
-        if not slot.continues and flat.numel() == bucket.plan.numel and flat.dtype == dtype:
-            # It fills the bucket alone: its own memory is the buffer. (What came onto a stand-in may be shared.)
-            self._buffers[index] = flat.mul_(share)
+        fills_bucket = flat.numel() == bucket.plan.numel and flat.dtype == dtype
+        if fills_bucket and own_memory and not onto_stand_in and index not in self._buffers:
+            self._buffers[index] = flat.mul_(share)  # its own memory is the buffer
             return
         region = self._buffer(index)[slot.offset : slot.offset + flat.numel()]
-        if flat.dtype == dtype:
+        if joins:
+            region.add_(flat.to(dtype), alpha=share)
+        elif flat.dtype == dtype:
             torch.mul(flat, share, out=region)
         else:
             region.copy_(flat).mul_(share)
+
+    def _install_stand_in(self, slot: Slot) -> None:
+        stand_in = self._stand_ins[slot.name]
+        stand_in.pending = None
+        slot.parameter.grad = stand_in
 
     def _buffer(self, index: int) -> Tensor:
         if index not in self._buffers:
             self._wait(keep=_IN_FLIGHT - 1)
             bucket = self._buckets[index]
-            self._buffers[index] = self._pool.take(bucket.plan.numel, self._reduce_dtype or bucket.dtype, bucket.device)
+            dtype = self._reduce_dtype or bucket.dtype
+            self._buffers[index] = self._pool.take(bucket.plan.numel, dtype, bucket.device)
         return self._buffers[index]
 
     @torch.no_grad()
-    def _launch(self, index: int) -> None:
+    def _send_next(self) -> None:
+        index = self._queue[self._sent]
+        self._sent += 1
         bucket, buffer = self._buckets[index], self._buffer(index)
         del self._buffers[index]
         for slot in bucket.slots:
-            if not slot.deposited:
+            holds = isinstance(slot.parameter.grad, PartitionedGradient)
+            if not slot.deposited or not holds:  # none has come, or it was dropped again
                 buffer[slot.offset : slot.offset + slot.parameter.numel()].zero_()
-                slot.continues = isinstance(slot.parameter.grad, PartitionedGradient)
+                slot.continues = holds
             slot.deposited = False
         fresh = [piece for piece in bucket.pieces if not piece.slot.continues]
         accumulate = len(fresh) < len(bucket.pieces)
+        self._wait(keep=_IN_FLIGHT - 1, bucket=bucket)
         if accumulate:
             for piece in fresh:
                 bucket.gradient[piece.offset : piece.offset + piece.segment.numel].zero_()
-        self._wait(keep=_IN_FLIGHT - 1)
         pending = self._collectives.reduce_scatter(buffer, bucket.plan.bounds, bucket.gradient, accumulate=accumulate)
-        self._in_flight.append((pending, buffer))
+        self._in_flight.append((pending, buffer, bucket))
 
-    def _wait(self, keep: int) -> None:
-        """Wait for the oldest reductions until at most `keep` are under way."""
-        while len(self._in_flight) > keep:
-            pending, buffer = self._in_flight.pop(0)
+    def _wait(self, keep: int, bucket: ParameterBucket | None = None) -> None:
+        """Wait for the oldest reductions until at most `keep` are under way, and none of `bucket`."""
+        while len(self._in_flight) > keep or any(target is bucket for _, _, target in self._in_flight):
+            pending, buffer, _ = self._in_flight.pop(0)
             with torch.no_grad():
                 pending.wait()
             self._pool.give_back(buffer)
 
-    def flush(self) -> None:
-        """Send what the last backward left: buckets that lack a gradient, and gradients that came without a hook.
+    # --- when it is over ---
 
-        A collective: every rank calls it at the same points, as it does all that leads to it.
-        """
+    def flush(self) -> None:
+        """A backward is over on every rank: send what it left. A collective."""
         if self._sync and self._collectives.world_size > 1:
             self._flush()
 
     def finish(self) -> None:
-        """Return when every gradient that was accumulated so far stands in its segments."""
-        if self._collectives.world_size > 1:
+        """Return when every gradient that was accumulated so far stands in its segments. A collective."""
+        if self._collectives.world_size == 1:
+            return
+        left = self._open or any(_local_gradient(slot) is not None for _, slot in self._slots.values())
+        if self._agreed([left])[0]:
             self._flush()
-            self._wait(keep=0)
+        self._wait(keep=0)
 
     def _flush(self) -> None:
-        for index, bucket in enumerate(self._buckets):
-            for slot in bucket.slots:
-                gradient = slot.parameter.grad
-                if isinstance(gradient, PartitionedGradient):
-                    gradient = gradient.pending
-                if gradient is not None:
-                    self._deposit(index, slot)
-        arrived = self._arrived_anywhere()
-        for index, bucket in enumerate(self._buckets):
-            sent = not any(slot.deposited for slot in bucket.slots) and any(
-                slot.name in self._arrived for slot in bucket.slots
-            )
-            if not sent and any(slot.name in arrived for slot in bucket.slots):
-                self._launch(index)
-        for name in arrived:
-            self._slots[name][1].parameter.grad = self._stand_ins[name]
-        self._arrived.clear()
+        late = True
+        while late:
+            if not self._open:
+                self._begin()
+            unsent = set(self._queue[self._sent :])
+            for index, slot in self._slots.values():
+                if index in unsent:
+                    self._deposit(index, slot, own_memory=False)
+            while self._sent < len(self._queue):
+                self._send_next()
+            if not self._order_is_learned:
+                self._learn_order()
+            self._open = False
+            slots = [slot for _, slot in self._slots.values()]
+            late = any(_local_gradient(slot) is not None for slot in slots)
+            *held, late = self._agreed([*(slot.parameter.grad is not None for slot in slots), late])
+            for slot, held_anywhere in zip(slots, held, strict=True):
+                if held_anywhere and slot.parameter.grad is None:
+                    self._install_stand_in(slot)
 
-    def _arrived_anywhere(self) -> set[str]:
-        """The parameters that had a gradient on any rank, as far as the ranks are to agree on it."""
+    def _agreed(self, flags: Sequence[bool]) -> list[bool]:
+        """Each flag that is set on any rank, as far as the ranks are to agree on it."""
         if not self._agree or not self._slots:
-            return set(self._arrived)
-        flags = torch.tensor([name in self._arrived for name in self._slots], dtype=torch.uint8)
-        flags = flags.to(self._buckets[0].device)
-        self._collectives.all_reduce(flags, dist.ReduceOp.MAX)
-        return {name for name, flag in zip(self._slots, flags.tolist(), strict=True) if flag}
+            return list(flags)
+        tensor = torch.tensor(flags, dtype=torch.uint8).to(self._buckets[0].device)
+        self._collectives.all_reduce(tensor, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in tensor.tolist()]
+
+    def _learn_order(self) -> None:
+        self._order_is_learned = True
+        if self._buckets:
+            order = [*self._full, *(index for index in self._order if index not in self._full)]
+            tensor = torch.tensor(order).to(self._buckets[0].device)
+            self._collectives.broadcast(tensor).wait()
+            self._order = tensor.tolist()
 
     def zero(self, name: str) -> None:
-        """Set what the segments hold of one parameter's gradient to zero."""
+        """Set what is held of one parameter's gradient to zero."""
         self._wait(keep=0)
-        bucket, slot = self._slots[name]
+        index, slot = self._slots[name]
+        bucket = self._buckets[index]
+        if slot.deposited:
+            self._buffers[index][slot.offset : slot.offset + slot.parameter.numel()].zero_()
+            slot.continues = False
         for piece in bucket.pieces:
             if piece.slot is slot:
                 bucket.gradient[piece.offset : piece.offset + piece.segment.numel].zero_()
+
+
+def _local_gradient(slot: Slot) -> Tensor | None:
+    """What this rank alone has of a parameter's gradient: not in its bucket, nor in the segments."""
+    gradient = slot.parameter.grad
+    return gradient.pending if isinstance(gradient, PartitionedGradient) else gradient

@@ -113,6 +113,7 @@ class SegmentedOptimizer:
         self.optimizer = optimizer
         self._reducer = reducer
         self._pieces: dict[Parameter, tuple[ParameterBucket, Piece]] = {}
+        self._sources: dict[Piece, tuple[Tensor | None, int]] = {}
         self.buckets: list[ParameterBucket] = []
         self.add(buckets)
         self._user_step = optimizer.step
@@ -127,16 +128,36 @@ class SegmentedOptimizer:
             self._user_add_param_group(param_group)
             on_new_parameters()
 
+        @functools.wraps(optimizer.state_dict)
+        def state_dict(_: Optimizer) -> dict[str, Any]:
+            return self.state_dict()
+
+        @functools.wraps(optimizer.load_state_dict)
+        def load_state_dict(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            self.load_state(state_dict)
+
         # Bound methods, since a learning-rate scheduler that is made later wraps `step.__func__`.
         optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
         optimizer.add_param_group = types.MethodType(add_param_group, optimizer)  # type: ignore[method-assign]
+        # These two stay after `detach`: so does the state, with the masters for its keys.
+        optimizer.state_dict = types.MethodType(state_dict, optimizer)  # type: ignore[method-assign]
+        optimizer.load_state_dict = types.MethodType(load_state_dict, optimizer)  # type: ignore[method-assign]
 
     def add(self, buckets: Sequence[ParameterBucket]) -> None:
-        """Take in the buckets of a param group that was added."""
+        """Take in the buckets of a param group that was added, and cut the state that the optimizer came with."""
         self.buckets += buckets
+        state = self.optimizer.state
         for bucket in buckets:
             for piece in bucket.pieces:
                 self._pieces[piece.slot.parameter] = (bucket, piece)
+                for key, value in state.get(piece.slot.parameter, {}).items():
+                    state[piece.master][key] = _part_of(value, key, piece, type(self.optimizer).__name__)
+            for slot in bucket.slots:
+                state.pop(slot.parameter, None)
+
+    def holds(self, bucket: ParameterBucket) -> bool:
+        """Whether the bucket is among this optimizer's."""
+        return bucket in self.buckets
 
     def detach(self) -> None:
         """Give the optimizer its own methods back."""
@@ -162,7 +183,10 @@ class SegmentedOptimizer:
             yield piece
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the state, in torch's format: parameters are numbered, group by group."""
+        """This rank's part of the state, in torch's format: parameters are numbered, group by group.
+
+        The state of a parameter that this rank owns whole has the parameter's shape; a part of one is flat.
+        """
         groups, state, count = [], {}, 0
         for group in self.optimizer.param_groups:
             indices = list(range(count, count + len(group["params"])))
@@ -170,7 +194,13 @@ class SegmentedOptimizer:
             groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": indices})
             for index, parameter in zip(indices, group["params"], strict=True):
                 for piece in self._owned([parameter]):
-                    state[index] = dict(self.optimizer.state.get(piece.master, {}))
+                    shape = parameter.shape if piece.segment.numel == parameter.numel() else piece.master.shape
+                    state[index] = {
+                        key: value.view(shape)
+                        if isinstance(value, Tensor) and value.shape == piece.master.shape
+                        else value
+                        for key, value in self.optimizer.state.get(piece.master, {}).items()
+                    }
         return {"state": state, "param_groups": groups}
 
     def _owned(self, parameters: Iterable[Parameter]) -> Iterator[Piece]:
@@ -183,10 +213,11 @@ class SegmentedOptimizer:
         self._reducer.finish()
         gradients = []
         for bucket, piece in self._in_group_order():
-            if piece.slot.parameter.grad is None:
-                piece.master.grad = None
-            elif piece.master.grad is None:
+            whole = piece.slot.parameter.grad
+            seen, version = self._sources.get(piece, (None, 0))
+            if whole is None or whole is not seen or whole._version != version:
                 piece.master.grad = bucket.segment_gradient(piece)
+                self._sources[piece] = (whole, whole._version if whole is not None else 0)
             if piece.master.grad is not None:
                 gradients.append(piece.master.grad)
         return gradients
@@ -197,6 +228,8 @@ class SegmentedOptimizer:
             with torch.enable_grad():
                 result = closure()
             args = (lambda: result, *args)
+        for bucket in self.buckets:
+            bucket.part_from_others()
         for bucket in self.buckets:
             bucket.take_over_outside_writes()
         self.gradients()
@@ -210,6 +243,7 @@ class SegmentedOptimizer:
 
     def drop_gradients(self) -> None:
         """Let go of the masters' gradients; they are taken from the parameters' again when they are asked for."""
+        self._sources.clear()
         for _, piece in self._pieces.values():
             piece.master.grad = None
 
@@ -218,7 +252,10 @@ class SegmentedOptimizer:
         groups = self.optimizer.param_groups
         parameters = [group["params"] for group in groups]
         for group in groups:
-            group["params"] = [piece.master for piece in self._owned(group["params"])]
+            pieces = list(self._owned(group["params"]))
+            for piece in pieces:
+                piece.master.__dict__.update(piece.slot.parameter.__dict__)  # what a user has hung on the parameter
+            group["params"] = [piece.master for piece in pieces]
         try:
             yield
         finally:

@@ -74,8 +74,11 @@ class Partition:
         for index, optimizer in enumerate(self._optimizers):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    if parameter not in self._by_parameter:
+                    bucket = self._by_parameter.get(parameter)
+                    if bucket is None:
                         holders.setdefault(parameter, []).append(index)
+                    elif not self._segmented[index].holds(bucket):
+                        self._share(bucket, index)
         names = self._names(holders)
         # Backward reaches the last parameters first. What shares a bucket must share dtype, device and optimizers.
         alike: dict[tuple[Any, ...], list[Parameter]] = {}
@@ -84,6 +87,15 @@ class Partition:
             alike.setdefault(key, []).append(parameter)
         for (indices, _, _), parameters in alike.items():
             self._add_buckets(indices, parameters, names)
+
+    def _share(self, bucket: ParameterBucket, index: int) -> None:
+        """Let a further optimizer step on a bucket that others step on already."""
+        if self._policies[index] == "parameter" and not bucket.whole:
+            raise UnsupportedModelError(
+                f"{type(self._optimizers[index]).__name__} needs whole parameters, and was given some that another "
+                'optimizer has in parts; use ZeroStrategy(partition="parameter")'
+            )
+        self._segmented[index].add([bucket])
 
     def _names(self, parameters: Mapping[Parameter, Any]) -> dict[Parameter, str]:
         """The names of the given parameters, in the module's order; those of no module's get one of their own."""
@@ -210,7 +222,7 @@ class Partition:
         pieces = [piece for piece in bucket.pieces if piece.slot.parameter is parameter]
         owner = next(one for one in self._segmented if bucket in one.buckets)
         local: list[tuple[int, dict[str, Any]]] = [
-            (piece.segment.start, {"param": piece.master, **owner.optimizer.state.get(piece.master, {})})
+            (piece.segment.start, _copied({"param": piece.master, **owner.optimizer.state.get(piece.master, {})}))
             for piece in pieces
         ]
         gathered = [part for parts in self._collectives.all_gather_object(local) for part in parts]
@@ -219,7 +231,9 @@ class Partition:
         for key, first in parts[0][1].items() if parts else ():
             values = [state[key] for _, state in parts]
             if isinstance(first, Tensor) and first.shape == parts[0][1]["param"].shape:
-                whole[key] = torch.cat([value.reshape(-1) for value in values]).view(parameter.shape)
+                whole[key] = (
+                    torch.cat([value.reshape(-1) for value in values]).view(parameter.shape).to(parameter.device)
+                )
             else:
                 whole[key] = first
         return whole or {"param": parameter.detach().float()}
@@ -236,3 +250,10 @@ class Partition:
     @property
     def _device(self) -> torch.device:
         return next(iter(self._by_parameter)).device if self._by_parameter else torch.device("cpu")
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """Copies on the CPU: a view would travel with the whole buffer that it is a view of."""
+    return {
+        key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value for key, value in state.items()
+    }

@@ -18,6 +18,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -56,6 +57,16 @@ from lightning_zero.plugin.random_state import set_random_state
 
 _T = TypeVar("_T")
 _CLIENT_STATE = "lightning_zero_client_state"
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Process groups of our own, and the one that they were made in."""
+
+    world: dist.ProcessGroup
+    data: dist.ProcessGroup
+    control: dist.ProcessGroup
+    collectives: Collectives
 
 
 class ZeroStrategy(DDPStrategy):
@@ -130,7 +141,7 @@ class ZeroStrategy(DDPStrategy):
         self._broadcast_buffers = broadcast_buffers
         self._buffers_due = True
         self._partition: Partition | None = None
-        self._groups: tuple[dist.ProcessGroup, Collectives, dist.ProcessGroup] | None = None
+        self._groups: _Groups | None = None
         self._random_state: dict[str, Any] | None = None
 
     # --- plugins ---
@@ -188,6 +199,7 @@ class ZeroStrategy(DDPStrategy):
         _sync_module_states(self.model)
         if fitting:
             self._partition = None
+            self._renew_groups()
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         if fitting:
@@ -215,24 +227,31 @@ class ZeroStrategy(DDPStrategy):
         if self._partition is not None:
             self._partition.rebase()
 
-    def _own_groups(self) -> tuple[dist.ProcessGroup, Collectives, dist.ProcessGroup]:
+    def _renew_groups(self) -> None:
+        """Begin a fit with groups in which nothing is under way: the last one may have ended in an exception."""
+        groups, self._groups = self._groups, None
+        if groups is not None and groups.world is dist.group.WORLD:
+            for group in (groups.data, groups.control):
+                dist.destroy_process_group(group)
+
+    def _own_groups(self) -> _Groups:
         """Groups of our own: Lightning's signal handlers use the default one whenever they like."""
         world = dist.group.WORLD
-        if self._groups is None or self._groups[0] is not world:
+        if self._groups is None or self._groups.world is not world:
             assert world is not None
-            timeout = self._timeout
-            data = dist.new_group(timeout=timeout)
-            self._groups = (world, collectives_for(data), dist.new_group(timeout=timeout, backend="gloo"))
+            data = dist.new_group(timeout=self._timeout)
+            control = dist.new_group(timeout=self._timeout, backend="gloo")
+            self._groups = _Groups(world, data, control, collectives_for(data))
         return self._groups
 
     @property
     def _collectives(self) -> Collectives:
-        return self._own_groups()[1]
+        return self._own_groups().collectives
 
     @property
     def _control_group(self) -> dist.ProcessGroup:
         """For what the ranks tell each other as Python objects; on gloo, so that no device has to stop for it."""
-        return self._own_groups()[2]
+        return self._own_groups().control
 
     @property
     def _partitioned(self) -> Partition:

@@ -1,0 +1,387 @@
+"""What happens to gradients, states and memory off the straight path: each once went wrong, or nearly."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_zero.engine.collectives import collectives_for
+from lightning_zero.engine.gradients import PartitionedGradient
+from lightning_zero.engine.partition import Partition
+from lightning_zero.errors import UnsupportedModelError
+from tests.launch import distributed
+
+SMALL, LARGE = 300, 10**6  # bytes: a bucket for each layer, or one for all
+
+
+def layers(*names, width=8):
+    torch.manual_seed(0)
+    return nn.ModuleDict({name: nn.Linear(width, width) for name in names})
+
+
+def partitioned(net, *, stage=2, bucket_bytes=SMALL, optimizer=None):
+    optimizer = optimizer or torch.optim.SGD(net.parameters(), lr=0.1)
+    return optimizer, Partition(
+        net, [optimizer], collectives_for(dist.group.WORLD), stage=stage, bucket_bytes=bucket_bytes
+    )
+
+
+def batch(seed, rank=None):
+    generator = torch.Generator().manual_seed(100 * seed + (dist.get_rank() if rank is None else rank))
+    return torch.randn(4, 8, generator=generator)
+
+
+def averaged(net, loss, seed):
+    """The averaged gradients of a loss, by hand, on a copy."""
+    reference = copy.deepcopy(net)
+    for rank in range(dist.get_world_size()):
+        (loss(reference, batch(seed, rank), rank) / dist.get_world_size()).backward()
+    return {name: p.grad for name, p in reference.named_parameters()}
+
+
+def assert_gradients(partition, optimizer, expected):
+    partition.gradients()
+    for segment in partition.segments(optimizer):
+        whole = expected[segment.name]
+        if whole is None:
+            assert segment.master.grad is None
+        else:
+            part = whole.reshape(-1)[segment.start : segment.stop]
+            torch.testing.assert_close(segment.master.grad.view(-1), part, rtol=1e-5, atol=1e-6)
+
+
+@distributed(world_size=2)
+def test_a_parameter_that_one_rank_alone_uses_does_not_stop_the_others():
+    net = layers("extra", "a", "b", "c", "d")
+    optimizer, partition = partitioned(net)
+
+    def loss(net, x, rank):
+        y = net["d"](net["c"](net["b"](net["a"](x)))).pow(2).mean()
+        return y + net["extra"](x).pow(2).mean() if rank == 0 else y
+
+    for seed in range(3):
+        optimizer.zero_grad()
+        expected = averaged(net, loss, seed)
+        loss(net, batch(seed), dist.get_rank()).backward()
+        partition.flush()
+        assert_gradients(partition, optimizer, expected)
+        optimizer.step()
+
+
+@distributed(world_size=2)
+def test_several_backwards_without_a_flush_in_between_add_up():
+    for bucket_bytes in (SMALL, LARGE):
+        net = layers("a", "unused", "b")
+        optimizer, partition = partitioned(net, bucket_bytes=bucket_bytes)
+
+        def loss(net, x, rank):
+            return net["b"](net["a"](x)).pow(2).mean()
+
+        once = averaged(net, loss, 0)
+        for _ in range(3):
+            loss(net, batch(0), None).backward()
+        tripled = {name: None if g is None else 3 * g for name, g in once.items()}
+        assert_gradients(partition, optimizer, tripled)
+
+
+@distributed(world_size=2)
+def test_a_layer_that_runs_again_in_a_reentrant_checkpoint_gets_all_its_gradients():
+    for reentrant in (True, False):
+        net = layers("shared", "other")
+        optimizer, partition = partitioned(net)
+
+        def loss(net, x, rank, reentrant=reentrant):
+            x = x.clone().requires_grad_()
+            for _ in range(3):
+                x = checkpoint(net["shared"], x, use_reentrant=reentrant)
+            return net["other"](x).pow(2).mean()
+
+        expected = averaged(net, loss, 0)
+        loss(net, batch(0), None).backward()
+        partition.flush()
+        assert_gradients(partition, optimizer, expected)
+
+
+@distributed(world_size=2)
+def test_gradients_that_were_dropped_stay_dropped():
+    for bucket_bytes in (SMALL, LARGE):
+        net = layers("a", "unused", "b")
+        optimizer, partition = partitioned(net, bucket_bytes=bucket_bytes)
+
+        def loss(net, x, rank):
+            return net["b"](net["a"](x)).pow(2).mean()
+
+        for drop in (net.zero_grad, lambda net=net: net.zero_grad(set_to_none=False)):
+            for flushed in (True, False):
+                optimizer.zero_grad()
+                loss(net, batch(1), None).backward()
+                if flushed:
+                    partition.flush()
+                drop()
+                expected = averaged(net, loss, 2)
+                loss(net, batch(2), None).backward()
+                partition.flush()
+                assert_gradients(partition, optimizer, expected)
+        before = copy.deepcopy(net)
+        optimizer.zero_grad()
+        loss(net, batch(1), None).backward()
+        optimizer.zero_grad()
+        optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before.parameters(), strict=True))
+
+
+@distributed(world_size=2)
+def test_one_gradient_that_was_dropped_is_replaced_and_its_neighbours_are_added_to():
+    net = layers("a", "b")
+    optimizer, partition = partitioned(net, bucket_bytes=LARGE)
+
+    def loss(net, x, rank):
+        return net["b"](net["a"](x)).pow(2).mean()
+
+    first, second = averaged(net, loss, 1), averaged(net, loss, 2)
+    loss(net, batch(1), None).backward()
+    partition.flush()
+    net["b"].weight.grad = None
+    loss(net, batch(2), None).backward()
+    partition.flush()
+    expected = {name: second[name] + (0 if name == "b.weight" else first[name]) for name in first}
+    assert_gradients(partition, optimizer, expected)
+
+
+@distributed(world_size=2)
+def test_what_accumulated_onto_a_stand_in_is_dropped_with_it():
+    net = layers("a")
+    optimizer, partition = partitioned(net, stage=1)
+
+    def loss(net, x, rank):
+        return net["a"](x).pow(2).mean()
+
+    loss(net, batch(0), None).backward()
+    partition.flush()
+    optimizer.zero_grad(set_to_none=False)
+    with partition.no_sync():
+        loss(net, batch(1), None).backward()
+    net.zero_grad()
+    loss(net, batch(2), None).backward()
+    partition.flush()
+    assert_gradients(partition, optimizer, averaged(net, loss, 2))
+
+
+@distributed(world_size=2)
+def test_a_term_added_to_a_partitioned_gradient_is_added():
+    net = layers("a")
+    optimizer, partition = partitioned(net)
+
+    def loss(net, x, rank):
+        return net["a"](x).pow(2).mean()
+
+    loss(net, batch(0), None).backward()
+    partition.flush()
+    for parameter in net.parameters():
+        assert isinstance(parameter.grad, PartitionedGradient)
+        parameter.grad.add_(parameter.data, alpha=0.5)
+        parameter.grad.add_(1.0)
+    expected = averaged(net, loss, 0)
+    parameters = dict(net.named_parameters())
+    assert_gradients(partition, optimizer, {n: g + 0.5 * parameters[n].data + 1 for n, g in expected.items()})
+
+
+@distributed(world_size=2)
+def test_at_stage_one_gradients_of_early_micro_batches_alone_are_reduced_too():
+    for stage in (1, 2):
+        net = layers("early", "a")
+        optimizer, partition = partitioned(net, stage=stage)
+
+        def loss(net, x, rank):
+            return net["a"](net["early"](x)).pow(2).mean()
+
+        def short(net, x, rank):
+            return net["a"](x).pow(2).mean()
+
+        one, two = averaged(net, loss, 1), averaged(net, short, 2)
+        with partition.no_sync():
+            loss(net, batch(1), None).backward()
+            partition.flush()
+        short(net, batch(2), None).backward()
+        partition.flush()
+        assert_gradients(partition, optimizer, {n: g if two[n] is None else g + two[n] for n, g in one.items()})
+
+
+@distributed(world_size=2)
+def test_an_optimizer_that_is_given_parameters_which_another_holds_steps_on_them():
+    net = layers("a", "b")
+    reference = copy.deepcopy(net)
+    one, two = (torch.optim.SGD(net[name].parameters(), lr=0.1) for name in "ab")
+    partition = Partition(net, [one, two], collectives_for(dist.group.WORLD), stage=2, bucket_bytes=SMALL)
+    two.add_param_group({"params": list(net["a"].parameters()), "lr": 0.5})
+
+    def loss(net, x, rank):
+        return net["b"](net["a"](x)).pow(2).mean()
+
+    gradients = averaged(net, loss, 0)
+    loss(net, batch(0), None).backward()
+    partition.flush()
+    one.step()
+    two.step()
+    for name, parameter in reference.named_parameters():
+        rate = 0.6 if name.startswith("a") else 0.1
+        torch.testing.assert_close(net.get_parameter(name).data, parameter.data - rate * gradients[name])
+
+
+@distributed(world_size=2)
+def test_an_optimizer_that_needs_whole_parameters_is_refused_parts():
+    net = layers("a", "b")
+
+    class Mine(torch.optim.SGD):
+        pass
+
+    one, two = torch.optim.SGD(net["a"].parameters(), lr=0.1), Mine(net["b"].parameters(), lr=0.1)
+    Partition(net, [one, two], collectives_for(dist.group.WORLD), stage=2, bucket_bytes=SMALL)
+    with pytest.raises(UnsupportedModelError, match="needs whole parameters"):
+        two.add_param_group({"params": list(net["a"].parameters())})
+
+
+@distributed(world_size=2)
+def test_state_that_the_optimizer_came_with_is_cut_and_the_rest_let_go():
+    for make in (lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.3), warm_adam):
+        net = layers("a", "b")
+        optimizer = make(net.parameters())
+        before = {p: dict(optimizer.state[p]) for p in net.parameters()}
+        optimizer, partition = partitioned(net, optimizer=optimizer)
+        held = 0
+        for segment in partition.segments(optimizer):
+            whole = before[net.get_parameter(segment.name)]
+            for key, value in segment.state.items():
+                expected = value if value.dim() == 0 else whole[key].reshape(-1)[segment.start : segment.stop]
+                assert torch.equal(value, expected)
+                held = max(held, len([k for k in segment.state if k != "step"]))
+        assert held > 0
+        assert all(isinstance(key, nn.Parameter) and key not in before for key in optimizer.state)
+        total = sum(p.numel() for p in net.parameters())
+        mine = sum(v.numel() for state in optimizer.state.values() for k, v in state.items() if k != "step") / held
+        assert abs(mine - total / 2) <= 16 * len(partition.buckets)
+
+
+def warm_adam(parameters):
+    optimizer = torch.optim.Adam(parameters, lr=0.1)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+class Picky(torch.optim.Optimizer):
+    """Asks for `requires_grad`, and for an attribute that the user hung on a parameter."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=parameter.scale)
+
+
+@distributed(world_size=2)
+def test_an_optimizer_finds_on_its_parameters_what_the_user_put_there():
+    net = layers("a", "b")
+    for parameter in net["b"].parameters():
+        parameter.scale = 0.5
+    for parameter in net["a"].parameters():
+        parameter.scale = 0.25
+    reference = copy.deepcopy(net)
+    optimizer, partition = partitioned(net, optimizer=Picky(net.parameters()))
+
+    def loss(net, x, rank):
+        return net["b"](net["a"](x)).pow(2).mean()
+
+    gradients = averaged(net, loss, 0)
+    loss(net, batch(0), None).backward()
+    partition.flush()
+    optimizer.step()
+    for name, parameter in reference.named_parameters():
+        rate = 0.25 if name.startswith("a") else 0.5
+        torch.testing.assert_close(net.get_parameter(name).data, parameter.data - rate * gradients[name])
+
+
+@distributed(world_size=1)
+def test_with_one_rank_the_optimizers_state_dict_is_torchs_own():
+    net = layers("a", "b")
+    reference = copy.deepcopy(net)
+    plain = torch.optim.Adam(reference.parameters(), lr=0.1)
+    optimizer, partition = partitioned(net, optimizer=torch.optim.Adam(net.parameters(), lr=0.1))
+    for model, one in ((net, optimizer), (reference, plain)):
+        model["b"](model["a"](batch(0))).pow(2).mean().backward()
+        one.step()
+    ours, theirs = optimizer.state_dict(), plain.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    for index, state in theirs["state"].items():
+        assert ours["state"][index].keys() == state.keys()
+        assert all(torch.equal(ours["state"][index][key], value) for key, value in state.items())
+    optimizer.load_state_dict(theirs)
+    partition.detach()
+    assert optimizer.state_dict()["state"].keys() == theirs["state"].keys()
+
+
+@distributed(world_size=2)
+def test_gradients_leave_as_backward_goes_whatever_the_order_of_definition():
+    class Reversed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(12))
+            self.unused = nn.Linear(3, 3)
+
+        def forward(self, x):
+            for layer in reversed(self.layers):
+                x = layer(x)
+            return x
+
+    net = Reversed()
+    optimizer, partition = partitioned(net)
+    reducer, held = partition.reducer, []
+    original = reducer._on_gradient
+
+    def spy(index, slot):
+        original(index, slot)
+        held.append(len(reducer._buffers) + len(reducer._in_flight))
+
+    reducer._on_gradient = spy
+    for _ in range(2):
+        held.clear()
+        optimizer.zero_grad()
+        net(batch(0)).pow(2).mean().backward()
+        partition.flush()
+    assert max(held) <= 4  # of 13 buckets
+
+
+@distributed(world_size=2)
+def test_memory_that_two_parameters_swapped_is_swapped():
+    net = layers("a", "b")
+    optimizer, partition = partitioned(net, optimizer=torch.optim.SGD(net.parameters(), lr=0.0))
+    a, b = net["a"].weight.detach().clone(), net["b"].weight.detach().clone()
+    net["a"].weight.data, net["b"].weight.data = net["b"].weight.data, net["a"].weight.data
+    net["b"](net["a"](batch(0))).pow(2).mean().backward()
+    partition.flush()
+    optimizer.step()
+    assert torch.equal(net["a"].weight, b)
+    assert torch.equal(net["b"].weight, a)
+
+
+@distributed(world_size=2)
+def test_a_group_of_operations_left_under_way_does_not_reach_the_next_partition():
+    for _ in range(2):
+        net = layers("a", "b")
+        group = dist.new_group()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        partition = Partition(net, [optimizer], collectives_for(group), stage=2, bucket_bytes=SMALL)
+        net["b"](net["a"](batch(dist.get_rank()))).pow(2).mean().backward()
+        partition.detach()  # as after an exception: nothing was waited for
+        dist.destroy_process_group(group)
+    dist.barrier()
