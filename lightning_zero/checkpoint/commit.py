@@ -65,16 +65,23 @@ class InvalidTagError(ZeroError, ValueError):
     """A tag that can't be the name of a checkpoint's directory."""
 
 
-def validate_tag(tag: str) -> str:
-    """The tag itself, if it can be the name of a visible directory within the save directory.
+def validate_tag(tag: str, *, hidden: bool = False) -> str:
+    """The tag itself, if it can be the name of a directory within the save directory.
+
+    Args:
+        tag: the name.
+        hidden: let it begin with a dot: such a checkpoint is never listed, nor `latest` (Lightning's `lr_find`
+            saves one and removes it).
 
     Raises:
         InvalidTagError: it can't; the message says why.
     """
     if not isinstance(tag, str):
         raise InvalidTagError(f"a tag is a string, not {tag!r:.80}")
-    if not tag or tag == LATEST or tag.startswith("."):
-        raise InvalidTagError(f"{tag!r} can't be a tag: it is empty, hidden, or the name of the file `latest`")
+    if not tag or tag == LATEST or tag in (".", "..") or tag.startswith((_STAGING, _TRASH)):
+        raise InvalidTagError(f"{tag!r} can't be a tag: it is empty, or a name of our own")
+    if tag.startswith(".") and not hidden:
+        raise InvalidTagError(f"{tag!r} can't be a tag: it is hidden")
     if "/" in tag or "\\" in tag or not tag.isprintable():
         raise InvalidTagError(f"{tag!r:.200} can't be a tag: it is one plain name, without separators of a path")
     if len(tag.encode(errors="replace")) > _TAG_BYTES:
@@ -179,7 +186,7 @@ def commit(staging: Path, save_dir: Path, tag: str, *, update_latest: bool = Tru
         CheckpointWriteError: under the tag's name there is something that is no checkpoint; it isn't deleted.
         OSError: the file system refuses.
     """
-    target = save_dir / validate_tag(tag)
+    target = save_dir / validate_tag(tag, hidden=not update_latest)
     _sync_directory(staging, fsync)
     if not os.path.lexists(target):
         os.rename(staging, target)
@@ -345,7 +352,7 @@ def remove_tag(save_dir: Path, tag: str) -> None:
 
     A tag that isn't there is no error. A crash in between leaves either the tag or some trash.
     """
-    path = save_dir / validate_tag(tag)
+    path = save_dir / validate_tag(tag, hidden=True)
     if not os.path.lexists(path):
         return
     if _names(save_dir, tag):

@@ -238,7 +238,7 @@ def agree(directory: Path, step: int, group: dist.ProcessGroup | None) -> Plan:
 
 
 def _prepare(directory: Path, rank: int, save_id: str) -> commit.StagingLock | None:
-    commit.validate_tag(directory.name)
+    commit.validate_tag(directory.name, hidden=True)
     if rank != 0:
         return None
     commit.clean_leftovers(directory.parent)

@@ -365,8 +365,9 @@ class ZeroStrategy(DDPStrategy):
                 "`latest` still names the last one that was committed."
             )
             return
+        passing = Path(filepath).name.startswith(".")  # `lr_find` saves one, and removes it
         full = "optimizer_states" in checkpoint
-        self._save(checkpoint, filepath, storage_options, update_latest=full)
+        self._save(checkpoint, filepath, storage_options, update_latest=full and not passing)
 
     def _save(
         self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None, *, update_latest: bool

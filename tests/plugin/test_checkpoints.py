@@ -377,3 +377,20 @@ def test_checkpoints_are_saved_and_loaded_by_tags_as_deepspeed_users_know_it(tmp
             precision=precision,
         )
         assert (directory / "latest").read_text() == "global_step2"
+
+
+@distributed(world_size=2, process_group=False)
+def test_the_learning_rate_finder_leaves_the_run_as_it_was(tmp_path):
+    from lightning.pytorch.tuner import Tuner
+
+    for precision in ("32-true", "bf16-true"):
+        model = Model()
+        trainer = quiet_trainer(world_size=2, max_steps=3, default_root_dir=tmp_path, precision=precision)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        finder = Tuner(trainer).lr_find(model, datamodule=Data(), num_training=5, update_attr=False)
+        assert len(finder.results["lr"]) == 5
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value.to(before[name].dtype), before[name], rtol=1e-2, atol=1e-2)
+        assert not any(tmp_path.iterdir())
+        trainer.fit(model, datamodule=Data())
+        assert trainer.global_step == 3
