@@ -24,7 +24,16 @@ class Rows(Dataset):
 
 
 class Data(LightningDataModule):
+    """Resumable rows; their order by torchdata's own sampler, or by the one that Lightning injects."""
+
+    def __init__(self, sampler: str = "own", workers: int = 0) -> None:
+        super().__init__()
+        self.sampler, self.workers = sampler, workers
+
     def train_dataloader(self):
+        if self.sampler != "own":
+            shuffle = self.sampler == "injected, shuffled"
+            return StatefulDataLoader(Rows(), batch_size=4, shuffle=shuffle, num_workers=self.workers)
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         sampler = StatefulDistributedSampler(Rows(), num_replicas=world_size, rank=rank, seed=5)
         return StatefulDataLoader(Rows(), batch_size=4, sampler=sampler)
@@ -88,10 +97,10 @@ def quiet_trainer(strategy=None, *, world_size, callbacks=(), **options) -> Trai
     )
 
 
-def fit(model=None, strategy=None, *, world_size, ckpt_path=None, seed=3, **options):
+def fit(model=None, strategy=None, *, world_size, ckpt_path=None, seed=3, data=None, **options):
     """Seed, fit, and give back the model and its Trainer."""
     seed_everything(seed, verbose=False)
     model = model or Model()
     trainer = quiet_trainer(strategy, world_size=world_size, **options)
-    trainer.fit(model, datamodule=Data(), ckpt_path=ckpt_path)
+    trainer.fit(model, datamodule=data or Data(), ckpt_path=ckpt_path)
     return model, trainer

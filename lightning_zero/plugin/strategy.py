@@ -7,7 +7,8 @@ iterators anew on the way.
 | the checkpoint was saved    | its iterator was made      | so the states are restored                          |
 |-----------------------------|----------------------------|-----------------------------------------------------|
 | in the middle of an epoch   | before                     | when all iterators are there (`on_train_start`)     |
-| at an epoch's end           | after, for the next epoch  | between loader and iterator (`process_dataloader`)  |
+| at an epoch's end           | after, for the next epoch  | between loader and iterator (`process_dataloader`), |
+|                             |                            | and again where two were made (`on_train_start`)    |
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
@@ -51,7 +53,7 @@ from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError, ZeroError
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ShardedCheckpoint, ZeroCheckpointIO
 from lightning_zero.plugin.contents import contents
-from lightning_zero.plugin.loader_state import finish_epochs
+from lightning_zero.plugin.loader_state import Iterators, draw_once, finish_epochs, make_resumable, next_epoch
 from lightning_zero.plugin.precision import route_clipping
 from lightning_zero.plugin.random_state import set_random_state
 
@@ -67,6 +69,15 @@ class _Groups:
     data: dist.ProcessGroup
     control: dist.ProcessGroup
     collectives: Collectives
+
+
+@dataclass(frozen=True)
+class _Resume:
+    """What a resumed fit still has to do when its loaders are there."""
+
+    random_state: dict[str, Any]
+    epoch: int
+    iterators: Iterators
 
 
 class ZeroStrategy(DDPStrategy):
@@ -142,7 +153,7 @@ class ZeroStrategy(DDPStrategy):
         self._buffers_due = True
         self._partition: Partition | None = None
         self._groups: _Groups | None = None
-        self._random_state: dict[str, Any] | None = None
+        self._resume: _Resume | None = None
 
     # --- plugins ---
 
@@ -504,7 +515,6 @@ class ZeroStrategy(DDPStrategy):
         checkpoint = self._all_or_none(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
         if isinstance(checkpoint, LoadedCheckpoint):
             self._take_rank_state(checkpoint, weights_only)
-            finish_epochs(checkpoint.get("loops", {}))
         return checkpoint
 
     def _take_rank_state(self, checkpoint: LoadedCheckpoint, weights_only: bool | None) -> None:
@@ -513,9 +523,11 @@ class ZeroStrategy(DDPStrategy):
         if stored is None:
             return
         state = torch.load(io.BytesIO(stored), weights_only=weights_only is not False)
-        self._random_state = state["random"]
         if checkpoint.source.manifest.world_size == self.world_size and state["loops"] is not None:
             checkpoint["loops"] = state["loops"]
+        loops = checkpoint.get("loops", {})
+        iterators = finish_epochs(loops, by_steps=self._trainer.max_steps != -1)
+        self._resume = _Resume(state["random"], next_epoch(loops), iterators)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -540,17 +552,23 @@ class ZeroStrategy(DDPStrategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         """Called when a loader is there and its iterator isn't: see [Note: when random states are restored]."""
-        if self._random_state is not None and not self._in_mid_epoch:
-            set_random_state(self._random_state)
+        make_resumable(dataloader)
+        if self._resume is not None:
+            _set_sampler_epoch(dataloader, self._resume.epoch)
+            if not self._in_mid_epoch:
+                set_random_state(self._resume.random_state)
         return super().process_dataloader(dataloader)
 
     @override
     def on_train_start(self) -> None:
         """Called when the iterators are there: see [Note: when random states are restored]."""
         super().on_train_start()
-        if self._random_state is not None and self._in_mid_epoch:
-            set_random_state(self._random_state)
-        self._random_state = None
+        resume, self._resume = self._resume, None
+        if resume is not None and (self._in_mid_epoch or resume.iterators != "one"):
+            set_random_state(resume.random_state)
+            loader = self._trainer.fit_loop._combined_loader
+            if resume.iterators == "two" and loader is not None:
+                draw_once(loader.flattened)
 
     @property
     def _trainer(self) -> Trainer:
