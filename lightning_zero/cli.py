@@ -11,6 +11,7 @@ import json
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and give back its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    warnings.showwarning = _show_warning
     try:
         status: int = options.run(options)
     except commit.InvalidTagError as error:
@@ -35,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lightning-zero: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return status
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"lightning-zero: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,13 +8,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_zero.checkpoint import commit
-from lightning_zero.checkpoint.load import resolve
-from lightning_zero.errors import CheckpointNotFoundError, UnsupportedModelError
+from lightning_zero.checkpoint.integrity import read_manifest
+from lightning_zero.checkpoint.load import is_checkpoint, resolve
+from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.plugin.strategy import ZeroStrategy
 
 
@@ -82,11 +83,15 @@ class ZeroCheckpoint(ModelCheckpoint):
 
     @override
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        try:
-            return {os.fspath(resolve(self._save_directory(trainer)))}
-        except CheckpointNotFoundError:
-            rank_zero_info(f"no checkpoint in {self._save_directory(trainer)} yet: training starts afresh")
+        directory = self._save_directory(trainer)
+        if not is_checkpoint(directory):
+            rank_zero_info(f"no checkpoint in {directory} yet: training starts afresh")
             return set()
+        newest = resolve(directory)
+        if self.save_weights_only and not read_manifest(newest).optimizers:
+            rank_zero_warn(f"{newest} holds weights alone, which no training can resume from: it starts afresh")
+            return set()
+        return {os.fspath(newest)}
 
     @override
     def _save_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
@@ -118,7 +123,9 @@ class ZeroCheckpoint(ModelCheckpoint):
                 for tag in commit.list_tags(directory)
                 if tag.manifest is not None and tag.manifest.step % self.keep_every_n_steps == 0
             }
-        commit.prune(directory, self.keep_last or 1, protect=protect)
+        last = directory / Path(self.last_model_path).name if self.last_model_path else None
+        extra = 1 if last is not None and last.is_dir() and not last.is_symlink() else 0  # `save_last` is one more
+        commit.prune(directory, (self.keep_last or 1) + extra, protect=protect)
 
 
 class Fp32Export(Callback):

@@ -377,22 +377,24 @@ class ZeroStrategy(DDPStrategy):
             )
             return
         passing = Path(filepath).name.startswith(".")  # `lr_find` saves one, and removes it
-        full = "optimizer_states" in checkpoint
+        full = "optimizer_states" in checkpoint and self._partition is not None
         self._save(checkpoint, filepath, storage_options, update_latest=full and not passing)
 
     def _save(
         self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None, *, update_latest: bool
     ) -> None:
         assert self.lightning_module is not None
+        # After a fit in spawned processes, the one that is left has the weights, and no process group.
+        group = self._control_group if dist.is_initialized() else None
         content, shared = contents(
             checkpoint,
             self.lightning_module,
             self._partition,
-            rank=self.global_rank,
-            world_size=self.world_size,
+            rank=0 if group is None else self.global_rank,
+            world_size=1 if group is None else self.world_size,
             stage=self.stage,
         )
-        sharded = ShardedCheckpoint(checkpoint, content, shared, self._control_group, update_latest=update_latest)
+        sharded = ShardedCheckpoint(checkpoint, content, shared, group, update_latest=update_latest)
         self.checkpoint_io.save_checkpoint(sharded, path, storage_options=storage_options)
 
     def save_zero_checkpoint(

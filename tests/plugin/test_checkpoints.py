@@ -409,3 +409,18 @@ def test_the_learning_rate_finder_leaves_the_run_as_it_was(tmp_path):
         assert not any(tmp_path.iterdir())
         trainer.fit(model, datamodule=Data())
         assert trainer.global_step == 3
+
+
+def fit_with_save_last(directory):
+    callback = ZeroCheckpoint(directory, every_n_train_steps=1, keep_last=3, save_last=True)
+    fit(strategy=ZeroStrategy(), world_size=1, max_steps=6, callbacks=[callback])
+    weights = ZeroCheckpoint(directory / "weights", every_n_train_steps=1, save_weights_only=True)
+    fit(strategy=ZeroStrategy(), world_size=1, max_steps=2, callbacks=[weights])
+    with pytest.warns(UserWarning, match="holds weights alone"):
+        fit(strategy=ZeroStrategy(), world_size=1, max_steps=2, callbacks=[weights], ckpt_path="last")
+
+
+def test_save_last_takes_no_place_of_keep_last_and_weights_alone_are_not_resumed(tmp_path):
+    run_ranks(fit_with_save_last, 1, tmp_path, process_group=False)
+    names = sorted(path.name for path in tmp_path.iterdir() if (path / "manifest.json").exists())
+    assert names == ["last.ckpt", "step=4.ckpt", "step=5.ckpt", "step=6.ckpt"]
