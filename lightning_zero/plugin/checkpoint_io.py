@@ -84,7 +84,10 @@ class ZeroCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Load a directory (a tag's, or a save directory, whose `latest` then decides) or a plain file."""
         if not is_checkpoint(path):
-            return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only)
+            options = (
+                {} if weights_only is None else {"weights_only": weights_only}
+            )  # Lightning 2.5 knows no such thing
+            return super().load_checkpoint(path, map_location or (lambda storage, _: storage), **options)
         source = Checkpoint(resolve(path, verify=self.verify), verify=self.verify)
         return LoadedCheckpoint(source.lightning_checkpoint(weights_only=weights_only is not False), source)
 
