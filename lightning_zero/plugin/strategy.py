@@ -30,7 +30,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -196,6 +196,11 @@ class ZeroStrategy(DDPStrategy):
         self._partitioned.clip_grad_value_(float(clip_val), optimizer)
 
     # --- setting up and tearing down ---
+
+    @override
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        self._resume = None  # a fit that was stopped before it began leaves nothing to the next
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -527,6 +532,8 @@ class ZeroStrategy(DDPStrategy):
         state = torch.load(io.BytesIO(stored), weights_only=weights_only is not False)
         if checkpoint.source.manifest.world_size == self.world_size and state["loops"] is not None:
             checkpoint["loops"] = state["loops"]
+        if self._trainer.state.fn != TrainerFn.FITTING:
+            return
         loops = checkpoint.get("loops", {})
         iterators = finish_epochs(loops, by_steps=self._trainer.max_steps != -1)
         self._resume = _Resume(state["random"], next_epoch(loops), iterators)

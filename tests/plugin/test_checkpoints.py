@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroStrategy
@@ -424,3 +424,16 @@ def test_save_last_takes_no_place_of_keep_last_and_weights_alone_are_not_resumed
     run_ranks(fit_with_save_last, 1, tmp_path, process_group=False)
     names = sorted(path.name for path in tmp_path.iterdir() if (path / "manifest.json").exists())
     assert names == ["last.ckpt", "step=4.ckpt", "step=5.ckpt", "step=6.ckpt"]
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_checkpoint_that_was_validated_leaves_the_next_fits_random_numbers_alone(tmp_path):
+    _, trainer = fit(strategy=ZeroStrategy(), world_size=2, max_steps=3)
+    trainer.save_checkpoint(tmp_path / "tag")
+    plain, _ = fit(strategy=ZeroStrategy(), world_size=2, max_steps=3)
+    trainer = quiet_trainer(world_size=2, max_steps=3)
+    trainer.validate(Model(), datamodule=Data(), ckpt_path=tmp_path / "tag", verbose=False)
+    seed_everything(3, verbose=False)
+    model = Model()
+    trainer.fit(model, datamodule=Data())
+    assert model.losses == plain.losses
