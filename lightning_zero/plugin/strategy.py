@@ -13,6 +13,7 @@ iterators anew on the way.
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import pickle
@@ -235,6 +236,11 @@ class ZeroStrategy(DDPStrategy):
             self._partition.rebase()
 
     @override
+    def on_exception(self, exception: BaseException) -> None:
+        atexit.unregister(_leave_groups)  # a thread of a group may wait for a peer for ever, and we not for it
+        super().on_exception(exception)
+
+    @override
     def teardown(self) -> None:
         # No collectives here: after an exception this rank may be the only one to come by.
         if self._partition is not None:
@@ -258,6 +264,7 @@ class ZeroStrategy(DDPStrategy):
             data = dist.new_group(timeout=self._timeout)
             control = dist.new_group(timeout=self._timeout, backend="gloo")
             self._groups = _Groups(world, data, control, collectives_for(data))
+            atexit.register(_leave_groups)
         return self._groups
 
     @property
@@ -614,6 +621,16 @@ class ZeroStrategy(DDPStrategy):
                 raise type(failure)(f"rank {rank}: {failure}") from error
             raise failure
         return value  # type: ignore[return-value]
+
+
+def _leave_groups() -> None:
+    """Join the groups' threads while Python still stands.
+
+    One that lets go of a tensor after that would want the interpreter's lock, and take the process down: seen once,
+    at the exit of a rank under torchrun.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _outcome(function: Callable[[], _T]) -> tuple[Exception | None, _T | None]:
