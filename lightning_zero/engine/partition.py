@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -183,11 +183,9 @@ class Partition:
             segmented.drop_gradients()
         self.reducer.flush()
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate gradients without communication, at stage 1."""
-        with self.reducer.no_sync():
-            yield
+        return self.reducer.no_sync()
 
     def segments(self, optimizer: Optimizer) -> list[OwnedSegment]:
         """What this rank owns of an optimizer's parameters."""
