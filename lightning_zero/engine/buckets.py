@@ -5,6 +5,7 @@ The optimizer steps on *masters*: fp32 (or wider) tensors, one for each segment 
 
 | the parameter is        | its master is                          | before a step        | after a step             |
 |-------------------------|----------------------------------------|----------------------|--------------------------|
+| fp32 or fp64, one rank  | the parameter itself                   | nothing to do        | nothing to do            |
 | fp32 or fp64            | a view of the parameter's own memory   | nothing to do        | the shard is gathered    |
 | the same, not contiguous| a view of the flat buffer              | copied from the      | the shard is gathered,   |
 |                         |                                        | parameter            | copied to the parameter  |
@@ -15,6 +16,9 @@ The optimizer steps on *masters*: fp32 (or wider) tensors, one for each segment 
 So what a user or a callback writes into a parameter (WGAN's clamping, pruning, averaging) is never undone by the
 next step, whatever the parameter's dtype. "Written from outside" is seen in the values: an element that isn't its
 master's rounding any more. (A version counter would miss what goes through `.data`.)
+
+With one rank in fp32 the optimizer thus steps on the very parameters and gradients that it was made for: whatever
+works without ZeRO (LBFGS, sparse gradients, state under keys of the optimizer's own) works.
 """
 
 from __future__ import annotations
@@ -81,12 +85,19 @@ class ParameterBucket:
         first = self.slots[0].parameter
         self.dtype, self.device = first.dtype, first.device
         self.master_dtype = torch.promote_types(self.dtype, torch.float32)
+        self.is_own_master = collectives.world_size == 1 and self.dtype == self.master_dtype
+        """The parameters are their masters; there is no buffer, nothing to copy and nothing to send."""
+        self._gradient: Tensor | None = None
+        self.pieces: list[Piece] = []
+        if self.is_own_master:
+            self.pieces += [
+                Piece(slot, Segment(slot.name, 0, slot.parameter.numel()), 0, slot.parameter) for slot in self.slots
+            ]
+            return
         self._flat = self._adopt_parameters()
         self._masters = self._shard if self.dtype == self.master_dtype else self._shard.to(self.master_dtype)
-        self._gradient: Tensor | None = None
         rank, low = collectives.rank, plan.bounds[collectives.rank]
         slots = {slot.name: slot for slot in self.slots}
-        self.pieces: list[Piece] = []
         for segment, offset in plan.owned(rank):
             slot = slots[segment.name]
             master = self._masters[offset - low : offset - low + segment.numel]
@@ -123,6 +134,11 @@ class ParameterBucket:
             slot.pointer = 0
 
     @property
+    def is_idle(self) -> bool:
+        """No parameter here can have a gradient, as those of a frozen backbone: no step changes anything."""
+        return all(not slot.parameter.requires_grad and slot.parameter.grad is None for slot in self.slots)
+
+    @property
     def gradient(self) -> Tensor:
         """This rank's shard of the averaged gradient; its memory is first touched when a gradient arrives."""
         if self._gradient is None:
@@ -132,8 +148,8 @@ class ParameterBucket:
     def segment_gradient(self, piece: Piece) -> Tensor | None:
         """The averaged gradient of a segment, in its master's shape and dtype; None where there is none."""
         whole = piece.slot.parameter.grad
-        if whole is None:
-            return None
+        if whole is None or self.is_own_master:
+            return whole
         if self._collectives.world_size > 1:
             flat = self.gradient[piece.offset : piece.offset + piece.segment.numel]
         else:
@@ -152,6 +168,8 @@ class ParameterBucket:
     @torch.no_grad()
     def take_over_outside_writes(self) -> None:
         """Bring what was written into the parameters since the last step into the masters."""
+        if self.is_own_master:
+            return
         for slot, spec in zip(self.slots, self.plan.parameters, strict=True):
             parameter = slot.parameter
             if parameter.shape != spec.shape:
@@ -170,7 +188,7 @@ class ParameterBucket:
     @torch.no_grad()
     def publish(self) -> Pending:
         """Give every rank what this rank's masters have become; the parameters stand when it is waited for."""
-        if self._masters.dtype != self.dtype:
+        if self.master_dtype != self.dtype:
             self._shard.copy_(self._masters)
         if self._collectives.world_size == 1:
             return _Published(self, None)
@@ -179,6 +197,8 @@ class ParameterBucket:
     @torch.no_grad()
     def copy_out(self) -> None:
         """Bring the flat buffer's values to the parameters that are not views of it."""
+        if self.is_own_master:
+            return
         for slot in self.slots:
             if slot.parameter.numel() and not slot.pointer:
                 slot.parameter.copy_(self._region(slot))

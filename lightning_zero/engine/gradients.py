@@ -5,10 +5,9 @@ Backward accumulates a parameter's gradient; a hook moves it into its bucket's b
 ranks, and frees it. A full bucket is reduce-scattered while backward goes on. When backward is over, `flush` sends
 what is left, and `finish` waits: each rank's shard of the averaged gradient stands. A second backward adds to it.
 
-From then on `parameter.grad` is a *stand-in*: it has the shape and takes no memory, and being there says that the
-segments hold a gradient. So whatever drops or zeroes gradients (`optimizer.zero_grad()`, `module.zero_grad()`,
-`parameter.grad = None`) does what it says, and whoever wants to compute with a gradient that isn't there gets an
-error with a way out, never a silent nothing.
+From then on `parameter.grad` is a *stand-in* (see `stand_in`): it has the shape and takes no memory, and being there
+says that the segments hold a gradient. So whatever drops or zeroes gradients (`optimizer.zero_grad()`,
+`module.zero_grad()`, `parameter.grad = None`) does what it says.
 
 | `parameter.grad` when a gradient comes | what it does to the segments       |
 |----------------------------------------|------------------------------------|
@@ -33,93 +32,22 @@ Which parameters had a gradient on *any* rank is agreed on at each flush where t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_zero.engine import norms
 from lightning_zero.engine.buckets import ParameterBucket, Slot
 from lightning_zero.engine.buffers import BufferPool
 from lightning_zero.engine.collectives import Collectives, Pending
-from lightning_zero.errors import UnsupportedModelError
+from lightning_zero.engine.stand_in import PartitionedGradient
 
 _IN_FLIGHT = 2
 """Buckets whose reduction may be under way; one more waits for the oldest, which bounds the memory."""
-
-
-class PartitionedGradient(torch.Tensor):
-    """The stand-in of [Note: the way of a gradient]."""
-
-    pending: Tensor | None
-    """What backward has accumulated onto the stand-in, and its bucket has not taken yet."""
-
-    _name: str
-    _reducer: GradientReducer
-
-    @staticmethod
-    def of(slot: Slot, reducer: GradientReducer) -> PartitionedGradient:
-        """The stand-in for one parameter's gradient."""
-        parameter = slot.parameter
-        gradient: PartitionedGradient = torch.Tensor._make_wrapper_subclass(
-            PartitionedGradient,
-            parameter.shape,
-            dtype=parameter.dtype,
-            device=parameter.device,
-            strides=parameter.stride(),
-        )
-        gradient.pending, gradient._name, gradient._reducer = None, slot.name, reducer
-        return gradient
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self = args[0]
-        if func is torch.ops.aten.add_.Tensor and isinstance(self, cls):
-            self._add(args[1], **(kwargs or {}))
-            return self
-        if func is torch.ops.aten.zero_.default:
-            self._zero()
-            return self
-        if func is torch.ops.aten._foreach_zero_.default:
-            for gradient in self:
-                gradient._zero() if isinstance(gradient, cls) else gradient.zero_()
-            return None
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.detach_.default):
-            return self
-        names = [tensor._name for tensor in _flatten(args) if isinstance(tensor, cls)]
-        raise UnsupportedModelError(
-            f"the gradient of {names[0]!r} is partitioned over the ranks; no rank holds it whole, and {func} can't "
-            "be done with it. Clip with Trainer(gradient_clip_val=...), self.clip_gradients(optimizer, ...) or "
-            "self.trainer.strategy.clip_grad_norm_(max_norm); self.trainer.strategy.grad_norm() is the global norm; "
-            "strategy.segments(optimizer) gives what this rank owns"
-        )
-
-    def _add(self, other: Tensor | float, alpha: float = 1) -> None:
-        addend = torch.as_tensor(other, dtype=self.dtype, device=self.device)
-        addend = addend.to_dense() if addend.is_sparse else addend.expand(self.shape)
-        if alpha != 1:
-            addend = addend * alpha
-        self.pending = addend if self.pending is None else self.pending + addend
-
-    def _zero(self) -> None:
-        self.pending = None
-        self._reducer.zero(self._name)
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"PartitionedGradient({self._name!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
-
-
-def _flatten(values: Any) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            yield from _flatten(value)
-        else:
-            yield value
 
 
 class GradientReducer:
@@ -156,6 +84,7 @@ class GradientReducer:
         self._buffers: dict[int, Tensor] = {}
         self._order: list[int] = []
         self._order_is_learned = False
+        self._norms: dict[float, dict[str, Tensor]] = {}  # of the gradients as they are
         # Since the last flush:
         self._open = False
         self._queue: list[int] = []
@@ -175,7 +104,7 @@ class GradientReducer:
         for index, bucket in enumerate(buckets, first):
             for slot in bucket.slots:
                 self._slots[slot.name] = (index, slot)
-                self._stand_ins[slot.name] = PartitionedGradient.of(slot, self)
+                self._stand_ins[slot.name] = PartitionedGradient.of(slot.name, slot.parameter, self)
                 self._hooks.append(self._hook(index, slot))
 
     def _hook(self, index: int, slot: Slot) -> RemovableHandle:
@@ -209,6 +138,11 @@ class GradientReducer:
             yield
         finally:
             self._sync = before
+
+    @property
+    def is_syncing(self) -> bool:
+        """Whether a backward's gradients are reduced when it is over: not at stage 1 under `no_sync`."""
+        return self._sync
 
     # --- while backward goes on ---
 
@@ -320,11 +254,12 @@ class GradientReducer:
         if self._collectives.world_size == 1:
             return
         left = self._open or any(_local_gradient(slot) is not None for _, slot in self._slots.values())
-        if self._agreed([left])[0]:
+        if self.agreed([left])[0]:
             self._flush()
         self._wait(keep=0)
 
     def _flush(self) -> None:
+        self._norms.clear()
         late = True
         while late:
             if not self._open:
@@ -340,12 +275,12 @@ class GradientReducer:
             self._open = False
             slots = [slot for _, slot in self._slots.values()]
             late = any(_local_gradient(slot) is not None for slot in slots)
-            *held, late = self._agreed([*(slot.parameter.grad is not None for slot in slots), late])
+            *held, late = self.agreed([*(slot.parameter.grad is not None for slot in slots), late])
             for slot, held_anywhere in zip(slots, held, strict=True):
                 if held_anywhere and slot.parameter.grad is None:
                     self._install_stand_in(slot)
 
-    def _agreed(self, flags: Sequence[bool]) -> list[bool]:
+    def agreed(self, flags: Sequence[bool]) -> list[bool]:
         """Each flag that is set on any rank, as far as the ranks are to agree on it."""
         if not self._agree or not self._slots:
             return list(flags)
@@ -361,17 +296,59 @@ class GradientReducer:
             self._collectives.broadcast(tensor).wait()
             self._order = tensor.tolist()
 
+    # --- what is done to the gradients through their stand-ins: see `stand_in.Holder` ---
+
+    def held(self, name: str) -> list[Tensor]:
+        """This rank's parts of one parameter's gradient, each a view of the bucket's shard."""
+        index, slot = self._slots[name]
+        bucket = self._buckets[index]
+        return [
+            bucket.gradient[piece.offset : piece.offset + piece.segment.numel]
+            for piece in bucket.pieces
+            if piece.slot is slot
+        ]
+
     def zero(self, name: str) -> None:
         """Set what is held of one parameter's gradient to zero."""
         self._wait(keep=0)
+        self._norms.clear()
         index, slot = self._slots[name]
-        bucket = self._buckets[index]
         if slot.deposited:
             self._buffers[index][slot.offset : slot.offset + slot.parameter.numel()].zero_()
             slot.continues = False
-        for piece in bucket.pieces:
-            if piece.slot is slot:
-                bucket.gradient[piece.offset : piece.offset + piece.segment.numel].zero_()
+        for part in self.held(name):
+            part.zero_()
+
+    @torch.no_grad()
+    def change(self, name: str, how: Callable[[Tensor], object]) -> None:
+        """Apply a function to this rank's part of one parameter's gradient, in place. A collective."""
+        self.finish()
+        self._norms.clear()
+        for part in self.held(name):
+            how(part)
+
+    def norm(self, name: str, norm_type: float) -> Tensor:
+        """The norm of one parameter's whole gradient. A collective: those of all are computed at once, and kept."""
+        self.finish()
+        if norm_type not in self._norms:
+            parts = [
+                self.held(name) if isinstance(slot.parameter.grad, PartitionedGradient) else []
+                for name, (_, slot) in self._slots.items()
+            ]
+            computed = norms.norms(parts, self._collectives, self._buckets[0].device, norm_type)
+            self._norms[norm_type] = dict(zip(self._slots, computed, strict=True))
+        index, _ = self._slots[name]
+        return self._norms[norm_type][name].to(self._buckets[index].master_dtype)
+
+    @torch.no_grad()
+    def unscale(self, names: Sequence[str], found_inf: Tensor, inv_scale: Tensor) -> None:
+        """Multiply gradients by `inv_scale`; `found_inf` becomes 1 on all ranks if one has found an infinity."""
+        self.finish()
+        self._norms.clear()
+        parts = [part for name in names for part in self.held(name)]
+        if parts:
+            torch._amp_foreach_non_finite_check_and_unscale_(parts, found_inf, inv_scale)
+        self._collectives.all_reduce(found_inf, dist.ReduceOp.MAX)
 
 
 def _local_gradient(slot: Slot) -> Tensor | None:

@@ -18,22 +18,40 @@ from lightning_zero.engine.collectives import Collectives
 
 
 @torch.no_grad()
-def global_norm(
-    gradients: Sequence[Tensor], collectives: Collectives, device: torch.device, norm_type: float = 2.0
+def norms(
+    gradients: Sequence[Sequence[Tensor]], collectives: Collectives, device: torch.device, norm_type: float = 2.0
 ) -> Tensor:
-    """The norm of a gradient whose segments lie on all ranks; a 0-d tensor, the same on every rank."""
-    norms = [norm.to(device) for norm in torch._foreach_norm(list(gradients), norm_type)] if gradients else []
-    if collectives.world_size == 1 and norms:
-        whole: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)  # torch's own, bit for bit
+    """The norm of each of several gradients, given this rank's parts of each. A collective.
+
+    Returns:
+        A 1-D fp64 tensor with one norm for each, the same on every rank.
+    """
+    if norm_type <= 0:
+        raise ValueError(f"the type of a norm must be positive (inf included), not {norm_type}")
+    most = math.isinf(norm_type)
+    totals = torch.zeros(len(gradients), dtype=torch.float64, device=device)
+    for index, parts in enumerate(gradients):
+        if parts:
+            local = torch.stack([norm.to(device) for norm in torch._foreach_norm(list(parts), norm_type)]).double()
+            totals[index] = local.max() if most else local.pow(norm_type).sum()
+    collectives.all_reduce(totals, dist.ReduceOp.MAX if most else dist.ReduceOp.SUM)
+    return totals if most else totals.pow(1.0 / norm_type)
+
+
+@torch.no_grad()
+def global_norm(
+    gradients: Sequence[Tensor],
+    collectives: Collectives,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    norm_type: float = 2.0,
+) -> Tensor:
+    """The norm of a gradient whose segments lie on all ranks; a 0-d tensor, the same on every rank. A collective."""
+    if collectives.world_size == 1 and gradients:
+        local = [norm.to(device) for norm in torch._foreach_norm(list(gradients), norm_type)]
+        whole: Tensor = torch.linalg.vector_norm(torch.stack(local), norm_type)  # torch's own, bit for bit
         return whole
-    local = torch.stack(norms).double() if norms else torch.zeros(1, dtype=torch.float64, device=device)
-    if math.isinf(norm_type):
-        total = local.max()
-        collectives.all_reduce(total, dist.ReduceOp.MAX)
-        return total.float()
-    total = local.pow(norm_type).sum()
-    collectives.all_reduce(total, dist.ReduceOp.SUM)
-    return total.pow(1.0 / norm_type).float()
+    return norms([gradients], collectives, device, norm_type)[0].to(dtype)
 
 
 @torch.no_grad()

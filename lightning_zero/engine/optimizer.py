@@ -44,6 +44,31 @@ ELEMENT_WISE: tuple[type[Optimizer], ...] = (
 """Optimizers whose update of an element looks at that element alone: any slice of a parameter is as good as all."""
 
 
+WHOLE_PARAMETERS: tuple[type[Optimizer], ...] = tuple(
+    getattr(optim, name) for name in ("Adafactor", "Muon") if hasattr(optim, name)
+)
+"""Optimizers of torch's that look at a parameter as a whole, and at no other."""
+
+_ALL_AT_ONCE = {
+    "LBFGS": "each of its steps needs dot products over all parameters, and calls the closure several times",
+    "SAM": "it evaluates the closure twice a step, and scales by the norm of all gradients together",
+    **dict.fromkeys(
+        ("Prodigy", "DAdaptAdam", "DAdaptSGD", "DAdaptAdaGrad", "DAdaptLion", "DAdaptAdan"),
+        "its step size comes from sums over all parameters together",
+    ),
+    "ZeroRedundancyOptimizer": "it partitions by itself; give the optimizer that is in it",
+}
+"""Optimizers that must see every parameter at once, by the name of their class."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How an optimizer's parameters are cut, and why so."""
+
+    policy: Policy
+    reason: str
+
+
 @dataclass(frozen=True, eq=False)
 class OwnedSegment:
     """A segment that this rank owns of an optimizer's parameters.
@@ -69,8 +94,13 @@ class OwnedSegment:
         return state
 
 
-def policy_for(optimizer: Optimizer, requested: str) -> Policy:
+def cut_for(optimizer: Optimizer, requested: str, *, alone: bool) -> Cut:
     """How an optimizer's parameters can be cut.
+
+    Args:
+        optimizer: the user's.
+        requested: `"element"`, `"parameter"` or `"auto"`.
+        alone: one rank has all parameters, and they are their own masters: then nothing is cut, and anything works.
 
     Raises:
         UnsupportedModelError: the optimizer can't work on a part of the parameters at all.
@@ -78,19 +108,32 @@ def policy_for(optimizer: Optimizer, requested: str) -> Policy:
     """
     if requested not in ("auto", "element", "parameter"):
         raise ValueError(f'partition must be "auto", "element" or "parameter", not {requested!r}')
-    if isinstance(optimizer, optim.LBFGS):
-        raise UnsupportedModelError(
-            "LBFGS can't be partitioned: each of its steps needs dot products over all parameters, and calls the "
-            "closure several times. Use DDPStrategy for it, or another optimizer."
-        )
-    if isinstance(optimizer, optim.SparseAdam):
-        raise UnsupportedModelError(
-            "SparseAdam can't be partitioned: reduced gradients are dense. Use Adam, and embeddings with sparse=False."
-        )
-    if requested == "element":
-        return "element"
+    kind = type(optimizer)
+    if not alone:
+        for ancestor in kind.__mro__:
+            if ancestor.__name__ in _ALL_AT_ONCE:
+                raise UnsupportedModelError(
+                    f"{kind.__name__} can't be partitioned: {_ALL_AT_ONCE[ancestor.__name__]}. "
+                    "Use DDPStrategy for it, or another optimizer."
+                )
+        if isinstance(optimizer, optim.SparseAdam):
+            raise UnsupportedModelError(
+                "SparseAdam can't be partitioned: reduced gradients are dense. Use Adam, and embeddings with "
+                "sparse=False; or DDPStrategy."
+            )
+    if requested != "auto":
+        return Cut("element" if requested == "element" else "parameter", f'as partition="{requested}" says')
     # The exact type: a subclass may override `step` with something that looks at more than one element.
-    return "element" if requested == "auto" and type(optimizer) in ELEMENT_WISE else "parameter"
+    if kind in ELEMENT_WISE:
+        return Cut("element", "its update of an element looks at that element alone")
+    if kind in WHOLE_PARAMETERS:
+        return Cut("parameter", "its update looks at a parameter as a whole")
+    known = next((ancestor.__name__ for ancestor in kind.__mro__ if ancestor in ELEMENT_WISE), None)
+    return Cut(
+        "parameter",
+        (f"a subclass of {known} may look" if known else "an optimizer that isn't torch's own may look")
+        + ' at more than one element; partition="element" balances better where it looks at none but its own',
+    )
 
 
 class SegmentedOptimizer:
@@ -100,7 +143,7 @@ class SegmentedOptimizer:
         optimizer: the user's.
         buckets: those with this optimizer's parameters.
         reducer: brings the gradients.
-        on_new_parameters: called when a param group was added, so that its parameters are partitioned too.
+        take_in_new_parameters: partitions those parameters of the groups that aren't yet.
     """
 
     def __init__(
@@ -108,10 +151,13 @@ class SegmentedOptimizer:
         optimizer: Optimizer,
         buckets: Sequence[ParameterBucket],
         reducer: GradientReducer,
-        on_new_parameters: Callable[[], None],
+        take_in_new_parameters: Callable[[], None],
     ) -> None:
         self.optimizer = optimizer
         self._reducer = reducer
+        self._take_in_new_parameters = take_in_new_parameters
+        self.is_stepping = False
+        """A step is under way, or was broken off: masters, states and parameters may not belong together."""
         self._pieces: dict[Parameter, tuple[ParameterBucket, Piece]] = {}
         self._sources: dict[Piece, tuple[Tensor | None, int]] = {}
         self.buckets: list[ParameterBucket] = []
@@ -126,7 +172,7 @@ class SegmentedOptimizer:
         @functools.wraps(self._user_add_param_group)
         def add_param_group(_: Optimizer, param_group: dict[str, Any]) -> None:
             self._user_add_param_group(param_group)
-            on_new_parameters()
+            take_in_new_parameters()
 
         @functools.wraps(optimizer.state_dict)
         def state_dict(_: Optimizer) -> dict[str, Any]:
@@ -150,9 +196,11 @@ class SegmentedOptimizer:
         for bucket in buckets:
             for piece in bucket.pieces:
                 self._pieces[piece.slot.parameter] = (bucket, piece)
+                if bucket.is_own_master:
+                    continue
                 for key, value in state.get(piece.slot.parameter, {}).items():
                     state[piece.master][key] = _part_of(value, key, piece, type(self.optimizer).__name__)
-            for slot in bucket.slots:
+            for slot in bucket.slots if not bucket.is_own_master else ():
                 state.pop(slot.parameter, None)
 
     def holds(self, bucket: ParameterBucket) -> bool:
@@ -170,6 +218,7 @@ class SegmentedOptimizer:
         return [
             OwnedSegment(piece.segment.name, piece.segment.start, piece.segment.stop, piece.master, self.optimizer)
             for _, piece in self._in_group_order()
+            if piece.segment.numel
         ]
 
     def _in_group_order(self) -> Iterator[tuple[ParameterBucket, Piece]]:
@@ -187,13 +236,17 @@ class SegmentedOptimizer:
 
         The state of a parameter that this rank owns whole has the parameter's shape; a part of one is flat.
         """
-        groups, state, count = [], {}, 0
+        groups, count = [], 0
+        # What an optimizer keeps under a key that is no parameter, it keeps for all of them.
+        state: dict[Any, Any] = {k: v for k, v in self.optimizer.state.items() if not isinstance(k, Tensor)}
         for group in self.optimizer.param_groups:
             indices = list(range(count, count + len(group["params"])))
             count += len(indices)
             groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": indices})
             for index, parameter in zip(indices, group["params"], strict=True):
                 for piece in self._owned([parameter]):
+                    if piece.master not in self.optimizer.state:
+                        continue
                     shape = parameter.shape if piece.segment.numel == parameter.numel() else piece.master.shape
                     state[index] = {
                         key: value.view(shape)
@@ -214,6 +267,10 @@ class SegmentedOptimizer:
         gradients = []
         for bucket, piece in self._in_group_order():
             whole = piece.slot.parameter.grad
+            if bucket.is_own_master:
+                if whole is not None:
+                    gradients.append(whole)
+                continue
             seen, version = self._sources.get(piece, (None, 0))
             if whole is None or whole is not seen or whole._version != version:
                 piece.master.grad = bucket.segment_gradient(piece)
@@ -225,42 +282,85 @@ class SegmentedOptimizer:
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """What `optimizer.step` does instead: the closure, the gradients, the step on segments, the gather."""
         if closure is not None:
-            with torch.enable_grad():
-                result = closure()
-            args = (lambda: result, *args)
-        for bucket in self.buckets:
-            bucket.part_from_others()
-        for bucket in self.buckets:
-            bucket.take_over_outside_writes()
-        self.gradients()
+            args = (self._evaluated(closure), *args)
+        self._take_in_new_parameters()
+        active = [bucket for bucket in self.buckets if not bucket.is_idle]
+        self._gather_gradients(active)
+        self.is_stepping = True
         try:
             with self._on_segments():
-                return self._user_step(*args, **kwargs)
+                result = self._user_step(*args, **kwargs)
         finally:
             self.drop_gradients()
-            for gathered in [bucket.publish() for bucket in self.buckets]:
+            for gathered in [bucket.publish() for bucket in active]:
                 gathered.wait()
+        self.is_stepping = False
+        return result
+
+    def _gather_gradients(self, buckets: Sequence[ParameterBucket]) -> None:
+        self.take_over_outside_writes(buckets)
+        self.gradients()
+
+    def take_over_outside_writes(self, buckets: Sequence[ParameterBucket] | None = None) -> None:
+        """Bring what was written into parameters since the last step into the masters."""
+        buckets = self.buckets if buckets is None else buckets
+        for bucket in buckets:
+            bucket.part_from_others()
+        for bucket in buckets:
+            bucket.take_over_outside_writes()
+
+    def _evaluated(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Evaluate a closure at once, and give the optimizer one that knows the result.
+
+        An optimizer that asks again does so at another point. Where all parameters are on this rank, they are brought
+        there; where they aren't, such an optimizer would compute with parts, and is refused.
+        """
+        with torch.enable_grad():
+            first = [closure()]
+
+        def evaluate() -> Any:
+            if first:
+                return first.pop()
+            if any(len(bucket.plan.bounds) > 2 for bucket in self.buckets):
+                raise UnsupportedModelError(
+                    f"{type(self.optimizer).__name__} evaluates its closure more than once a step, which can't be done "
+                    "while its parameters are partitioned; use DDPStrategy for it, or another optimizer"
+                )
+            masters = [group["params"] for group in self.optimizer.param_groups]
+            self._set_params([list(owners) for owners in self._users_params])
+            for bucket in self.buckets:
+                bucket.publish().wait()
+            with torch.enable_grad():
+                result = closure()
+            self._gather_gradients(self.buckets)
+            self._set_params(masters)
+            return result
+
+        return evaluate
 
     def drop_gradients(self) -> None:
         """Let go of the masters' gradients; they are taken from the parameters' again when they are asked for."""
         self._sources.clear()
-        for _, piece in self._pieces.values():
-            piece.master.grad = None
+        for bucket, piece in self._pieces.values():
+            if not bucket.is_own_master:
+                piece.master.grad = None
 
     @contextmanager
     def _on_segments(self) -> Iterator[None]:
         groups = self.optimizer.param_groups
-        parameters = [group["params"] for group in groups]
-        for group in groups:
-            pieces = list(self._owned(group["params"]))
-            for piece in pieces:
+        self._users_params = [group["params"] for group in groups]
+        for _, piece in self._pieces.values():
+            if piece.master is not piece.slot.parameter:
                 piece.master.__dict__.update(piece.slot.parameter.__dict__)  # what a user has hung on the parameter
-            group["params"] = [piece.master for piece in pieces]
+        self._set_params([[piece.master for piece in self._owned(params)] for params in self._users_params])
         try:
             yield
         finally:
-            for group, whole in zip(groups, parameters, strict=True):
-                group["params"] = whole
+            self._set_params(self._users_params)
+
+    def _set_params(self, params: Sequence[list[Parameter]]) -> None:
+        for group, its in zip(self.optimizer.param_groups, params, strict=True):
+            group["params"] = its
 
     def load_state(self, state_dict: Mapping[str, Any]) -> None:
         """Take this rank's part of a whole state, replacing what is there.
@@ -272,6 +372,7 @@ class SegmentedOptimizer:
         Raises:
             CheckpointMismatchError: the groups don't match, or the state can't be cut as the partition asks.
         """
+        self._take_in_new_parameters()
         groups, saved_groups = self.optimizer.param_groups, state_dict["param_groups"]
         sizes = [len(group["params"]) for group in groups]
         saved_sizes = [len(group["params"]) for group in saved_groups]
@@ -280,7 +381,8 @@ class SegmentedOptimizer:
                 f"the checkpoint's {type(self.optimizer).__name__} has param groups of {saved_sizes} parameters, "
                 f"the model's of {sizes}; resume with the model and configure_optimizers that it was saved with"
             )
-        state: defaultdict[Tensor, Any] = defaultdict(dict)
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        state.update({key: copy.deepcopy(value) for key, value in state_dict["state"].items() if isinstance(key, str)})
         for group, saved_group in zip(groups, saved_groups, strict=True):
             group.update({key: copy.deepcopy(value) for key, value in saved_group.items() if key != "params"})
             for parameter, index in zip(group["params"], saved_group["params"], strict=True):

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from lightning_zero.engine import norms
-from lightning_zero.engine.buckets import ParameterBucket
+from lightning_zero.engine.buckets import ParameterBucket, Piece
 from lightning_zero.engine.collectives import Collectives
 from lightning_zero.engine.gradients import GradientReducer
-from lightning_zero.engine.optimizer import OwnedSegment, SegmentedOptimizer, copy_range, policy_for
+from lightning_zero.engine.optimizer import Cut, OwnedSegment, SegmentedOptimizer, copy_range, cut_for
+from lightning_zero.engine.stand_in import PartitionedGradient
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.segments import ParameterSpec, plan_buckets
 
@@ -51,7 +53,10 @@ class Partition:
     ) -> None:
         self._module = module
         self._collectives = collectives
-        self._policies = [policy_for(optimizer, partition) for optimizer in optimizers]
+        given = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        alone = collectives.world_size == 1 and all(_is_wide(parameter) for parameter in given)
+        self.cuts: list[Cut] = [cut_for(optimizer, partition, alone=alone) for optimizer in optimizers]
+        """How each optimizer's parameters are cut, and why so."""
         # One rank has nothing to send: every parameter is a bucket of its own, whose memory is left as it is.
         self._bucket_bytes = bucket_bytes if collectives.world_size > 1 else 1
         self._optimizers = list(optimizers)
@@ -66,6 +71,7 @@ class Partition:
         self._segmented = [
             SegmentedOptimizer(optimizer, [], self.reducer, self._take_in_new_parameters) for optimizer in optimizers
         ]
+        self._unowned = [p for p in module.parameters() if p.requires_grad]
         self._take_in_new_parameters()
 
     def _take_in_new_parameters(self) -> None:
@@ -79,18 +85,22 @@ class Partition:
                         holders.setdefault(parameter, []).append(index)
                     elif not self._segmented[index].holds(bucket):
                         self._share(bucket, index)
+        if not holders:
+            return
         names = self._names(holders)
-        # Backward reaches the last parameters first. What shares a bucket must share dtype, device and optimizers.
+        # Backward reaches the last parameters first. What shares a bucket must share dtype, device and optimizers;
+        # and a bucket of frozen parameters alone has nothing to send.
         alike: dict[tuple[Any, ...], list[Parameter]] = {}
         for parameter in reversed(names):
-            key = (tuple(holders[parameter]), parameter.dtype, parameter.device)
+            key = (tuple(holders[parameter]), parameter.dtype, parameter.device, parameter.requires_grad)
             alike.setdefault(key, []).append(parameter)
-        for (indices, _, _), parameters in alike.items():
+        for (indices, *_), parameters in alike.items():
             self._add_buckets(indices, parameters, names)
+        self._unowned = [parameter for parameter in self._unowned if parameter not in self._by_parameter]
 
     def _share(self, bucket: ParameterBucket, index: int) -> None:
         """Let a further optimizer step on a bucket that others step on already."""
-        if self._policies[index] == "parameter" and not bucket.whole:
+        if self.cuts[index].policy == "parameter" and not bucket.whole:
             raise UnsupportedModelError(
                 f"{type(self._optimizers[index]).__name__} needs whole parameters, and was given some that another "
                 'optimizer has in parts; use ZeroStrategy(partition="parameter")'
@@ -108,7 +118,11 @@ class Partition:
                     f"the parameter {name!r} is {parameter.dtype}; only real floating-point parameters can be trained "
                     "with ZeroStrategy. Use torch.view_as_real for a complex one"
                 )
-            if parameter.data_ptr() and memory.setdefault(parameter.data_ptr(), name) != name:
+            if (
+                self._collectives.world_size > 1
+                and parameter.data_ptr()
+                and memory.setdefault(parameter.data_ptr(), name) != name
+            ):
                 raise UnsupportedModelError(
                     f"the parameters {memory[parameter.data_ptr()]!r} and {name!r} share memory but are two objects; "
                     "tie them by assigning one Parameter to both modules"
@@ -118,7 +132,7 @@ class Partition:
     def _add_buckets(
         self, indices: tuple[int, ...], parameters: Sequence[Parameter], names: Mapping[Parameter, str]
     ) -> None:
-        by_element = all(self._policies[index] == "element" for index in indices)
+        by_element = all(self.cuts[index].policy == "element" for index in indices)
         plans = plan_buckets(
             [ParameterSpec(names[p], tuple(p.shape), p.element_size()) for p in parameters],
             self._collectives.world_size,
@@ -182,10 +196,37 @@ class Partition:
         for segmented in self._segmented:
             segmented.drop_gradients()
         self.reducer.flush()
+        if self._collectives.world_size > 1 and self._unowned and self.reducer.is_syncing:
+            self._average_unowned()
+
+    @torch.no_grad()
+    def _average_unowned(self) -> None:
+        """Average the gradients of parameters that no optimizer holds, as DDP would: somebody may step on them by hand.
+
+        They stay whole. One that has accumulated is the same on every rank but for its newest term, so that averaging
+        all of it is right.
+        """
+        held = self.reducer.agreed([parameter.grad is not None for parameter in self._unowned])
+        for parameter, held_anywhere in zip(self._unowned, held, strict=True):
+            if held_anywhere:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense()
+                gradient /= self._collectives.world_size
+                self._collectives.all_reduce(gradient, dist.ReduceOp.SUM)
+                parameter.grad = gradient
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate gradients without communication, at stage 1."""
         return self.reducer.no_sync()
+
+    def take_over_outside_writes(self) -> None:
+        """Bring what was written into parameters since the last step into the masters."""
+        for segmented in self._segmented:
+            segmented.take_over_outside_writes()
+
+    @property
+    def is_stepping(self) -> bool:
+        """A step is under way, or was broken off: what the ranks hold may not belong together."""
+        return any(segmented.is_stepping for segmented in self._segmented)
 
     def segments(self, optimizer: Optimizer) -> list[OwnedSegment]:
         """What this rank owns of an optimizer's parameters."""
@@ -199,12 +240,19 @@ class Partition:
 
     def grad_norm(self, optimizer: Optimizer | None = None, norm_type: float = 2.0) -> Tensor:
         """The global gradient norm. A collective."""
-        return norms.global_norm(self.gradients(optimizer), self._collectives, self._device, norm_type)
+        return self._norm(self.gradients(optimizer), norm_type)
+
+    def _norm(self, gradients: Sequence[Tensor], norm_type: float) -> Tensor:
+        first = next(iter(self._by_parameter), None)
+        device = first.device if first is not None else torch.device("cpu")
+        dtypes = {bucket.master_dtype for bucket in self.buckets}
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        return norms.global_norm(gradients, self._collectives, device, dtype, norm_type)
 
     def clip_grad_norm_(self, max_norm: float, optimizer: Optimizer | None = None, norm_type: float = 2.0) -> Tensor:
         """Clip the gradient by its global norm, which is given back. A collective."""
         gradients = self.gradients(optimizer)
-        norm = norms.global_norm(gradients, self._collectives, self._device, norm_type)
+        norm = self._norm(gradients, norm_type)
         norms.scale_to_norm_(gradients, norm, max_norm)
         return norm
 
@@ -214,27 +262,44 @@ class Partition:
 
     def full_state(self, parameter: Parameter) -> dict[str, Any]:
         """The whole fp32 parameter, as `"param"`, and its whole optimizer state. A collective."""
-        bucket = self._by_parameter.get(parameter)
-        if bucket is None:
-            raise UnsupportedModelError("full_state knows only parameters that an optimizer holds")
-        pieces = [piece for piece in bucket.pieces if piece.slot.parameter is parameter]
+        bucket = self._bucket_of(parameter, "full_state")
         owner = next(one for one in self._segmented if bucket in one.buckets)
-        local: list[tuple[int, dict[str, Any]]] = [
-            (piece.segment.start, _copied({"param": piece.master, **owner.optimizer.state.get(piece.master, {})}))
-            for piece in pieces
-        ]
-        gathered = [part for parts in self._collectives.all_gather_object(local) for part in parts]
-        parts = sorted(gathered, key=lambda part: part[0])
+        parts = self._parts(
+            bucket, parameter, lambda piece: {"param": piece.master, **owner.optimizer.state.get(piece.master, {})}
+        )
         whole: dict[str, Any] = {}
-        for key, first in parts[0][1].items() if parts else ():
-            values = [state[key] for _, state in parts]
-            if isinstance(first, Tensor) and first.shape == parts[0][1]["param"].shape:
-                whole[key] = (
-                    torch.cat([value.reshape(-1) for value in values]).view(parameter.shape).to(parameter.device)
-                )
+        for key, first in parts[0].items() if parts else ():
+            if isinstance(first, Tensor) and first.shape == parts[0]["param"].shape:
+                whole[key] = _joined([part[key] for part in parts], parameter)
             else:
                 whole[key] = first
         return whole or {"param": parameter.detach().float()}
+
+    def full_grad(self, parameter: Parameter) -> Tensor | None:
+        """The whole averaged gradient of one parameter, None where it has none. A collective."""
+        bucket = self._bucket_of(parameter, "full_grad")
+        self.reducer.finish()
+        gradient = parameter.grad
+        if not isinstance(gradient, PartitionedGradient):
+            return gradient
+        parts = self._parts(bucket, parameter, lambda piece: {"grad": bucket.segment_gradient(piece)})
+        return _joined([part["grad"] for part in parts], parameter) if parts else torch.zeros_like(parameter)
+
+    def _bucket_of(self, parameter: Parameter, asked: str) -> ParameterBucket:
+        bucket = self._by_parameter.get(parameter)
+        if bucket is None:
+            raise UnsupportedModelError(f"{asked} knows only parameters that an optimizer holds")
+        return bucket
+
+    def _parts(
+        self, bucket: ParameterBucket, parameter: Parameter, of: Callable[[Piece], dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """What all ranks have of a parameter, in the order of its elements. A collective."""
+        local = [
+            (piece.segment.start, _copied(of(piece))) for piece in bucket.pieces if piece.slot.parameter is parameter
+        ]
+        gathered = [part for parts in self._collectives.all_gather_object(local) for part in parts]
+        return [part for _, part in sorted(gathered, key=lambda part: part[0])]
 
     def _of(self, optimizer: Optimizer) -> SegmentedOptimizer:
         for segmented in self._segmented:
@@ -245,9 +310,13 @@ class Partition:
             f"{type(optimizer).__name__} is none of the optimizers that configure_optimizers returned"
         )
 
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self._by_parameter)).device if self._by_parameter else torch.device("cpu")
+
+def _is_wide(parameter: Tensor) -> bool:
+    return torch.promote_types(parameter.dtype, torch.float32) == parameter.dtype
+
+
+def _joined(parts: Sequence[Tensor], parameter: Tensor) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts]).view(parameter.shape).to(parameter.device)
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_zero.engine.collectives import collectives_for
-from lightning_zero.engine.gradients import PartitionedGradient
 from lightning_zero.engine.partition import Partition
+from lightning_zero.engine.stand_in import PartitionedGradient
 from lightning_zero.errors import UnsupportedModelError
 from tests.launch import distributed
 

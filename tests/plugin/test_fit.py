@@ -145,22 +145,22 @@ def test_a_wrong_argument_is_refused_with_the_valid_ones(options, message):
 
 
 def test_lbfgs_is_refused_with_a_reason_and_a_way_out():
-    from lightning_zero.engine.optimizer import policy_for
+    from lightning_zero.engine.optimizer import cut_for
 
     with pytest.raises(ValueError, match=r"LBFGS can't be partitioned.*Use DDPStrategy"):
-        policy_for(torch.optim.LBFGS([nn.Parameter(torch.zeros(1))]), "auto")
+        cut_for(torch.optim.LBFGS([nn.Parameter(torch.zeros(1))]), "auto", alone=False)
 
 
 def test_an_optimizer_that_is_not_known_gets_whole_parameters():
-    from lightning_zero.engine.optimizer import policy_for
+    from lightning_zero.engine.optimizer import cut_for
 
     class Mine(torch.optim.AdamW):
         pass
 
     parameter = [nn.Parameter(torch.zeros(1))]
-    assert policy_for(Mine(parameter), "auto") == "parameter"
-    assert policy_for(torch.optim.AdamW(parameter), "auto") == "element"
-    assert policy_for(Mine(parameter), "element") == "element"
+    assert cut_for(Mine(parameter), "auto", alone=False).policy == "parameter"
+    assert cut_for(torch.optim.AdamW(parameter), "auto", alone=False).policy == "element"
+    assert cut_for(Mine(parameter), "element", alone=False).policy == "element"
 
 
 def test_the_model_for_the_tests_has_what_the_tests_are_about():
