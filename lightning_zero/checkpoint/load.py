@@ -205,15 +205,16 @@ class Checkpoint:
             index: of the optimizer.
             weights_only: for `trainer`, where the parameter groups are.
         """
-        return self._optimizer_state(index, self.trainer(weights_only)["optimizer_states"][index]["param_groups"])
+        return self._optimizer_state(index, self.trainer(weights_only)["optimizer_states"][index])
 
-    def _optimizer_state(self, index: int, param_groups: list[Any]) -> dict[str, Any]:
+    def _optimizer_state(self, index: int, in_trainer: dict[str, Any]) -> dict[str, Any]:
         names = (name for group in self.manifest.optimizers[index].parameters for name in group)
         stored = self._states[index]
-        return {
-            "state": {position: self._state_of(stored[name]) for position, name in enumerate(names) if name in stored},
-            "param_groups": param_groups,
-        }
+        state: dict[Any, Any] = dict(in_trainer["state"])
+        for position, name in enumerate(names):
+            if name in stored:
+                state[position] = self._state_of(stored[name]) | state.get(position, {})
+        return {**in_trainer, "state": state}
 
     @functools.cached_property
     def _states(self) -> list[dict[str, list[str]]]:
@@ -294,7 +295,7 @@ class Checkpoint:
         checkpoint["state_dict"] = self.state_dict() | checkpoint.get("state_dict", {})
         for index in range(len(self.manifest.optimizers)):
             states = checkpoint["optimizer_states"]
-            states[index] = self._optimizer_state(index, states[index]["param_groups"])
+            states[index] = self._optimizer_state(index, states[index])
         return checkpoint
 
 

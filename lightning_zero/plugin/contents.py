@@ -20,6 +20,7 @@ from lightning_zero.checkpoint.manifest import Entry, OptimizerEntry, Role, Stor
 from lightning_zero.checkpoint.save import RankContent, SharedContent, TensorToSave
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import UnsupportedModelError
+from lightning_zero.plugin.metric_state import MetricState
 from lightning_zero.plugin.random_state import get_random_state
 from lightning_zero.segments import ParameterSpec, plan_buckets
 
@@ -34,6 +35,7 @@ def contents(
     rank: int,
     world_size: int,
     stage: int,
+    metrics: Mapping[str, MetricState] | None = None,
 ) -> tuple[RankContent, SharedContent]:
     """Divide Lightning's dict into what this rank writes and what the ranks share.
 
@@ -44,6 +46,7 @@ def contents(
         rank: this rank.
         world_size: of how many.
         stage: the ZeRO stage, for the record.
+        metrics: what this rank's metrics have accumulated.
     """
     state_dict: Mapping[str, Any] = checkpoint["state_dict"]
     live = {_memory(parameter): parameter for parameter in module.parameters()}
@@ -87,7 +90,7 @@ def contents(
         }
         for bucket in partition.buckets:
             for piece in bucket.pieces:
-                if piece.slot.parameter in stored_names:
+                if piece.slot.parameter in stored_names and piece.segment.numel:
                     segment = piece.segment
                     tensors.append(
                         TensorToSave(
@@ -99,10 +102,14 @@ def contents(
                         )
                     )
         if "optimizer_states" in checkpoint:
-            _add_optimizer_states(partition, names, tensors, values, optimizers)
-            trainer["optimizer_states"] = [{**state, "state": {}} for state in checkpoint["optimizer_states"]]
+            _add_optimizer_states(partition, names, tensors, values, optimizers, world_size)
+            trainer["optimizer_states"] = [
+                {**state, "state": _unsegmented(state["state"], alone=world_size == 1)}
+                for state in checkpoint["optimizer_states"]
+            ]
     rank_state = io.BytesIO()
-    torch.save({"random": get_random_state(), "loops": checkpoint.get("loops")}, rank_state)
+    own = {"random": get_random_state(), "loops": checkpoint.get("loops"), "metrics": dict(metrics or {})}
+    torch.save(own, rank_state)
     return (
         RankContent(tensors, values, rank_state.getvalue(), step=checkpoint["global_step"]),
         SharedContent(checkpoint["epoch"], stage, entries, aliases, optimizers, trainer),
@@ -137,6 +144,7 @@ def _add_optimizer_states(
     tensors: list[TensorToSave],
     values: list[StoredValue],
     optimizers: list[OptimizerEntry],
+    world_size: int,
 ) -> None:
     for index, segmented in enumerate(partition.segmented):
         optimizer = segmented.optimizer
@@ -144,14 +152,31 @@ def _add_optimizer_states(
         optimizers.append(OptimizerEntry(type(optimizer).__name__, tuple(groups)))
         for piece in segmented.pieces:
             name, start, stop = names[piece.slot.parameter], piece.segment.start, piece.segment.stop
-            for key, value in optimizer.state.get(piece.master, {}).items():
+            for key, value in optimizer.state.get(piece.master, {}).items() if piece.segment.numel else ():
                 if isinstance(value, Tensor):
                     flat = value.reshape(-1) if value.shape == piece.master.shape else value
                     tensors.append(TensorToSave("optimizer", name, start, stop, flat, optimizer=index, state=key))
                 elif isinstance(value, _PLAIN):
                     values.append(StoredValue(index, name, start, stop, key, value))
-                else:
+                elif world_size > 1:
                     raise UnsupportedModelError(
                         f"{type(optimizer).__name__} keeps a {type(value).__name__} as the state {key!r} of {name!r}; "
                         "a checkpoint holds tensors, numbers, strings and None"
                     )
+
+
+def _unsegmented(state: Mapping[Any, Any], *, alone: bool) -> dict[Any, Any]:
+    """What of an optimizer's state is no tensor or number of a parameter, and so goes with the rest of the dict.
+
+    State under keys of the optimizer's own is the same on every rank. Lists and the like, as LBFGS keeps them, are
+    there only where nothing is partitioned.
+    """
+    rest: dict[Any, Any] = {}
+    for key, value in state.items():
+        if isinstance(key, str):
+            rest[key] = value
+        elif alone:
+            odd = {name: item for name, item in value.items() if not isinstance(item, (Tensor, *_PLAIN))}
+            if odd:
+                rest[key] = odd
+    return rest

@@ -89,7 +89,7 @@ def next_epoch(loops: dict[str, Any]) -> int:
     """The epoch of the first batch that a run resumed from this state will draw."""
     fit = loops.get("fit_loop", {})
     progress = fit.get("epoch_progress", {}).get("current", {})
-    return int(progress.get("ready" if _is_at_epochs_end(fit) else "processed", 0))
+    return int(progress.get("ready" if is_at_epochs_end(loops) else "processed", 0))
 
 
 Iterators = Literal["one", "two", "another later"]
@@ -109,7 +109,7 @@ def finish_epochs(loops: dict[str, Any], *, by_steps: bool) -> Iterators:
     """
     fit = loops.get("fit_loop", {})
     states = fit.get("state_dict", {}).get("combined_loader", [])
-    if not _is_at_epochs_end(fit) or not states:
+    if not is_at_epochs_end(loops) or not states:
         return "one"
     if not all(isinstance(state, dict) and "_iterator_finished" in state for state in states):
         return "one"  # somebody else's loader, which knows for itself
@@ -132,8 +132,9 @@ def draw_once(loaders: Iterable[Any]) -> None:
             torch.empty((), dtype=torch.int64).random_()
 
 
-def _is_at_epochs_end(fit: dict[str, Any]) -> bool:
-    return bool(fit.get("epoch_loop.batch_progress", {}).get("is_last_batch"))
+def is_at_epochs_end(loops: dict[str, Any]) -> bool:
+    """Whether the fit loop's state is that of an epoch's last batch."""
+    return bool(loops.get("fit_loop", {}).get("epoch_loop.batch_progress", {}).get("is_last_batch"))
 
 
 def _has_generator(state: dict[str, Any]) -> bool:

@@ -14,10 +14,14 @@ iterators anew on the way.
 from __future__ import annotations
 
 import atexit
+import difflib
+import inspect
 import io
 import os
 import pickle
 import shutil
+import time
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +33,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
@@ -39,27 +44,54 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_zero.checkpoint.export import convert_zero_checkpoint_to_fp32_state_dict
 from lightning_zero.checkpoint.integrity import Depth
 from lightning_zero.checkpoint.load import is_checkpoint, resolve
+from lightning_zero.checkpoint.save import RankContent, SharedContent
 from lightning_zero.engine.collectives import Collectives, collectives_for
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
-from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError, ZeroError
+from lightning_zero.errors import CheckpointMismatchError, CheckpointWriteError, UnsupportedModelError, ZeroError
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ShardedCheckpoint, ZeroCheckpointIO
 from lightning_zero.plugin.contents import contents
-from lightning_zero.plugin.loader_state import Iterators, draw_once, finish_epochs, make_resumable, next_epoch
+from lightning_zero.plugin.loader_state import (
+    Iterators,
+    draw_once,
+    finish_epochs,
+    is_at_epochs_end,
+    make_resumable,
+    next_epoch,
+)
+from lightning_zero.plugin.metric_state import MetricState, get_metric_states, set_metric_states
 from lightning_zero.plugin.precision import route_clipping
 from lightning_zero.plugin.random_state import set_random_state
+from lightning_zero.plugin.signals import SharedSignals
 
 _T = TypeVar("_T")
 _CLIENT_STATE = "lightning_zero_client_state"
+
+_ARRIVAL_SECONDS = 10
+"""How long a rank that saves after an exception waits for the others."""
+
+_OF_DDP_ALONE = {
+    "gradient_as_bucket_view": "gradients have their buckets here in any case",
+    "static_graph": "nothing here depends on the graph; leave it out",
+    "bucket_cap_mb": "it is called bucket_size_mb here",
+    "ddp_comm_hook": "gradients can travel in another dtype by reduce_dtype",
+    "ddp_comm_state": "gradients can travel in another dtype by reduce_dtype",
+    "ddp_comm_wrapper": "gradients can travel in another dtype by reduce_dtype",
+    "model_averaging_period": "post-local SGD keeps a whole optimizer on every rank; use DDPStrategy for it",
+    "config": "what DeepSpeed's JSON holds are arguments of the Trainer and of ZeroStrategy here",
+}
+"""What users of other strategies pass, and what they find here instead."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +160,10 @@ class ZeroStrategy(DDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = dist.constants.default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise TypeError(_unknown_arguments(unknown))
         if stage not in (1, 2):
             raise ValueError(f"stage must be 1 or 2, not {stage!r}; use DDPStrategy for stage 0, FSDPStrategy for 3")
         if partition not in ("auto", "element", "parameter"):
@@ -155,6 +190,9 @@ class ZeroStrategy(DDPStrategy):
         self._partition: Partition | None = None
         self._groups: _Groups | None = None
         self._resume: _Resume | None = None
+        self._signals: SharedSignals | None = None
+        self._all_arrived: bool | None = None
+        self._metrics: list[dict[str, MetricState]] = []
 
     # --- plugins ---
 
@@ -202,6 +240,8 @@ class ZeroStrategy(DDPStrategy):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         self._resume = None  # a fit that was stopped before it began leaves nothing to the next
+        self._signals = self._all_arrived = None
+        self._metrics = []
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -211,13 +251,16 @@ class ZeroStrategy(DDPStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and self._layer_sync:
             self.model = self._layer_sync.apply(self.model)
+        self._materialize()
         self.precision_plugin.convert_module(self.model)
         self.model_to_device()
+        _require_shapes(self.model)
         _sync_module_states(self.model)
         if fitting:
             self._partition = None
             self._renew_groups()
             self.setup_optimizers(trainer)
+        self._signals = SharedSignals(trainer, self._control_group if self.world_size > 1 else None)
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -232,8 +275,25 @@ class ZeroStrategy(DDPStrategy):
                 reduce_dtype=self._reduce_dtype,
                 find_unused_parameters=self._find_unused_parameters,
             )
+            if self.world_size > 1:
+                for optimizer, cut in zip(self.optimizers, self._partition.cuts, strict=True):
+                    rank_zero_info(f"{type(optimizer).__name__} is partitioned by {cut.policy}: {cut.reason}")
         elif self._partition is not None:
             self._partition.rebase()
+
+    def _materialize(self) -> None:
+        """Give a module that was made on the meta device its memory, by its layers' `reset_parameters`."""
+        assert self.model is not None
+        _materialize_distributed_module(self.model, self.root_device)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        self._materialize()
+        super().load_model_state_dict(checkpoint, strict=strict)
+        if self._metrics:
+            assert self.lightning_module is not None
+            set_metric_states(self.lightning_module, self._metrics)
+            self._metrics = []
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -284,18 +344,40 @@ class ZeroStrategy(DDPStrategy):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_groups": None, "_partition": None}
+        return {**super().__getstate__(), "_groups": None, "_partition": None, "_signals": None}
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if not self._interrupted:  # the other ranks don't know, and won't come
+        if not self._interrupted:
             super().barrier(*args, **kwargs)
+        elif self._all_are_here():
+            dist.barrier(group=self._control_group)
 
     @property
     def _interrupted(self) -> bool:
+        """An exception is under way: the other ranks may not know of it."""
         module = self.lightning_module
         trainer = module._trainer if module is not None else None
         return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED and self.world_size > 1
+
+    def _all_are_here(self) -> bool:
+        """After an exception: whether it is every rank's, so that they can still do something together.
+
+        Nobody waits in a collective for one that may never come: each tells the store that it is here, and looks for
+        the others for a while. They then begin anew in groups in which nothing is under way.
+        """
+        if self._signals is not None and self._signals.all_stopped:
+            return True
+        if self._all_arrived is None:
+            store = dist.distributed_c10d._get_default_store()
+            arrived, deadline = store.add("lightning_zero/after an exception", 1), time.monotonic() + _ARRIVAL_SECONDS
+            while arrived % self.world_size and time.monotonic() < deadline:
+                time.sleep(0.05)
+                arrived = store.add("lightning_zero/after an exception", 0)
+            self._all_arrived = arrived % self.world_size == 0
+            if self._all_arrived:
+                self._renew_groups()
+        return self._all_arrived
 
     # --- a step ---
 
@@ -312,11 +394,10 @@ class ZeroStrategy(DDPStrategy):
 
     def _before_forward(self) -> None:
         """Give every rank the first rank's buffers, just when DDP does: not after a forward that wasn't reduced."""
-        if self._broadcast_buffers and self._buffers_due and self.world_size > 1:
+        if self._broadcast_buffers and self._buffers_due:
             assert self.model is not None
-            works = [self._collectives.broadcast(buffer) for buffer in self.model.buffers() if buffer.numel()]
-            for work in works:
-                work.wait()
+            ignored = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
+            self._collectives.broadcast_all([b for name, b in self.model.named_buffers() if name not in ignored])
         self._buffers_due = torch.is_grad_enabled() and not self._blocked
 
     _blocked = False
@@ -356,6 +437,14 @@ class ZeroStrategy(DDPStrategy):
         """The whole fp32 `"param"` and every optimizer state of one parameter. Called on every rank."""
         return self._partitioned.full_state(parameter)
 
+    def full_grad(self, parameter: Parameter) -> Tensor | None:
+        """The whole averaged gradient of one parameter, before the step. Called on every rank.
+
+        Returns:
+            A tensor of the parameter's shape, the same on every rank; None where no rank has a gradient.
+        """
+        return self._partitioned.full_grad(parameter)
+
     def grad_norm(self) -> Tensor:
         """The 2-norm of the averaged gradients of all optimizers, before the step. Called on every rank.
 
@@ -382,10 +471,11 @@ class ZeroStrategy(DDPStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         """Save a directory, all ranks together. A checkpoint of weights alone doesn't become `latest`."""
-        if self._interrupted:
-            rank_zero_warn(
-                f"{filepath} is not saved: training was interrupted, and a sharded checkpoint needs every rank. "
-                "`latest` still names the last one that was committed."
+        if self._interrupted and not self._all_are_here():
+            warnings.warn(
+                f"{filepath} is not saved: training was interrupted on rank {self.global_rank}, and a sharded "
+                "checkpoint needs every rank. `latest` still names the last one that was committed.",
+                stacklevel=2,
             )
             return
         passing = Path(filepath).name.startswith(".")  # `lr_find` saves one, and removes it
@@ -398,14 +488,23 @@ class ZeroStrategy(DDPStrategy):
         assert self.lightning_module is not None
         # After a fit in spawned processes, the one that is left has the weights, and no process group.
         group = self._control_group if dist.is_initialized() else None
-        content, shared = contents(
-            checkpoint,
-            self.lightning_module,
-            self._partition,
-            rank=0 if group is None else self.global_rank,
-            world_size=1 if group is None else self.world_size,
-            stage=self.stage,
-        )
+        module, partition = self.lightning_module, self._partition
+
+        def describe() -> tuple[RankContent, SharedContent]:
+            if partition is not None and partition.is_stepping:
+                raise CheckpointWriteError(
+                    f"{os.fspath(path)} is not saved: a step of the optimizer was broken off, and what is in memory is "
+                    "half of the step before and half of this one. Resume from the last checkpoint"
+                )
+            if partition is not None:
+                partition.take_over_outside_writes()
+            rank, world_size = (0, 1) if group is None else (self.global_rank, self.world_size)
+            metrics = get_metric_states(module, without=self._finished_metrics(checkpoint)) if partition else {}
+            return contents(
+                checkpoint, module, partition, rank=rank, world_size=world_size, stage=self.stage, metrics=metrics
+            )
+
+        content, shared = describe() if group is None else self._all_or_none(describe)
         sharded = ShardedCheckpoint(checkpoint, content, shared, group, update_latest=update_latest)
         self.checkpoint_io.save_checkpoint(sharded, path, storage_options=storage_options)
 
@@ -532,18 +631,35 @@ class ZeroStrategy(DDPStrategy):
         return checkpoint
 
     def _take_rank_state(self, checkpoint: LoadedCheckpoint, weights_only: bool | None) -> None:
-        """What belongs to this rank alone: its random number generators, and where its data loader is."""
-        stored = checkpoint.source.rank_state(self.global_rank)
-        if stored is None:
+        """What belongs to this rank alone: its random number generators, its metrics, and where its data loader is."""
+        source, saved_by = checkpoint.source, checkpoint.source.manifest.world_size
+
+        def of(rank: int) -> dict[str, Any]:
+            stored = source.rank_state(rank)
+            return {} if stored is None else torch.load(io.BytesIO(stored), weights_only=weights_only is not False)
+
+        own = of(self.global_rank)
+        if self._trainer.state.fn == TrainerFn.FITTING:
+            others = [of(rank) for rank in range(self.global_rank + self.world_size, saved_by, self.world_size)]
+            self._metrics = [state["metrics"] for state in (own, *others) if "metrics" in state]
+        if not own:
             return
-        state = torch.load(io.BytesIO(stored), weights_only=weights_only is not False)
-        if checkpoint.source.manifest.world_size == self.world_size and state["loops"] is not None:
-            checkpoint["loops"] = state["loops"]
+        if saved_by == self.world_size and own["loops"] is not None:
+            checkpoint["loops"] = own["loops"]
         if self._trainer.state.fn != TrainerFn.FITTING:
             return
         loops = checkpoint.get("loops", {})
         iterators = finish_epochs(loops, by_steps=self._trainer.max_steps != -1)
-        self._resume = _Resume(state["random"], next_epoch(loops), iterators)
+        self._resume = _Resume(own["random"], next_epoch(loops), iterators)
+
+    def _finished_metrics(self, checkpoint: Mapping[str, Any]) -> list[Metric]:
+        """Metrics whose epoch is over, and which Lightning is about to reset."""
+        trainer = self._trainer
+        loop = trainer.fit_loop.epoch_loop
+        results = [loop.val_loop._results]
+        if is_at_epochs_end(checkpoint.get("loops", {})):
+            results.append(loop._results)
+        return [metric.value for result in results for metric in result.values() if not metric.is_tensor]
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -631,6 +747,25 @@ def _leave_groups() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _unknown_arguments(unknown: Mapping[str, Any]) -> str:
+    valid = [name for name in inspect.signature(ZeroStrategy).parameters if name != "unknown"]
+    hints = []
+    for name in unknown:
+        close = difflib.get_close_matches(name, valid, n=1)
+        instead = _OF_DDP_ALONE.get(name) or (f"did you mean {close[0]!r}?" if close else None)
+        hints.append(f"{name!r}" + (f" ({instead})" if instead else ""))
+    return f"ZeroStrategy has no argument {', '.join(hints)}; it takes {', '.join(valid)}"
+
+
+def _require_shapes(module: Module) -> None:
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            raise UnsupportedModelError(
+                f"the parameter {name!r} has no shape yet; run a batch through its lazy module in `configure_model`, "
+                "or before fit"
+            )
 
 
 def _outcome(function: Callable[[], _T]) -> tuple[Exception | None, _T | None]:

@@ -1,0 +1,75 @@
+"""What torchmetrics have accumulated on one rank, so that an epoch's result is whole after a resume in its middle.
+
+A metric's state is a rank's own, and no parameter or buffer: a stock checkpoint holds rank 0's at best. Here each rank
+saves its own, and finds it again. On another number of ranks, states are merged as the metric itself merges them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.nn import Module
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
+
+MetricState = dict[str, Any]
+"""The metric's states by their names, and under `_UPDATES` how many updates are in them."""
+
+_UPDATES = "update_count"
+
+_MERGED = {dim_zero_sum, dim_zero_max, dim_zero_min, dim_zero_cat}
+"""Reductions over ranks that give the same in any grouping."""
+
+
+def get_metric_states(module: Module, *, without: Sequence[Metric] = ()) -> dict[str, MetricState]:
+    """The states of a module's metrics that have any, by the metrics' names.
+
+    Args:
+        module: the module.
+        without: metrics that are about to be reset, and so have nothing to go on from.
+    """
+    skipped = {id(metric) for metric in without}
+    return {
+        name: {
+            _UPDATES: metric.update_count,
+            "states": {key: _copied(getattr(metric, key)) for key in metric._defaults},
+        }
+        for name, metric in _metrics(module)
+        if metric.update_called and id(metric) not in skipped
+    }
+
+
+def set_metric_states(module: Module, of_ranks: Sequence[dict[str, MetricState]]) -> None:
+    """Let a module's metrics go on from what one or several ranks have saved; those that had nothing are reset."""
+    for name, metric in _metrics(module):
+        metric.reset()
+        for state in (states[name] for states in of_ranks if name in states):
+            values = _copied(state["states"], metric.device)
+            if not metric.update_called:
+                for key, value in values.items():
+                    setattr(metric, key, value)
+            elif set(metric._reductions.values()) <= _MERGED:
+                metric._reduce_states(values)
+            else:
+                rank_zero_warn(
+                    f"{type(metric).__name__} {name!r} can't be merged: what the checkpoint's other ranks had of this "
+                    "epoch is lost. Resume on the same number of ranks to keep it"
+                )
+                break
+            metric._update_count += state[_UPDATES]
+
+
+def _metrics(module: Module) -> Iterator[tuple[str, Metric]]:
+    return ((name, child) for name, child in module.named_modules() if isinstance(child, Metric))
+
+
+def _copied(value: Any, device: torch.device | None = None) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to(device or "cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item, device) for key, item in value.items()}
+    return [_copied(item, device) for item in value]
