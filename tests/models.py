@@ -90,10 +90,13 @@ def quiet_trainer(strategy=None, *, world_size, callbacks=(), **options) -> Trai
         devices=world_size,
         strategy=strategy if strategy is not None else ZeroStrategy(),
         callbacks=list(callbacks),
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"enable_checkpointing": any("Checkpoint" in type(c).__name__ for c in callbacks), **options},
+        **{
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": any("Checkpoint" in type(c).__name__ for c in callbacks),
+            **options,
+        },
     )
 
 

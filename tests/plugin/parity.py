@@ -39,7 +39,7 @@ class Plain(LightningModule):
         return torch.utils.data.DataLoader(Rows(), batch_size=4)
 
 
-def fit(make, strategy, callbacks=(), **options):
+def fit(make, strategy, callbacks=(), ckpt_path=None, **options):
     """Fit what `make()` gives; callbacks are made by calling them."""
     seed_everything(3, verbose=False)
     model = make()
@@ -50,7 +50,7 @@ def fit(make, strategy, callbacks=(), **options):
         callbacks=[callback() for callback in callbacks],
         **{"max_epochs": 2, **options},
     )
-    trainer.fit(model)
+    trainer.fit(model, ckpt_path=ckpt_path)
     return model, trainer
 
 
