@@ -8,7 +8,7 @@ The optimizer steps on *masters*: fp32 (or wider) tensors, one for each segment 
 | fp32 or fp64, one rank  | the parameter itself                   | nothing to do        | nothing to do            |
 | fp32 or fp64            | a view of the parameter's own memory   | nothing to do        | the shard is gathered    |
 | the same, not contiguous| a view of the flat buffer              | copied from the      | the shard is gathered,   |
-|                         |                                        | parameter            | copied to the parameter  |
+| or pointed elsewhere    |                                        | parameter            | copied to the parameter  |
 | bf16 or fp16            | a tensor of its own                    | elements that were   | rounded into the shard,  |
 |                         |                                        | written from outside | which is gathered        |
 |                         |                                        | are taken over       |                          |
@@ -17,13 +17,16 @@ So what a user or a callback writes into a parameter (WGAN's clamping, pruning, 
 next step, whatever the parameter's dtype. "Written from outside" is seen in the values: an element that isn't its
 master's rounding any more. (A version counter would miss what goes through `.data`.)
 
+A parameter that somebody points at other memory stays there: that memory may be somebody's copy, as pruning's of the
+first weights, and is trained under DDP too.
+
 With one rank in fp32 the optimizer thus steps on the very parameters and gradients that it was made for: whatever
 works without ZeRO (LBFGS, sparse gradients, state under keys of the optimizer's own) works.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -47,7 +50,7 @@ class Slot:
     continues: bool = False
     """That gradient adds to one that the segments hold already."""
     pointer: int = field(default=0, repr=False)
-    """Where the parameter's memory is, if it is a view of the bucket's flat buffer; else 0."""
+    """Where the parameter's memory is, if it is part of the bucket's flat buffer; else 0."""
 
 
 @dataclass(eq=False)
@@ -156,14 +159,20 @@ class ParameterBucket:
             flat = whole.to_dense().reshape(-1) if whole.is_sparse else whole.reshape(-1)
         return flat.view(piece.master.shape).to(self.master_dtype)
 
-    def part_from_others(self) -> None:
-        """Give a parameter that was pointed at other memory a copy of its own: it may be another parameter's.
+    @property
+    def storage(self) -> int:
+        """Where the flat buffer is; 0 where there is none."""
+        return 0 if self.is_own_master else self._flat.untyped_storage().data_ptr()
+
+    def part_from_others(self, storages: Container[int]) -> None:
+        """Give a parameter that was pointed at memory of a flat buffer a copy: it is another parameter's.
 
         To be done for all buckets before any of them takes over what was written outside.
         """
         for slot in self.slots:
-            if slot.pointer and slot.parameter.data_ptr() != slot.pointer:
-                slot.parameter.data = slot.parameter.data.clone()
+            data = slot.parameter.data
+            if data.data_ptr() != slot.pointer and data.untyped_storage().data_ptr() in storages:
+                slot.parameter.data = data.clone()
 
     @torch.no_grad()
     def take_over_outside_writes(self) -> None:
@@ -178,7 +187,8 @@ class ParameterBucket:
                     "give the optimizer a new parameter by add_param_group instead"
                 )
             if parameter.numel() and parameter.data_ptr() != slot.pointer:
-                self._adopt(slot)
+                self._region(slot).copy_(parameter)
+                slot.pointer = 0
         if self._masters.dtype != self.dtype:
             shard = self._shard
             outside = self._masters.to(self.dtype) != shard

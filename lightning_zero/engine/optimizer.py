@@ -61,6 +61,10 @@ _ALL_AT_ONCE = {
 """Optimizers that must see every parameter at once, by the name of their class."""
 
 
+MASTER = "lightning_zero_master"
+"""The name under which a master stands among an optimizer's states, where a checkpoint's module doesn't hold it."""
+
+
 @dataclass(frozen=True)
 class Cut:
     """How an optimizer's parameters are cut, and why so."""
@@ -304,8 +308,9 @@ class SegmentedOptimizer:
     def take_over_outside_writes(self, buckets: Sequence[ParameterBucket] | None = None) -> None:
         """Bring what was written into parameters since the last step into the masters."""
         buckets = self.buckets if buckets is None else buckets
+        storages = {bucket.storage for bucket in self.buckets} - {0}
         for bucket in buckets:
-            bucket.part_from_others()
+            bucket.part_from_others(storages)
         for bucket in buckets:
             bucket.take_over_outside_writes()
 
@@ -388,7 +393,10 @@ class SegmentedOptimizer:
             for parameter, index in zip(group["params"], saved_group["params"], strict=True):
                 for piece in self._owned([parameter]):
                     for key, value in state_dict["state"].get(index, {}).items():
-                        state[piece.master][key] = _part_of(value, key, piece, type(self.optimizer).__name__)
+                        if key == MASTER:
+                            copy_range(value, piece.segment.start, piece.segment.stop, piece.master.detach())
+                        else:
+                            state[piece.master][key] = _part_of(value, key, piece, type(self.optimizer).__name__)
         self.optimizer.__setstate__({"state": state, "param_groups": groups})
 
 

@@ -3,13 +3,14 @@
 Lightning hands over a dict with the module's state dict and whatever hooks and callbacks made of it. An entry that
 *is* a live parameter (the same memory) is stored as the segments of its masters, which each rank has of its own
 share; so a 16-bit model isn't stored twice. A frozen parameter is the same on every rank, and each writes a part.
-Anything else (buffers, averaged weights that a callback put in a parameter's place) is stored by rank 0 as given.
+Anything else (buffers, averaged weights that a callback put in a parameter's place) is stored by rank 0 as given; the
+masters of a 16-bit parameter whose place was taken are then stored beside the optimizer's state of it.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import Module, Parameter
 
 from lightning_zero.checkpoint.manifest import Entry, OptimizerEntry, Role, StoredValue
 from lightning_zero.checkpoint.save import RankContent, SharedContent, TensorToSave
+from lightning_zero.engine.optimizer import MASTER
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.plugin.metric_state import MetricState
@@ -102,7 +104,7 @@ def contents(
                         )
                     )
         if "optimizer_states" in checkpoint:
-            _add_optimizer_states(partition, names, tensors, values, optimizers, world_size)
+            _add_optimizer_states(partition, names, stored_names, tensors, values, optimizers, world_size)
             trainer["optimizer_states"] = [
                 {**state, "state": _unsegmented(state["state"], alone=world_size == 1)}
                 for state in checkpoint["optimizer_states"]
@@ -141,6 +143,7 @@ def _share_of(whole: list[tuple[str, Tensor]], rank: int, world_size: int) -> li
 def _add_optimizer_states(
     partition: Partition,
     names: Mapping[Parameter, str],
+    names_in_state_dict: Container[Parameter],
     tensors: list[TensorToSave],
     values: list[StoredValue],
     optimizers: list[OptimizerEntry],
@@ -152,7 +155,10 @@ def _add_optimizer_states(
         optimizers.append(OptimizerEntry(type(optimizer).__name__, tuple(groups)))
         for piece in segmented.pieces:
             name, start, stop = names[piece.slot.parameter], piece.segment.start, piece.segment.stop
-            for key, value in optimizer.state.get(piece.master, {}).items() if piece.segment.numel else ():
+            state = dict(optimizer.state.get(piece.master, {}))
+            if piece.slot.parameter not in names_in_state_dict and piece.master.dtype != piece.slot.parameter.dtype:
+                state[MASTER] = piece.master.detach()
+            for key, value in state.items() if piece.segment.numel else ():
                 if isinstance(value, Tensor):
                     flat = value.reshape(-1) if value.shape == piece.master.shape else value
                     tensors.append(TensorToSave("optimizer", name, start, stop, flat, optimizer=index, state=key))

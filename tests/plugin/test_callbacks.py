@@ -1,0 +1,237 @@
+"""Lightning's own callbacks, beside stock DDP and on checkpoint directories."""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    ModelPruning,
+    OnExceptionCheckpoint,
+    RichProgressBar,
+    StochasticWeightAveraging,
+    Timer,
+)
+from torch import nn
+
+from lightning_zero import ZeroCheckpoint, ZeroStrategy, get_fp32_state_dict_from_zero_checkpoint
+from lightning_zero.checkpoint.load import resolve
+from lightning_zero.errors import CheckpointWriteError
+from tests.launch import distributed, run_ranks
+from tests.models import quiet_trainer
+from tests.plugin.parity import Plain, assert_equals_ddp, assert_same_modules, fit
+
+
+class Normed(Plain):
+    """BatchNorm, whose statistics weight averaging has to renew, and a loss that is logged."""
+
+    def __init__(self):
+        super().__init__(torch.optim.SGD, momentum=0.9)
+        self.norm = nn.BatchNorm1d(8)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(self.norm(batch))
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(self.norm(batch)), sync_dist=True)
+
+    val_dataloader = Plain.train_dataloader
+
+
+def tags(directory):
+    return sorted(path.name for path in Path(directory).iterdir() if (path / "manifest.json").is_file())
+
+
+@distributed(world_size=2, process_group=False)
+def test_weight_averaging_of_both_kinds_equals_ddp():
+    assert_equals_ddp(Normed, callbacks=[lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=1)], max_epochs=4)
+    assert_equals_ddp(Normed, callbacks=[lambda: EMAWeightAveraging(decay=0.9)], max_epochs=3)
+
+
+class Masters(Callback):
+    """Every parameter's whole master, when training starts and after the eleventh step."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.at_start = [trainer.strategy.full_state(p)["param"].clone() for p in pl_module.parameters()]
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_step == 11:
+            self.at_11 = [trainer.strategy.full_state(p)["param"].clone() for p in pl_module.parameters()]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_checkpoint_holds_the_average_and_what_training_goes_on_from(tmp_path, precision):
+    run_ranks(averaged, 2, tmp_path, precision, process_group=False)
+
+
+def averaged(directory, precision):
+    ema, before, after = lambda: EMAWeightAveraging(decay=0.9), Masters(), Masters()
+    options = {"max_epochs": 3, "precision": precision}
+
+    def saving(kind, name):
+        return lambda: kind(directory / name, "{step}", every_n_train_steps=11, save_top_k=-1)
+
+    fit(Normed, ZeroStrategy(), callbacks=[ema, saving(ZeroCheckpoint, "zero"), lambda: before], **options)
+    tag = directory / "zero" / "step=11.ckpt"
+    ours, _ = fit(Normed, ZeroStrategy(), callbacks=[ema, lambda: after], ckpt_path=tag, **options)
+    assert all(torch.equal(a, b) for a, b in zip(before.at_11, after.at_start, strict=True))
+    saved = get_fp32_state_dict_from_zero_checkpoint(tag)
+    assert not torch.equal(saved["net.0.weight"], before.at_11[0])  # the average
+    if precision == "32-true":
+        fit(Normed, "ddp", callbacks=[ema, saving(ModelCheckpoint, "ddp")], **options)
+        theirs, _ = fit(Normed, "ddp", callbacks=[ema], ckpt_path=directory / "ddp" / "step=11.ckpt", **options)
+        assert_same_modules(ours, theirs)
+
+
+@distributed(world_size=2, process_group=False)
+def test_pruning_equals_ddp_and_is_made_permanent_in_checkpoints(tmp_path):
+    prune = lambda: ModelPruning("l1_unstructured", parameter_names=["weight"], amount=0.3)  # noqa: E731
+    assert_equals_ddp(Plain, callbacks=[prune], max_epochs=3)
+    _, trainer = fit(Plain, ZeroStrategy(), callbacks=[prune], max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "tag")
+    state_dict = get_fp32_state_dict_from_zero_checkpoint(tmp_path / "tag")
+    assert "net.0.weight" in state_dict
+    assert "net.0.weight_orig" not in state_dict
+    assert (state_dict["net.0.weight"] == 0).sum() >= 0.3 * state_dict["net.0.weight"].numel()
+
+
+@distributed(world_size=2, process_group=False)
+def test_early_stopping_stops_where_it_does_under_ddp():
+    stop = lambda: EarlyStopping("val_loss", patience=0, min_delta=0.05)  # noqa: E731
+    theirs, a = fit(Normed, "ddp", callbacks=[stop], max_epochs=20)
+    ours, b = fit(Normed, ZeroStrategy(), callbacks=[stop], max_epochs=20)
+    assert a.global_step == b.global_step < 8 * 20
+    assert_same_modules(ours, theirs)
+
+
+@distributed(world_size=2, process_group=False)
+def test_timer_and_progress_bar_and_summary_work():
+    _, trainer = fit(
+        Normed,
+        ZeroStrategy(),
+        callbacks=[lambda: Timer(timedelta(seconds=60)), RichProgressBar],
+        enable_progress_bar=True,
+        enable_model_summary=True,
+    )
+    assert trainer.global_step == 16
+    _, trainer = fit(Normed, ZeroStrategy(), callbacks=[lambda: Timer(timedelta(seconds=0))])
+    assert trainer.global_step < 2
+
+
+# --- checkpoints ---
+
+
+@distributed(world_size=2, process_group=False)
+def test_top_k_by_a_monitor_keeps_the_best_directories(tmp_path):
+    for kind in (ModelCheckpoint, ZeroCheckpoint):
+        directory = tmp_path / kind.__name__
+        make = lambda kind=kind, directory=directory: kind(  # noqa: E731
+            directory, "{epoch}-{val_loss:.4f}", monitor="val_loss", mode="max", save_top_k=2, save_last=True
+        )
+        _, trainer = fit(Normed, ZeroStrategy(), callbacks=[make], max_epochs=5)
+        best = {Path(path).name: float(score) for path, score in trainer.checkpoint_callback.best_k_models.items()}
+        assert tags(directory) == sorted([*best, "last.ckpt"])
+        assert all("epoch=0" in name or "epoch=1" in name for name in best)  # the loss falls, and the highest are kept
+        assert Path(trainer.checkpoint_callback.best_model_path).name == max(best, key=best.get)
+        quiet_trainer(world_size=2).validate(Normed(), ckpt_path=trainer.checkpoint_callback.best_model_path)
+
+
+@distributed(world_size=2, process_group=False)
+def test_save_last_as_a_link_is_followed_and_goes_with_the_newest(tmp_path):
+    make = lambda: ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=1, save_last="link")  # noqa: E731
+    _, trainer = fit(Normed, ZeroStrategy(), callbacks=[make])
+    assert os.readlink(tmp_path / "last.ckpt") == "step=15.ckpt"
+    assert (tmp_path / "latest").read_text() == "step=15.ckpt"
+    _, trainer = fit(Normed, ZeroStrategy(), ckpt_path=tmp_path / "last.ckpt", max_epochs=3)
+    assert trainer.global_step == 24
+
+
+@distributed(world_size=2, process_group=False)
+def test_checkpoints_by_epoch_by_validation_and_by_time(tmp_path):
+    modes = {
+        "epoch": ({"save_on_train_epoch_end": True, "every_n_epochs": 2}, {}, ["step=16.ckpt", "step=32.ckpt"]),
+        "validation": ({"save_top_k": -1}, {"val_check_interval": 0.5}, [f"step={4 * n}.ckpt" for n in range(1, 9)]),
+        "time": ({"train_time_interval": timedelta(seconds=0), "save_top_k": -1}, {"max_steps": 3}, None),
+        "weights": ({"save_weights_only": True, "save_top_k": -1}, {"max_epochs": 1}, ["step=8.ckpt"]),
+    }
+    for name, (arguments, options, expected) in modes.items():
+        make = lambda name=name, arguments=arguments: ZeroCheckpoint(  # noqa: E731
+            tmp_path / name, **{"save_top_k": -1, **arguments}
+        )
+        fit(Normed, ZeroStrategy(), callbacks=[make], **{"max_epochs": 4, **options})
+        found = tags(tmp_path / name)
+        assert found == (sorted(expected) if expected else [f"step={n}.ckpt" for n in (1, 2, 3)]), name
+    assert not (tmp_path / "weights" / "latest").exists()
+
+
+class Steps(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, *args):
+        self.seen.append(trainer.global_step)
+
+
+class Breaks(Callback):
+    """An error on some ranks, at a batch's end or in the middle of a step."""
+
+    def __init__(self, ranks, where="batch"):
+        self.ranks, self.where = ranks, where
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if self.where == "batch" and trainer.global_step == 5 and trainer.global_rank in self.ranks:
+            raise RuntimeError("something broke")
+
+    def on_train_start(self, trainer, pl_module):
+        optimizer = trainer.optimizers[0]
+        if self.where == "step":
+            optimizer.register_step_post_hook(lambda *_: self.in_step(trainer))
+
+    def in_step(self, trainer):
+        if trainer.global_step == 5 and trainer.global_rank in self.ranks:
+            raise RuntimeError("something broke")
+
+
+@distributed(world_size=2, process_group=False)
+def test_an_exception_on_every_rank_saves_what_all_have(tmp_path):
+    make = lambda: OnExceptionCheckpoint(tmp_path)  # noqa: E731
+    with pytest.raises(RuntimeError, match="something broke"):
+        fit(Normed, ZeroStrategy(), callbacks=[make, lambda: Breaks((0, 1))])
+    assert tags(tmp_path) == ["on_exception.ckpt"]
+    steps = Steps()
+    fit(Normed, ZeroStrategy(), callbacks=[make, lambda: steps], ckpt_path="last")
+    assert steps.seen == list(range(5, 16))
+
+
+def break_on_one_rank(directory):
+    import lightning_zero.plugin.strategy as strategy
+
+    strategy._ARRIVAL_SECONDS = 1
+    callbacks = [lambda: ZeroCheckpoint(directory, every_n_train_steps=2), lambda: OnExceptionCheckpoint(directory)]
+    with pytest.raises(Exception, match=r"\w"):  # what rank 0 gets depends on where it waits for rank 1
+        fit(Normed, ZeroStrategy(timeout=timedelta(seconds=5)), callbacks=[*callbacks, lambda: Breaks((1,))])
+    assert tags(directory) == ["step=4.ckpt"]
+
+
+def test_an_exception_on_one_rank_saves_nothing_and_leaves_latest(tmp_path):
+    run_ranks(break_on_one_rank, 2, tmp_path, process_group=False)
+    assert (tmp_path / "latest").read_text() == "step=4.ckpt"
+    assert resolve(tmp_path).name == "step=4.ckpt"
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_step_that_was_broken_off_is_not_saved(tmp_path):
+    with pytest.raises(CheckpointWriteError, match="a step of the optimizer was broken off"):
+        fit(
+            Normed,
+            ZeroStrategy(),
+            callbacks=[lambda: OnExceptionCheckpoint(tmp_path), lambda: Breaks((0, 1), "step")],
+        )
+    assert tags(tmp_path) == []
