@@ -39,6 +39,8 @@ from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _HEADER_ALIGNMENT = 64
+_OURS = "lightning_zero_"
+"""How the keys in Lightning's dict begin that only a resume has a use for."""
 
 Progress = Callable[[int], None]
 
@@ -134,7 +136,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         with _appears(output) as path:
             _write_safetensors(path, _untie(tensors), progress)
     else:
-        trainer = checkpoint.trainer(weights_only)
+        trainer = {key: value for key, value in checkpoint.trainer(weights_only).items() if not key.startswith(_OURS)}
         trainer.pop("optimizer_states", None)
         trainer["state_dict"] = tensors | trainer.get("state_dict", {})
         with _appears(output) as path:

@@ -306,6 +306,8 @@ def _warn_of_unsafe_globals(stream: io.BytesIO) -> None:
     stream.seek(0)
     try:
         torch.load(stream, map_location="cpu", weights_only=True)
+    except EOFError:
+        return  # nothing was written: torch.save is somebody's mock
     except pickle.UnpicklingError:
         stream.seek(0)
         offending = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(stream)) or "an unknown class"

@@ -97,7 +97,7 @@ class GradientReducer:
         """Take further buckets in, behind those that are there."""
         first = len(self._buckets)
         self._buckets += buckets
-        if self._collectives.world_size == 1:
+        if not self.is_distributed:
             return
         self._order += range(first, len(self._buckets))
         self._order_is_learned = False
@@ -138,6 +138,11 @@ class GradientReducer:
             yield
         finally:
             self._sync = before
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there is anybody to share with."""
+        return self._collectives.world_size > 1
 
     @property
     def is_syncing(self) -> bool:
@@ -246,12 +251,12 @@ class GradientReducer:
 
     def flush(self) -> None:
         """A backward is over on every rank: send what it left. A collective."""
-        if self._sync and self._collectives.world_size > 1:
+        if self._sync and self.is_distributed:
             self._flush()
 
     def finish(self) -> None:
         """Return when every gradient that was accumulated so far stands in its segments. A collective."""
-        if self._collectives.world_size == 1:
+        if not self.is_distributed:
             return
         left = self._open or any(_local_gradient(slot) is not None for _, slot in self._slots.values())
         if self.agreed([left])[0]:

@@ -14,7 +14,6 @@ import functools
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,14 +163,17 @@ class SegmentedOptimizer:
         """A step is under way, or was broken off: masters, states and parameters may not belong together."""
         self._pieces: dict[Parameter, tuple[ParameterBucket, Piece]] = {}
         self._sources: dict[Piece, tuple[Tensor | None, int]] = {}
+        self._active: list[ParameterBucket] = []
+        self._asks = False  # known to evaluate a closure that it is given; some never do
+        self._users_params: list[list[Parameter]] = []
         self.buckets: list[ParameterBucket] = []
         self.add(buckets)
         self._user_step = optimizer.step
         self._user_add_param_group = optimizer.add_param_group
 
         @functools.wraps(self._user_step)
-        def step(_: Optimizer, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
-            return self.step(closure, *args, **kwargs)
+        def step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            return self.step(*args, **kwargs)
 
         @functools.wraps(self._user_add_param_group)
         def add_param_group(_: Optimizer, param_group: dict[str, Any]) -> None:
@@ -283,27 +285,64 @@ class SegmentedOptimizer:
                 gradients.append(piece.master.grad)
         return gradients
 
-    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
-        """What `optimizer.step` does instead: the closure, the gradients, the step on segments, the gather."""
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """What `optimizer.step` does instead: the closure, the gradients, the step on segments, the gather.
+
+        The optimizer itself evaluates the closure, as ever: see `_evaluated`.
+        """
+        closure = args[0] if args else kwargs.get("closure")
         if closure is not None:
-            args = (self._evaluated(closure), *args)
-        self._take_in_new_parameters()
-        active = [bucket for bucket in self.buckets if not bucket.is_idle]
-        self._gather_gradients(active)
-        self.is_stepping = True
+            evaluated = self._evaluated(closure)
+            args, kwargs = ((evaluated, *args[1:]), kwargs) if args else ((), {**kwargs, "closure": evaluated})
+        if closure is None or not self._asks:
+            self._begin()
+        self._to_segments()
         try:
-            with self._on_segments():
-                result = self._user_step(*args, **kwargs)
+            result = self._user_step(*args, **kwargs)
         finally:
-            self.drop_gradients()
-            for gathered in [bucket.publish() for bucket in active]:
-                gathered.wait()
+            self._to_parameters()
+        self.drop_gradients()
+        for gathered in [bucket.publish() for bucket in self._active]:
+            gathered.wait()
+        self._active = []
         self.is_stepping = False
         return result
 
-    def _gather_gradients(self, buckets: Sequence[ParameterBucket]) -> None:
-        self.take_over_outside_writes(buckets)
+    def _begin(self) -> None:
+        """Bring parameters and gradients to the segments: from here on, what the ranks hold changes."""
+        self._take_in_new_parameters()
+        self._active = [bucket for bucket in self.buckets if not bucket.is_idle]
+        self.take_over_outside_writes(self._active)
         self.gradients()
+        self.is_stepping = True
+
+    def _evaluated(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure as the optimizer gets it: it is evaluated with the user's parameters in the param groups.
+
+        An optimizer that asks again does so at another point. Where all parameters are on this rank, they are brought
+        there; where they aren't, such an optimizer would compute with parts, and is refused.
+        """
+        asked = False
+
+        def evaluate() -> Any:
+            nonlocal asked
+            if asked and self._reducer.is_distributed:
+                raise UnsupportedModelError(
+                    f"{type(self.optimizer).__name__} evaluates its closure more than once a step, which can't be done "
+                    "while its parameters are partitioned; use DDPStrategy for it, or another optimizer"
+                )
+            self._to_parameters()
+            for bucket in self._active if asked else ():
+                bucket.publish().wait()
+            asked = self._asks = True
+            self.is_stepping = False
+            with torch.enable_grad():
+                result = closure()
+            self._begin()
+            self._to_segments()
+            return result
+
+        return evaluate
 
     def take_over_outside_writes(self, buckets: Sequence[ParameterBucket] | None = None) -> None:
         """Bring what was written into parameters since the last step into the masters."""
@@ -314,35 +353,6 @@ class SegmentedOptimizer:
         for bucket in buckets:
             bucket.take_over_outside_writes()
 
-    def _evaluated(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Evaluate a closure at once, and give the optimizer one that knows the result.
-
-        An optimizer that asks again does so at another point. Where all parameters are on this rank, they are brought
-        there; where they aren't, such an optimizer would compute with parts, and is refused.
-        """
-        with torch.enable_grad():
-            first = [closure()]
-
-        def evaluate() -> Any:
-            if first:
-                return first.pop()
-            if any(len(bucket.plan.bounds) > 2 for bucket in self.buckets):
-                raise UnsupportedModelError(
-                    f"{type(self.optimizer).__name__} evaluates its closure more than once a step, which can't be done "
-                    "while its parameters are partitioned; use DDPStrategy for it, or another optimizer"
-                )
-            masters = [group["params"] for group in self.optimizer.param_groups]
-            self._set_params([list(owners) for owners in self._users_params])
-            for bucket in self.buckets:
-                bucket.publish().wait()
-            with torch.enable_grad():
-                result = closure()
-            self._gather_gradients(self.buckets)
-            self._set_params(masters)
-            return result
-
-        return evaluate
-
     def drop_gradients(self) -> None:
         """Let go of the masters' gradients; they are taken from the parameters' again when they are asked for."""
         self._sources.clear()
@@ -350,22 +360,19 @@ class SegmentedOptimizer:
             if not bucket.is_own_master:
                 piece.master.grad = None
 
-    @contextmanager
-    def _on_segments(self) -> Iterator[None]:
-        groups = self.optimizer.param_groups
-        self._users_params = [group["params"] for group in groups]
+    def _to_segments(self) -> None:
+        """Let the param groups hold this rank's masters."""
         for _, piece in self._pieces.values():
             if piece.master is not piece.slot.parameter:
                 piece.master.__dict__.update(piece.slot.parameter.__dict__)  # what a user has hung on the parameter
-        self._set_params([[piece.master for piece in self._owned(params)] for params in self._users_params])
-        try:
-            yield
-        finally:
-            self._set_params(self._users_params)
+        self._users_params = [group["params"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["params"] = [piece.master for piece in self._owned(group["params"])]
 
-    def _set_params(self, params: Sequence[list[Parameter]]) -> None:
-        for group, its in zip(self.optimizer.param_groups, params, strict=True):
-            group["params"] = its
+    def _to_parameters(self) -> None:
+        """Let the param groups hold the user's parameters."""
+        for group, parameters in zip(self.optimizer.param_groups, self._users_params, strict=False):
+            group["params"] = parameters
 
     def load_state(self, state_dict: Mapping[str, Any]) -> None:
         """Take this rank's part of a whole state, replacing what is there.

@@ -165,6 +165,18 @@ class Partition:
         """This rank's part of an optimizer's state: see `SegmentedOptimizer.state_dict`."""
         return self._of(optimizer).state_dict()
 
+    def whole_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """An optimizer's state for whole parameters, as torch's own `state_dict()` has it. A collective."""
+        segmented = self._of(optimizer)
+        whole = segmented.state_dict()
+        parameters = [p for group in segmented.optimizer.param_groups for p in group["params"]]
+        for index, parameter in enumerate(parameters):
+            state = self.full_state(parameter, segmented)
+            del state["param"]
+            if state:
+                whole["state"][index] = state
+        return whole
+
     def load_state(self, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
         """Take this rank's part of an optimizer's whole state: see `SegmentedOptimizer.load_state`."""
         self._of(optimizer).load_state(state_dict)
@@ -260,10 +272,15 @@ class Partition:
         """Clamp the gradient's elements. A collective."""
         norms.clip_values_(self.gradients(optimizer), clip_value)
 
-    def full_state(self, parameter: Parameter) -> dict[str, Any]:
-        """The whole fp32 parameter, as `"param"`, and its whole optimizer state. A collective."""
+    def full_state(self, parameter: Parameter, owner: SegmentedOptimizer | None = None) -> dict[str, Any]:
+        """The whole fp32 parameter, as `"param"`, and its whole optimizer state. A collective.
+
+        Args:
+            parameter: one that an optimizer holds.
+            owner: the optimizer whose state is meant; by default the first that holds the parameter.
+        """
         bucket = self._bucket_of(parameter, "full_state")
-        owner = next(one for one in self._segmented if bucket in one.buckets)
+        owner = owner or next(one for one in self._segmented if bucket in one.buckets)
         parts = self._parts(
             bucket, parameter, lambda piece: {"param": piece.master, **owner.optimizer.state.get(piece.master, {})}
         )

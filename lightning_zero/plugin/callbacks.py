@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -22,7 +25,8 @@ from lightning_zero.plugin.strategy import ZeroStrategy
 class ZeroCheckpoint(ModelCheckpoint):
     """A `ModelCheckpoint` for checkpoint directories: everything that one has, and retention by number.
 
-    `fit(ckpt_path="last")` resumes from the tag that `latest` names in `dirpath`.
+    `fit(ckpt_path="last")` resumes from the tag that `latest` names in `dirpath`, or from what SLURM's signal saved if
+    that is newer. When a rank gets SIGTERM, all of them stop between two batches, and save first.
 
     Args:
         dirpath: the save directory; `checkpoints/` under the Trainer's `default_root_dir` by default, where a fresh
@@ -84,14 +88,17 @@ class ZeroCheckpoint(ModelCheckpoint):
     @override
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         directory = self._save_directory(trainer)
+        requeued = trainer._checkpoint_connector._hpc_resume_path if SLURMEnvironment.detect() else None
+        found = {requeued} if requeued else set()  # Lightning takes whichever is newest
         if not is_checkpoint(directory):
-            rank_zero_info(f"no checkpoint in {directory} yet: training starts afresh")
-            return set()
+            if not found:
+                rank_zero_info(f"no checkpoint in {directory} yet: training starts afresh")
+            return found
         newest = resolve(directory)
         if self.save_weights_only and not read_manifest(newest).optimizers:
             rank_zero_warn(f"{newest} holds weights alone, which no training can resume from: it starts afresh")
-            return set()
-        return {os.fspath(newest)}
+            return found
+        return {os.fspath(newest), *found}
 
     @override
     def _save_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
@@ -105,6 +112,21 @@ class ZeroCheckpoint(ModelCheckpoint):
         super()._save_checkpoint(trainer, filepath)
         if self._retains and trainer.is_global_zero:
             self._prune()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """When all ranks were told to stop (SIGTERM), save where they are."""
+        super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, SIGTERMException) and not self._nothing_to_save(trainer):
+            self._save_checkpoint(trainer, self.format_checkpoint_name(self._monitor_candidates(trainer)))
+
+    def _nothing_to_save(self, trainer: Trainer) -> bool:
+        return (
+            bool(getattr(trainer, "fast_dev_run", False))
+            or trainer.state.fn != TrainerFn.FITTING
+            or trainer.sanity_checking
+            or self._last_global_step_saved == trainer.global_step
+        )
 
     @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:

@@ -13,21 +13,18 @@ from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.integrity import Depth
 from lightning_zero.checkpoint.load import Checkpoint, is_checkpoint, resolve
 from lightning_zero.checkpoint.save import RankContent, SaveReport, SharedContent, save_checkpoint
+from lightning_zero.plugin.contents import FIRST_RANKS_STATE
+
+PREPARED = "lightning_zero_prepared_save"
+"""Where a `PreparedSave` is in Lightning's dict: an entry comes through a wrapper that makes another dict of it."""
 
 
-class ShardedCheckpoint(dict[str, Any]):
-    """Lightning's dict on its way to a directory, with what the ranks write and the group they agree in."""
+class PreparedSave:
+    """What the ranks write into a directory, and the group they agree in."""
 
     def __init__(
-        self,
-        checkpoint: dict[str, Any],
-        content: RankContent,
-        shared: SharedContent,
-        group: dist.ProcessGroup | None,
-        *,
-        update_latest: bool,
+        self, content: RankContent, shared: SharedContent, group: dist.ProcessGroup | None, *, update_latest: bool
     ) -> None:
-        super().__init__(checkpoint)
         self.content = content
         self.shared = shared
         self.group = group
@@ -35,11 +32,17 @@ class ShardedCheckpoint(dict[str, Any]):
 
 
 class LoadedCheckpoint(dict[str, Any]):
-    """Lightning's dict as it came from a directory: its tensors are read when they are copied to their place."""
+    """Lightning's dict as it came from a directory: its tensors are read when they are copied to their place.
+
+    Attributes:
+        source: the directory.
+        first_ranks_state: what rank 0 alone has a use for.
+    """
 
     def __init__(self, checkpoint: dict[str, Any], source: Checkpoint) -> None:
         super().__init__(checkpoint)
         self.source = source
+        self.first_ranks_state: dict[str, Any] = self.pop(FIRST_RANKS_STATE, {})
 
 
 class ZeroCheckpointIO(TorchCheckpointIO):
@@ -63,15 +66,16 @@ class ZeroCheckpointIO(TorchCheckpointIO):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Save a directory, called on every rank; or, for a dict that no ZeroStrategy prepared, one plain file."""
-        if not isinstance(checkpoint, ShardedCheckpoint):
+        prepared = checkpoint.get(PREPARED)
+        if prepared is None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         self.last_save = save_checkpoint(
             Path(path),
-            checkpoint.content,
-            checkpoint.shared,
-            group=checkpoint.group,
-            update_latest=checkpoint.update_latest,
+            prepared.content,
+            prepared.shared,
+            group=prepared.group,
+            update_latest=prepared.update_latest,
             fsync=self.fsync,
         )
 

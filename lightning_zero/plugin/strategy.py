@@ -39,6 +39,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.plugins.io.async_plugin import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
@@ -60,7 +61,7 @@ from lightning_zero.engine.collectives import Collectives, collectives_for
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import CheckpointMismatchError, CheckpointWriteError, UnsupportedModelError, ZeroError
-from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ShardedCheckpoint, ZeroCheckpointIO
+from lightning_zero.plugin.checkpoint_io import PREPARED, LoadedCheckpoint, PreparedSave, ZeroCheckpointIO
 from lightning_zero.plugin.contents import contents
 from lightning_zero.plugin.loader_state import (
     Iterators,
@@ -132,7 +133,8 @@ class ZeroStrategy(DDPStrategy):
         accelerator: as for `DDPStrategy`, like all that follow.
         parallel_devices: the devices of this node.
         cluster_environment: who started the processes.
-        checkpoint_io: a `ZeroCheckpointIO`, or a wrapper around one.
+        checkpoint_io: a `ZeroCheckpointIO`, or a wrapper around one. Any other gets whole checkpoints on rank 0, as
+            under DDP, and rank 0 the memory to put them together.
         precision_plugin: the precision plugin.
         process_group_backend: `"gloo"` or `"nccl"`; by default whichever fits the device.
         timeout: of the process group's collectives.
@@ -210,11 +212,16 @@ class ZeroStrategy(DDPStrategy):
         self._checkpoint_io = io
 
     @property
-    def _verify(self) -> Depth:
-        """How sound a checkpoint has to be for it to be chosen."""
+    def _innermost_io(self) -> CheckpointIO | None:
         innermost: CheckpointIO | None = self.checkpoint_io
         while isinstance(innermost, _WrappingCheckpointIO):
             innermost = innermost.checkpoint_io
+        return innermost
+
+    @property
+    def _verify(self) -> Depth:
+        """How sound a checkpoint has to be for it to be chosen."""
+        innermost = self._innermost_io
         return innermost.verify if isinstance(innermost, ZeroCheckpointIO) else "sizes"
 
     @property
@@ -297,7 +304,8 @@ class ZeroStrategy(DDPStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        atexit.unregister(_leave_groups)  # a thread of a group may wait for a peer for ever, and we not for it
+        if self._signals is None or not self._signals.all_stopped:
+            atexit.unregister(_leave_groups)  # a thread of a group may wait for a peer for ever, and we not for it
         super().on_exception(exception)
 
     @override
@@ -489,6 +497,9 @@ class ZeroStrategy(DDPStrategy):
         # After a fit in spawned processes, the one that is left has the weights, and no process group.
         group = self._control_group if dist.is_initialized() else None
         module, partition = self.lightning_module, self._partition
+        if not isinstance(self._innermost_io, ZeroCheckpointIO):
+            self._save_by_rank_zero(checkpoint, path, storage_options)
+            return
 
         def describe() -> tuple[RankContent, SharedContent]:
             if partition is not None and partition.is_stepping:
@@ -505,8 +516,31 @@ class ZeroStrategy(DDPStrategy):
             )
 
         content, shared = describe() if group is None else self._all_or_none(describe)
-        sharded = ShardedCheckpoint(checkpoint, content, shared, group, update_latest=update_latest)
-        self.checkpoint_io.save_checkpoint(sharded, path, storage_options=storage_options)
+        prepared = PreparedSave(content, shared, group, update_latest=update_latest)
+        self.checkpoint_io.save_checkpoint({**checkpoint, PREPARED: prepared}, path, storage_options=storage_options)
+        self._wait_for_threads()
+
+    def _save_by_rank_zero(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None) -> None:
+        """Save as DDP does, by a `CheckpointIO` that knows no shards: put together, and written by one rank."""
+        if self._partition is not None and "optimizer_states" in checkpoint:
+            states = [self._partition.whole_state_dict(optimizer) for optimizer in self.optimizers]
+            checkpoint = {**checkpoint, "optimizer_states": states}
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
+
+    def _wait_for_threads(self) -> None:
+        """Lightning's `AsyncCheckpointIO` saves in a thread, where the ranks would agree while they train.
+
+        So it is waited for: everything that comes through it is as safe as without it, and not faster.
+        """
+        io: CheckpointIO | None = self.checkpoint_io
+        while isinstance(io, _WrappingCheckpointIO):
+            if isinstance(io, AsyncCheckpointIO) and io._executor is not None:
+                io._executor.submit(lambda: None).result()
+                if io._error is not None:
+                    error, io._error = io._error, None
+                    raise error
+            io = io.checkpoint_io
 
     def save_zero_checkpoint(
         self,
@@ -626,7 +660,7 @@ class ZeroStrategy(DDPStrategy):
 
         path = self._rank_zero_decides(choose)
         checkpoint = self._all_or_none(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
-        if isinstance(checkpoint, LoadedCheckpoint):
+        if isinstance(checkpoint, LoadedCheckpoint) and self.lightning_module is not None:
             self._take_rank_state(checkpoint, weights_only)
         return checkpoint
 
@@ -635,6 +669,8 @@ class ZeroStrategy(DDPStrategy):
         source, saved_by = checkpoint.source, checkpoint.source.manifest.world_size
 
         def of(rank: int) -> dict[str, Any]:
+            if rank == 0:
+                return checkpoint.first_ranks_state
             stored = source.rank_state(rank)
             return {} if stored is None else torch.load(io.BytesIO(stored), weights_only=weights_only is not False)
 
@@ -673,6 +709,9 @@ class ZeroStrategy(DDPStrategy):
 
     def _load_optimizer_states(self, checkpoint: Mapping[str, Any]) -> None:
         states = checkpoint.get("optimizer_states")
+        if states is not None and not states and self.optimizers:
+            rank_zero_warn("the checkpoint has no optimizer states: the optimizers start afresh")
+            return
         if states is None or len(states) != len(self.optimizers):
             raise CheckpointMismatchError(
                 f"the checkpoint has the states of {len(states or ())} optimizers, configure_optimizers gave "

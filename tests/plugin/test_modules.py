@@ -1,0 +1,208 @@
+"""Modules that are compiled, made late, made without memory, loaded from directories, and saved at any time."""
+
+import copy
+
+import pytest
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch import nn
+
+from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroCheckpointIO, ZeroStrategy
+from lightning_zero.errors import CheckpointWriteError
+from tests.launch import distributed, run_ranks
+from tests.models import Data, Model, quiet_trainer
+from tests.models import fit as fit_model
+from tests.plugin.parity import Plain, assert_equals_ddp, assert_same_modules, fit
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_compiled_module_equals_a_compiled_one_under_ddp():
+    whole = lambda: torch.compile(Plain(), backend="aot_eager")  # noqa: E731
+    theirs, _ = fit(whole, "ddp")
+    ours, _ = fit(whole, ZeroStrategy())
+    assert_same_modules(ours._orig_mod, theirs._orig_mod)
+    torch._dynamo.reset()
+
+
+class CompiledInside(Plain):
+    def configure_model(self):
+        if not isinstance(self.net, torch._dynamo.OptimizedModule):
+            self.net = torch.compile(self.net, backend="aot_eager")
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_network_that_is_compiled_in_configure_model_is_trained_saved_and_resumed(tmp_path):
+    assert_equals_ddp(CompiledInside, stages=(2,))
+    _, trainer = fit(CompiledInside, ZeroStrategy(), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "tag")
+    whole, _ = fit(CompiledInside, ZeroStrategy(), max_epochs=2)
+    resumed, _ = fit(CompiledInside, ZeroStrategy(), max_epochs=2, ckpt_path=tmp_path / "tag")
+    resumed.losses = whole.losses
+    assert_same_modules(resumed, whole)
+    torch._dynamo.reset()
+
+
+class Late(Plain):
+    """Its network is made in `configure_model`, on whatever device that is called under."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = None
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.BatchNorm1d(16), nn.Linear(16, 8))
+
+
+class WithoutMemory(Late):
+    def configure_model(self):
+        with torch.device("meta"):
+            super().configure_model()
+
+
+class Scratch(nn.Module):
+    """A layer that says how it is initialised."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(8))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.constant_(self.scale, 2.0)
+
+
+class ScratchWithoutMemory(Plain):
+    def configure_model(self):
+        with torch.device("meta"):
+            self.net = Scratch()
+
+    def loss(self, batch):
+        loss = (batch * self.net.scale - batch).pow(2).mean()
+        self.losses.append(float(loss.detach()))
+        return loss
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_module_that_is_made_in_configure_model_equals_ddp():
+    assert_equals_ddp(Late)
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_module_on_the_meta_device_is_initialised_by_its_layers_and_the_same_on_every_rank(tmp_path):
+    scratch, _ = fit(ScratchWithoutMemory, ZeroStrategy(), max_steps=0)
+    assert torch.equal(scratch.net.scale.detach(), torch.full((8,), 2.0))
+
+    ours, trainer = fit(WithoutMemory, ZeroStrategy(), max_epochs=1)
+    assert ours.losses[-1] < ours.losses[0]
+    assert not any(p.is_meta for p in ours.parameters())
+    trainer.save_checkpoint(tmp_path / "tag")
+    whole, _ = fit(WithoutMemory, ZeroStrategy(), max_epochs=2)
+    resumed, _ = fit(WithoutMemory, ZeroStrategy(), max_epochs=2, ckpt_path=tmp_path / "tag")
+    resumed.losses = whole.losses
+    assert_same_modules(resumed, whole)
+
+
+@distributed(world_size=2, process_group=False)
+def test_init_module_makes_a_module_on_the_strategys_device():
+    trainer = quiet_trainer(world_size=2, max_epochs=1, precision="bf16-true")
+    with trainer.init_module(empty_init=False):
+        model = Plain()
+    assert model.net[0].weight.dtype == torch.bfloat16
+    trainer.fit(model)
+    assert model.losses[-1] < model.losses[0]
+
+
+class Judged(Model):
+    """Validates, tests and predicts."""
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", (self(batch) - batch).pow(2).mean(), sync_dist=True)
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch)
+
+
+@distributed(world_size=2, process_group=False)
+def test_validate_test_and_predict_load_directories_and_exported_files(tmp_path):
+    exported = tmp_path / "model.ckpt"
+    trained, trainer = fit_model(
+        Judged(),
+        ZeroStrategy(),
+        world_size=2,
+        max_epochs=1,
+        callbacks=[ZeroCheckpoint(tmp_path / "ckpts", every_n_train_steps=4), Fp32Export(exported)],
+    )
+    for path in (tmp_path / "ckpts", tmp_path / "ckpts" / "step=8.ckpt", exported):
+        for make in (lambda: ZeroStrategy(), lambda: "ddp") if path == exported else (lambda: ZeroStrategy(),):
+            fresh, trainer = Judged(), quiet_trainer(make(), world_size=2)
+            validated = trainer.validate(fresh, datamodule=Data(), ckpt_path=path, verbose=False)
+            tested = trainer.test(fresh, Data().val_dataloader(), ckpt_path=path, verbose=False, weights_only=True)
+            predicted = trainer.predict(fresh, Data().val_dataloader(), ckpt_path=path)
+            for name, value in trained.state_dict().items():
+                assert torch.equal(fresh.state_dict()[name], value), (path, name)
+            assert validated[0]["val_loss"] == pytest.approx(tested[0]["test_loss"])
+            assert len(predicted) == 2
+    assert Judged.load_from_checkpoint(exported, map_location="cpu").hparams == trained.hparams
+
+
+@distributed(world_size=2, process_group=False)
+def test_save_checkpoint_during_and_after_fit_gives_the_same(tmp_path):
+    class Saves(Callback):
+        def on_train_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "during")
+
+    _, trainer = fit_model(strategy=ZeroStrategy(), world_size=2, max_epochs=1, callbacks=[Saves()])
+    trainer.save_checkpoint(tmp_path / "after")
+    trainer.save_checkpoint(tmp_path / "weights", weights_only=True)
+    assert (tmp_path / "latest").read_text() == "after"
+    during, after, weights = (
+        ZeroCheckpointIO().load_checkpoint(tmp_path / name) for name in ("during", "after", "weights")
+    )
+    for name, value in during["state_dict"].items():
+        assert torch.equal(value, after["state_dict"][name])
+        assert torch.equal(value, weights["state_dict"][name])
+    for index, state in during["optimizer_states"][0]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, after["optimizer_states"][0]["state"][index][key])
+    assert "optimizer_states" not in weights
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_another_checkpoint_io_writes_one_whole_file_that_resumes_anywhere(tmp_path, precision):
+    run_ranks(other_io, 2, tmp_path, precision, process_group=False)
+
+
+def other_io(directory, precision):
+    io = lambda: ZeroStrategy(checkpoint_io=TorchCheckpointIO())  # noqa: E731
+    whole, _ = fit(Plain, ZeroStrategy(), precision=precision)
+    _, trainer = fit(Plain, io(), max_epochs=1, precision=precision)
+    path = directory / "plain.ckpt"
+    trainer.save_checkpoint(path)
+    assert path.is_file()
+    state = torch.load(path, weights_only=True)["optimizer_states"][0]["state"]
+    assert state[0]["exp_avg"].shape == whole.net[0].weight.shape
+    for make in (io, ZeroStrategy, lambda: "ddp") if precision == "32-true" else ():
+        resumed, _ = fit(Plain, make(), ckpt_path=path)
+        resumed.losses = whole.losses
+        assert_same_modules(resumed, whole)
+
+
+@distributed(world_size=2, process_group=False)
+def test_lightnings_asynchronous_io_is_waited_for(tmp_path):
+    strategy = ZeroStrategy(checkpoint_io=AsyncCheckpointIO(ZeroCheckpointIO()))
+    _, trainer = fit_model(
+        strategy=strategy, world_size=2, max_epochs=1, callbacks=[ZeroCheckpoint(tmp_path, every_n_train_steps=3)]
+    )
+    assert (tmp_path / "latest").read_text() == "step=6.ckpt"
+    fit_model(strategy=ZeroStrategy(), world_size=2, max_epochs=2, ckpt_path=tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointWriteError):
+        trainer.save_checkpoint(tmp_path / "file" / "tag")
+
+
+def test_a_trainer_with_the_strategy_can_be_copied():
+    trainer = Trainer(strategy=ZeroStrategy(stage=1), accelerator="cpu", devices=2, logger=False)
+    assert copy.deepcopy(trainer.strategy).stage == 1
