@@ -13,7 +13,6 @@ from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.integrity import Depth
 from lightning_zero.checkpoint.load import Checkpoint, is_checkpoint, resolve
 from lightning_zero.checkpoint.save import RankContent, SaveReport, SharedContent, save_checkpoint
-from lightning_zero.plugin.contents import FIRST_RANKS_STATE
 
 PREPARED = "lightning_zero_prepared_save"
 """Where a `PreparedSave` is in Lightning's dict: an entry comes through a wrapper that makes another dict of it."""
@@ -32,17 +31,11 @@ class PreparedSave:
 
 
 class LoadedCheckpoint(dict[str, Any]):
-    """Lightning's dict as it came from a directory: its tensors are read when they are copied to their place.
-
-    Attributes:
-        source: the directory.
-        first_ranks_state: what rank 0 alone has a use for.
-    """
+    """Lightning's dict as it came from a directory: its tensors are read when they are copied to their place."""
 
     def __init__(self, checkpoint: dict[str, Any], source: Checkpoint) -> None:
         super().__init__(checkpoint)
         self.source = source
-        self.first_ranks_state: dict[str, Any] = self.pop(FIRST_RANKS_STATE, {})
 
 
 class ZeroCheckpointIO(TorchCheckpointIO):

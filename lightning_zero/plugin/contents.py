@@ -26,9 +26,6 @@ from lightning_zero.plugin.metric_state import MetricState
 from lightning_zero.plugin.random_state import get_random_state
 from lightning_zero.segments import ParameterSpec, plan_buckets
 
-FIRST_RANKS_STATE = "lightning_zero_first_ranks_state"
-"""Where rank 0, which writes the rest of Lightning's dict, puts what it alone needs; others have it in their shards."""
-
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -114,10 +111,7 @@ def contents(
             ]
     rank_state = io.BytesIO()
     own = {"random": get_random_state(), "loops": checkpoint.get("loops"), "metrics": dict(metrics or {})}
-    if rank == 0:
-        trainer[FIRST_RANKS_STATE] = own
-    else:
-        torch.save(own, rank_state)
+    torch.serialization.save(own, rank_state)
     return (
         RankContent(tensors, values, rank_state.getvalue(), step=checkpoint["global_step"]),
         SharedContent(checkpoint["epoch"], stage, entries, aliases, optimizers, trainer),

@@ -6,7 +6,7 @@ saves its own, and finds it again. On another number of ranks, states are merged
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ _MERGED = {dim_zero_sum, dim_zero_max, dim_zero_min, dim_zero_cat}
 
 
 def get_metric_states(module: Module, *, without: Sequence[Metric] = ()) -> dict[str, MetricState]:
-    """The states of a module's metrics that have any, by the metrics' names.
+    """The states of a module's metrics, by the metrics' names.
 
     Args:
         module: the module.
@@ -39,15 +39,23 @@ def get_metric_states(module: Module, *, without: Sequence[Metric] = ()) -> dict
             "states": {key: _copied(getattr(metric, key)) for key in metric._defaults},
         }
         for name, metric in _metrics(module)
-        if metric.update_called and id(metric) not in skipped
+        if id(metric) not in skipped
     }
 
 
-def set_metric_states(module: Module, of_ranks: Sequence[dict[str, MetricState]]) -> None:
-    """Let a module's metrics go on from what one or several ranks have saved; those that had nothing are reset."""
+def set_metric_states(module: Module, of_ranks: Sequence[dict[str, MetricState]], names: Container[str]) -> None:
+    """Let a module's metrics go on from what one or several ranks have saved.
+
+    Args:
+        module: the module.
+        of_ranks: what each of these ranks had; none where there were fewer ranks then than there are now.
+        names: of the metrics that were saved; others are left as they are.
+    """
     for name, metric in _metrics(module):
+        if name not in names:
+            continue
         metric.reset()
-        for state in (states[name] for states in of_ranks if name in states):
+        for state in (states[name] for states in of_ranks if states[name][_UPDATES]):
             values = _copied(state["states"], metric.device)
             if not metric.update_called:
                 for key, value in values.items():

@@ -195,6 +195,7 @@ class ZeroStrategy(DDPStrategy):
         self._signals: SharedSignals | None = None
         self._all_arrived: bool | None = None
         self._metrics: list[dict[str, MetricState]] = []
+        self._metric_names: set[str] = set()
 
     # --- plugins ---
 
@@ -248,7 +249,7 @@ class ZeroStrategy(DDPStrategy):
         super().connect(model)
         self._resume = None  # a fit that was stopped before it began leaves nothing to the next
         self._signals = self._all_arrived = None
-        self._metrics = []
+        self._metrics, self._metric_names = [], set()
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -297,10 +298,10 @@ class ZeroStrategy(DDPStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._materialize()
         super().load_model_state_dict(checkpoint, strict=strict)
-        if self._metrics:
+        if self._metric_names:
             assert self.lightning_module is not None
-            set_metric_states(self.lightning_module, self._metrics)
-            self._metrics = []
+            set_metric_states(self.lightning_module, self._metrics, self._metric_names)
+            self._metrics, self._metric_names = [], set()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -669,15 +670,14 @@ class ZeroStrategy(DDPStrategy):
         source, saved_by = checkpoint.source, checkpoint.source.manifest.world_size
 
         def of(rank: int) -> dict[str, Any]:
-            if rank == 0:
-                return checkpoint.first_ranks_state
             stored = source.rank_state(rank)
             return {} if stored is None else torch.load(io.BytesIO(stored), weights_only=weights_only is not False)
 
         own = of(self.global_rank)
         if self._trainer.state.fn == TrainerFn.FITTING:
             others = [of(rank) for rank in range(self.global_rank + self.world_size, saved_by, self.world_size)]
-            self._metrics = [state["metrics"] for state in (own, *others) if "metrics" in state]
+            self._metrics = [state.get("metrics", {}) for state in (own, *others) if state]
+            self._metric_names = set(of(0).get("metrics", {}))
         if not own:
             return
         if saved_by == self.world_size and own["loops"] is not None:
@@ -689,12 +689,19 @@ class ZeroStrategy(DDPStrategy):
         self._resume = _Resume(own["random"], next_epoch(loops), iterators)
 
     def _finished_metrics(self, checkpoint: Mapping[str, Any]) -> list[Metric]:
-        """Metrics whose epoch is over, and which Lightning is about to reset."""
-        trainer = self._trainer
+        """Metrics whose epoch is over, and which are about to be reset: Lightning resets those that were logged.
+
+        A save with an epoch's last batch comes before whatever the module does with its metrics when the epoch ends,
+        which a resumed run doesn't do: it begins the next one. Only those that are to persist are then kept.
+        """
+        trainer, loops = self._trainer, checkpoint.get("loops", {})
+        if is_at_epochs_end(loops):
+            epoch = loops["fit_loop"]["epoch_progress"]["current"]
+            if epoch["processed"] == epoch["completed"]:
+                metrics = [child for child in trainer.lightning_module.modules() if isinstance(child, Metric)]
+                return [metric for metric in metrics if not any(metric._persistent.values())]
         loop = trainer.fit_loop.epoch_loop
-        results = [loop.val_loop._results]
-        if is_at_epochs_end(checkpoint.get("loops", {})):
-            results.append(loop._results)
+        results = [loop.val_loop._results, *([loop._results] if is_at_epochs_end(loops) else ())]
         return [metric.value for result in results for metric in result.values() if not metric.is_tensor]
 
     @override
