@@ -130,20 +130,6 @@ def test_after_fit_the_module_is_an_ordinary_one():
     assert not torch.equal(before, model.into.weight)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"stage": 3}, "stage must be 1 or 2"),
-        ({"partition": "rows"}, "partition must be"),
-        ({"bucket_size_mb": 0}, "bucket_size_mb must be positive"),
-        ({"reduce_dtype": "int8"}, "reduce_dtype must be"),
-    ],
-)
-def test_a_wrong_argument_is_refused_with_the_valid_ones(options, message):
-    with pytest.raises(ValueError, match=message):
-        ZeroStrategy(**options)
-
-
 def test_lbfgs_is_refused_with_a_reason_and_a_way_out():
     from lightning_zero.engine.optimizer import cut_for
 

@@ -1,0 +1,102 @@
+"""The strategy by its class path and by its names, in LightningCLI and in the Trainer; and wrong arguments."""
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_zero import ZeroStrategy
+from tests.models import Data, Model
+
+QUIET = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.max_steps=2"]
+
+
+def cli(*arguments, run=False):
+    return LightningCLI(
+        Model,
+        Data,
+        args=[*(["fit"] if run else []), *QUIET, "--trainer.enable_checkpointing=false", *arguments],
+        run=run,
+        save_config_callback=None,
+        seed_everything_default=3,
+    )
+
+
+def test_class_path_with_arguments():
+    trainer = cli(
+        "--trainer.strategy=lightning_zero.ZeroStrategy",
+        "--trainer.strategy.stage=1",
+        "--trainer.strategy.partition=parameter",
+        "--trainer.strategy.bucket_size_mb=5",
+        "--trainer.strategy.reduce_dtype=float32",
+    ).trainer
+    assert isinstance(trainer.strategy, ZeroStrategy)
+    assert trainer.strategy.stage == 1
+    assert trainer.strategy._partition_by == "parameter"
+    assert trainer.strategy._reduce_dtype == torch.float32
+
+
+def test_a_config_file_fits(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "trainer:\n"
+        "  strategy:\n"
+        "    class_path: lightning_zero.ZeroStrategy\n"
+        "    init_args: {stage: 2, find_unused_parameters: true, timeout: null}\n"
+        "  callbacks:\n"
+        "    - class_path: lightning_zero.ZeroCheckpoint\n"
+        f"      init_args: {{dirpath: {tmp_path}/ckpts, every_n_train_steps: 1, keep_last: 2}}\n"
+        f"    - {{class_path: lightning_zero.Fp32Export, init_args: {{path: {tmp_path}/model.ckpt}}}}\n"
+        "model: {dropout: 0.1}\n"
+    )
+    trainer = cli(f"--config={config}", "--trainer.enable_checkpointing=true", run=True).trainer
+    assert trainer.global_step == 2
+    assert (tmp_path / "ckpts" / "latest").read_text() == "step=2.ckpt"
+    assert (tmp_path / "model.ckpt").is_file()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("suffix", "start_method"), [("", "popen"), ("_spawn", "spawn"), ("_notebook", "fork")])
+def test_registered_names(stage, suffix, start_method):
+    name = f"zero_stage_{stage}{suffix}"
+    assert name in StrategyRegistry.available_strategies()
+    for trainer in (cli(f"--trainer.strategy={name}").trainer, Trainer(strategy=name, accelerator="cpu", logger=False)):
+        assert (trainer.strategy.stage, trainer.strategy._start_method) == (stage, start_method)
+
+
+def test_a_wrong_argument_in_a_config_is_named(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli("--trainer.strategy=lightning_zero.ZeroStrategy", "--trainer.strategy.stagee=2")
+    assert exit_.value.code == 2
+    assert "stagee" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stagee": 2}, r"no argument 'stagee' \(did you mean 'stage'\?\); it takes stage, partition, bucket_size_mb"),
+        ({"gradient_as_bucket_view": True}, "'gradient_as_bucket_view' .gradients have their buckets here in any case"),
+        ({"static_graph": True}, "leave it out"),
+        ({"bucket_cap_mb": 5}, "it is called bucket_size_mb here"),
+        ({"config": "ds.json"}, "arguments of the Trainer and of ZeroStrategy"),
+        ({"zzz": 1}, "no argument 'zzz'; it takes"),
+    ],
+)
+def test_an_unknown_argument_is_refused_with_what_to_write_instead(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        ZeroStrategy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stage": 3}, "stage must be 1 or 2, not 3; use DDPStrategy for stage 0, FSDPStrategy for 3"),
+        ({"partition": "rows"}, 'partition must be "auto", "element" or "parameter", not \'rows\''),
+        ({"bucket_size_mb": 0}, "bucket_size_mb must be positive, not 0"),
+        ({"reduce_dtype": "int8"}, "reduce_dtype must be a floating-point dtype such as \"float32\", not 'int8'"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_valid_ones(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ZeroStrategy(**arguments)
