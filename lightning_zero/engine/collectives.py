@@ -62,6 +62,9 @@ class Collectives(Protocol):
     def all_gather_object(self, value: _T) -> list[_T]:
         """Every rank's value, in the order of the ranks. It is pickled: for what is small or seldom asked for."""
 
+    def release(self) -> None:
+        """Let go of the process group; nothing can be sent after that."""
+
 
 def collectives_for(group: dist.ProcessGroup) -> Collectives:
     """The fastest way known for the group's backend."""
@@ -91,6 +94,10 @@ class _Group(Collectives):
         if self.world_size > 1 and tensors:
             # As DistributedDataParallel does it with buffers: flattened by dtype, 250 MiB at a time.
             dist._broadcast_coalesced(self._group, list(tensors), 250 * 2**20, 0)  # type: ignore[attr-defined]
+
+    @override
+    def release(self) -> None:
+        del self._group
 
     @override
     def all_gather_object(self, value: _T) -> list[_T]:

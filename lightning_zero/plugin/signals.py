@@ -67,6 +67,10 @@ class SharedSignals:
         else:
             self._requeue(signum, frame)
 
+    def release(self) -> None:
+        """Let go of the process group."""
+        self._group = self._agreeing = None
+
     def agree(self) -> None:
         """Before a batch: act on what any rank has noted before the last one. A collective."""
         if self._agreeing is not None:

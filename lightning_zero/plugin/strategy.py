@@ -22,6 +22,7 @@ import pickle
 import shutil
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -333,7 +334,7 @@ class ZeroStrategy(DDPStrategy):
             data = dist.new_group(timeout=self._timeout)
             control = dist.new_group(timeout=self._timeout, backend="gloo")
             self._groups = _Groups(world, data, control, collectives_for(data))
-            atexit.register(_leave_groups)
+            atexit.register(_leave_groups, weakref.ref(self))
         return self._groups
 
     @property
@@ -785,12 +786,20 @@ class ZeroStrategy(DDPStrategy):
         return value  # type: ignore[return-value]
 
 
-def _leave_groups() -> None:
+def _leave_groups(of: weakref.ref[ZeroStrategy]) -> None:
     """Join the groups' threads while Python still stands.
 
-    One that lets go of a tensor after that would want the interpreter's lock, and take the process down: seen once,
-    at the exit of a rank under torchrun.
+    One that lets go of a tensor after that wants the interpreter's lock, and takes the process down ("terminate called
+    without an active exception"), as a loaded machine shows. A group joins its threads when the last reference to it
+    goes, and not when it is destroyed.
     """
+    strategy = of()
+    groups = None if strategy is None else strategy._groups
+    if strategy is not None and groups is not None:
+        groups.collectives.release()
+        if strategy._signals is not None:
+            strategy._signals.release()
+        strategy._groups = groups = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
