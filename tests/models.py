@@ -86,11 +86,11 @@ class Model(LightningModule):
 def quiet_trainer(strategy=None, *, world_size, callbacks=(), **options) -> Trainer:
     """A Trainer that prints and logs nothing; one of `world_size` ranks that somebody else has started."""
     return Trainer(
-        accelerator="cpu",
-        devices=world_size,
         strategy=strategy if strategy is not None else ZeroStrategy(),
         callbacks=list(callbacks),
         **{
+            "accelerator": "cpu",
+            "devices": world_size,
             "logger": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,

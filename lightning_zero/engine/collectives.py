@@ -66,9 +66,11 @@ class Collectives(Protocol):
         """Let go of the process group; nothing can be sent after that."""
 
 
-def collectives_for(group: dist.ProcessGroup) -> Collectives:
-    """The fastest way known for the group's backend."""
-    return (NativeCollectives if dist.get_backend(group) == "nccl" else ExchangeCollectives)(group)
+def collectives_for(group: dist.ProcessGroup, device: torch.device | None = None) -> Collectives:
+    """The fastest way known for the group's backend, and for tensors on a device (the CPU by default)."""
+    if dist.get_backend(group) == "nccl":
+        return NativeCollectives(group)
+    return ExchangeCollectives(group) if device is None or device.type == "cpu" else HostCollectives(group)
 
 
 class _Group(Collectives):
@@ -149,6 +151,28 @@ class ExchangeCollectives(_Group):
             if own.numel():
                 works.append(dist.isend(own, dst=self._peers[rank], group=self._group))
         return _Works(works)
+
+
+class HostCollectives(ExchangeCollectives):
+    """The same by way of the host: gloo sends and receives no memory of a device.
+
+    For ranks that share a GPU, and for machines without NCCL.
+    """
+
+    @override
+    def reduce_scatter(self, flat: Tensor, bounds: Sequence[int], out: Tensor, *, accumulate: bool) -> Pending:
+        host = self._received.take(flat.numel(), flat.dtype, torch.device("cpu"))
+        host.copy_(flat)
+        summed = self._received.take(out.numel(), out.dtype, torch.device("cpu"))
+        pending = super().reduce_scatter(host, bounds, summed, accumulate=False)
+        return _Unstaged(pending, out, accumulate, summed, (host, summed), self._received)
+
+    @override
+    def all_gather(self, flat: Tensor, bounds: Sequence[int]) -> Pending:
+        host = self._received.take(flat.numel(), flat.dtype, torch.device("cpu"))
+        own = slice(bounds[self.rank], bounds[self.rank + 1])
+        host[own].copy_(flat[own])
+        return _Unstaged(super().all_gather(host, bounds), flat, False, host, (host,), self._received)
 
 
 class NativeCollectives(_Group):
@@ -233,6 +257,31 @@ class _ExchangedSum(_Works):
         for piece in others:
             self._out.add_(piece)
         self._pool.give_back(self._buffer)
+
+
+class _Unstaged:
+    """Brings a result from the host to its device, and gives the host's buffers back."""
+
+    def __init__(
+        self,
+        pending: Pending,
+        target: Tensor,
+        accumulate: bool,
+        result: Tensor,
+        buffers: Sequence[Tensor],
+        pool: BufferPool,
+    ) -> None:
+        self._pending, self._target, self._accumulate = pending, target, accumulate
+        self._result, self._buffers, self._pool = result, buffers, pool
+
+    def wait(self) -> None:
+        self._pending.wait()
+        if self._accumulate:
+            self._target.add_(self._result.to(self._target.device))
+        else:
+            self._target.copy_(self._result)
+        for buffer in self._buffers:
+            self._pool.give_back(buffer)
 
 
 class _Moved(_Works):

@@ -333,7 +333,7 @@ class ZeroStrategy(DDPStrategy):
             assert world is not None
             data = dist.new_group(timeout=self._timeout)
             control = dist.new_group(timeout=self._timeout, backend="gloo")
-            self._groups = _Groups(world, data, control, collectives_for(data))
+            self._groups = _Groups(world, data, control, collectives_for(data, self.root_device))
             atexit.register(_leave_groups, weakref.ref(self))
         return self._groups
 

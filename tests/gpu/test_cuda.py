@@ -1,0 +1,96 @@
+"""The same on a GPU: one rank on NCCL, and two that share it over gloo."""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import seed_everything
+from lightning.pytorch.strategies import DDPStrategy
+
+from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroStrategy
+from tests.launch import run_ranks
+from tests.models import quiet_trainer
+from tests.plugin.parity import ROUNDED, Plain, assert_same_modules
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+HALF = {"rtol": 1e-3, "atol": 1e-4}
+
+
+def fused(params, lr):
+    return torch.optim.AdamW(params, lr=lr, fused=True)
+
+
+def fit(make, strategy, callbacks=(), ckpt_path=None, **options):
+    seed_everything(3, verbose=False)
+    model = make()
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
+    shared = [torch.device("cuda", 0)] * world_size
+    trainer = quiet_trainer(
+        strategy(parallel_devices=shared, process_group_backend="nccl" if world_size == 1 else "gloo"),
+        world_size=world_size,
+        callbacks=list(callbacks),
+        **{"accelerator": "auto", "devices": "auto", "max_epochs": 2, **options},
+    )
+    trainer.fit(model, ckpt_path=ckpt_path)
+    return model, trainer
+
+
+def ddp(**options):
+    return DDPStrategy(**options)
+
+
+def parity(kind, options, tolerance):
+    make = lambda: Plain(kind)  # noqa: E731
+    theirs, _ = fit(make, ddp, **copy.deepcopy(options))
+    for stage in (1, 2):
+        ours, trainer = fit(make, lambda stage=stage, **more: ZeroStrategy(stage=stage, **more), **options)
+        assert trainer.strategy.root_device.type == "cuda"
+        assert_same_modules(ours, theirs, tolerance)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "options", "tolerance"),
+    [
+        (torch.optim.AdamW, {}, ROUNDED),
+        (fused, {}, ROUNDED),
+        (torch.optim.SGD, {"gradient_clip_val": 0.1}, ROUNDED),
+        (torch.optim.SGD, {"accumulate_grad_batches": 3}, ROUNDED),
+        (torch.optim.AdamW, {"precision": "16-mixed"}, HALF),
+        (fused, {"precision": "16-mixed"}, HALF),
+        (torch.optim.AdamW, {"precision": "bf16-mixed"}, HALF),
+    ],
+    ids=["adamw", "fused", "clipped", "accumulated", "16-mixed", "fused 16-mixed", "bf16-mixed"],
+)
+def test_a_fit_on_cuda_equals_ddps(world_size, kind, options, tolerance):
+    run_ranks(parity, world_size, kind, options, tolerance, process_group=False)
+
+
+def compiled():
+    whole = lambda: torch.compile(Plain())  # noqa: E731
+    theirs, _ = fit(whole, ddp)
+    ours, _ = fit(whole, ZeroStrategy)
+    assert_same_modules(ours._orig_mod, theirs._orig_mod, ROUNDED)
+
+
+def test_a_compiled_module_on_cuda_equals_ddps():
+    run_ranks(compiled, 1, process_group=False, timeout_seconds=300)
+
+
+def resumed(directory, precision):
+    whole, _ = fit(Plain, ZeroStrategy, precision=precision)
+    epoch = 16 // dist.get_world_size()
+    callbacks = [ZeroCheckpoint(directory, every_n_train_steps=epoch), Fp32Export(directory / "model.ckpt")]
+    fit(Plain, ZeroStrategy, callbacks, max_steps=epoch, precision=precision)
+    half, _ = fit(Plain, ZeroStrategy, ckpt_path=directory, precision=precision)
+    half.losses = whole.losses
+    assert_same_modules(half, whole)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-mixed"])
+def test_a_run_on_cuda_is_saved_exported_and_resumed_bit_for_bit(tmp_path, world_size, precision):
+    run_ranks(resumed, world_size, tmp_path, precision, process_group=False)
