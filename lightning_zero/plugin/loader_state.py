@@ -14,7 +14,7 @@ Three things, each measured with Lightning 2.6 and torchdata 0.11, and each wron
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -132,7 +132,7 @@ def draw_once(loaders: Iterable[Any]) -> None:
             torch.empty((), dtype=torch.int64).random_()
 
 
-def is_at_epochs_end(loops: dict[str, Any]) -> bool:
+def is_at_epochs_end(loops: Mapping[str, Any]) -> bool:
     """Whether the fit loop's state is that of an epoch's last batch."""
     return bool(loops.get("fit_loop", {}).get("epoch_loop.batch_progress", {}).get("is_last_batch"))
 

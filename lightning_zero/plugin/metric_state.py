@@ -6,15 +6,18 @@ saves its own, and finds it again. On another number of ranks, states are merged
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
+
+from lightning_zero.plugin.loader_state import is_at_epochs_end
 
 MetricState = dict[str, Any]
 """The metric's states by their names, and under `_UPDATES` how many updates are in them."""
@@ -69,6 +72,26 @@ def set_metric_states(module: Module, of_ranks: Sequence[dict[str, MetricState]]
                 )
                 break
             metric._update_count += state[_UPDATES]
+
+
+def finished_metrics(module: LightningModule, loops: Mapping[str, Any]) -> list[Metric]:
+    """Metrics whose epoch is over, and which are about to be reset: Lightning resets those that were logged.
+
+    A save with an epoch's last batch comes before whatever the module does with its metrics when the epoch ends,
+    which a resumed run doesn't do: it begins the next one. Only those that are to persist are then kept.
+
+    Args:
+        module: of a fit.
+        loops: `checkpoint["loops"]`.
+    """
+    at_epochs_end = is_at_epochs_end(loops)
+    if at_epochs_end:
+        epoch = loops["fit_loop"]["epoch_progress"]["current"]
+        if epoch["processed"] == epoch["completed"]:
+            return [metric for _, metric in _metrics(module) if not any(metric._persistent.values())]
+    loop = module.trainer.fit_loop.epoch_loop
+    results = [loop.val_loop._results, *([loop._results] if at_epochs_end else ())]
+    return [metric.value for result in results for metric in result.values() if not metric.is_tensor]
 
 
 def _metrics(module: Module) -> Iterator[tuple[str, Metric]]:

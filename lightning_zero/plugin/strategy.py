@@ -1,39 +1,20 @@
-"""`ZeroStrategy`: what Lightning calls, brought to the engine and to the checkpoint rooms.
-
-[Note: when random states are restored]
-A resumed run must draw the numbers that the uninterrupted one would have drawn, and makes its data loaders and their
-iterators anew on the way.
-
-| the checkpoint was saved    | its iterator was made      | so the states are restored                          |
-|-----------------------------|----------------------------|-----------------------------------------------------|
-| in the middle of an epoch   | before                     | when all iterators are there (`on_train_start`)     |
-| at an epoch's end           | after, for the next epoch  | between loader and iterator (`process_dataloader`), |
-|                             |                            | and again where two were made (`on_train_start`)    |
-"""
+"""`ZeroStrategy`: what Lightning calls, brought to the engine and to the checkpoint rooms."""
 
 from __future__ import annotations
 
-import atexit
-import difflib
 import inspect
-import io
 import os
-import pickle
 import shutil
-import time
 import warnings
-import weakref
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
@@ -51,68 +32,28 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_zero.checkpoint.export import convert_zero_checkpoint_to_fp32_state_dict
 from lightning_zero.checkpoint.integrity import Depth
 from lightning_zero.checkpoint.load import is_checkpoint, resolve
 from lightning_zero.checkpoint.save import RankContent, SharedContent
-from lightning_zero.engine.collectives import Collectives, collectives_for
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
-from lightning_zero.errors import CheckpointMismatchError, CheckpointWriteError, UnsupportedModelError, ZeroError
+from lightning_zero.errors import CheckpointMismatchError, CheckpointWriteError, UnsupportedModelError
+from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown
 from lightning_zero.plugin.checkpoint_io import PREPARED, LoadedCheckpoint, PreparedSave, ZeroCheckpointIO
 from lightning_zero.plugin.contents import contents
 from lightning_zero.plugin.loader_state import (
-    Iterators,
-    draw_once,
-    finish_epochs,
-    is_at_epochs_end,
     make_resumable,
-    next_epoch,
 )
-from lightning_zero.plugin.metric_state import MetricState, get_metric_states, set_metric_states
+from lightning_zero.plugin.metric_state import finished_metrics, get_metric_states
 from lightning_zero.plugin.precision import route_clipping
-from lightning_zero.plugin.random_state import set_random_state
+from lightning_zero.plugin.ranks import Ranks, stay_at_exit
+from lightning_zero.plugin.resume import Resume
 from lightning_zero.plugin.signals import SharedSignals
 
-_T = TypeVar("_T")
 _CLIENT_STATE = "lightning_zero_client_state"
-
-_ARRIVAL_SECONDS = 10
-"""How long a rank that saves after an exception waits for the others."""
-
-_OF_DDP_ALONE = {
-    "gradient_as_bucket_view": "gradients have their buckets here in any case",
-    "static_graph": "nothing here depends on the graph; leave it out",
-    "bucket_cap_mb": "it is called bucket_size_mb here",
-    "ddp_comm_hook": "gradients can travel in another dtype by reduce_dtype",
-    "ddp_comm_state": "gradients can travel in another dtype by reduce_dtype",
-    "ddp_comm_wrapper": "gradients can travel in another dtype by reduce_dtype",
-    "model_averaging_period": "post-local SGD keeps a whole optimizer on every rank; use DDPStrategy for it",
-    "config": "what DeepSpeed's JSON holds are arguments of the Trainer and of ZeroStrategy here",
-}
-"""What users of other strategies pass, and what they find here instead."""
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """Process groups of our own, and the one that they were made in."""
-
-    world: dist.ProcessGroup
-    data: dist.ProcessGroup
-    control: dist.ProcessGroup
-    collectives: Collectives
-
-
-@dataclass(frozen=True)
-class _Resume:
-    """What a resumed fit still has to do when its loaders are there."""
-
-    random_state: dict[str, Any]
-    epoch: int
-    iterators: Iterators
 
 
 class ZeroStrategy(DDPStrategy):
@@ -165,8 +106,7 @@ class ZeroStrategy(DDPStrategy):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         **unknown: Any,
     ) -> None:
-        if unknown:
-            raise TypeError(_unknown_arguments(unknown))
+        refuse_unknown(unknown, [name for name in inspect.signature(ZeroStrategy).parameters if name != "unknown"])
         if stage not in (1, 2):
             raise ValueError(f"stage must be 1 or 2, not {stage!r}; use DDPStrategy for stage 0, FSDPStrategy for 3")
         if partition not in ("auto", "element", "parameter"):
@@ -186,17 +126,14 @@ class ZeroStrategy(DDPStrategy):
         self.stage = stage
         self._partition_by = partition
         self._bucket_bytes = max(1, int(bucket_size_mb * 2**20))
-        self._reduce_dtype = _dtype(reduce_dtype)
+        self._reduce_dtype = floating_dtype(reduce_dtype)
         self._find_unused_parameters = find_unused_parameters
         self._broadcast_buffers = broadcast_buffers
         self._buffers_due = True
         self._partition: Partition | None = None
-        self._groups: _Groups | None = None
-        self._resume: _Resume | None = None
+        self._ranks = Ranks(timeout)
+        self._resume: Resume | None = None
         self._signals: SharedSignals | None = None
-        self._all_arrived: bool | None = None
-        self._metrics: list[dict[str, MetricState]] = []
-        self._metric_names: set[str] = set()
 
     # --- plugins ---
 
@@ -248,9 +185,12 @@ class ZeroStrategy(DDPStrategy):
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
-        self._resume = None  # a fit that was stopped before it began leaves nothing to the next
-        self._signals = self._all_arrived = None
-        self._metrics, self._metric_names = [], set()
+        self._resume = self._signals = None  # a fit that was stopped before it began leaves nothing to the next
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self._ranks.device = self.root_device
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -267,9 +207,9 @@ class ZeroStrategy(DDPStrategy):
         _sync_module_states(self.model)
         if fitting:
             self._partition = None
-            self._renew_groups()
+            self._ranks.renew()
             self.setup_optimizers(trainer)
-        self._signals = SharedSignals(trainer, self._control_group if self.world_size > 1 else None)
+        self._signals = SharedSignals(trainer, self._ranks.control if self.world_size > 1 else None)
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -277,7 +217,7 @@ class ZeroStrategy(DDPStrategy):
             self._partition = Partition(
                 self.model,
                 self.optimizers,
-                self._collectives,
+                self._ranks.collectives,
                 stage=self.stage,
                 partition=self._partition_by,
                 bucket_bytes=self._bucket_bytes,
@@ -299,15 +239,14 @@ class ZeroStrategy(DDPStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._materialize()
         super().load_model_state_dict(checkpoint, strict=strict)
-        if self._metric_names:
+        if self._resume is not None:
             assert self.lightning_module is not None
-            set_metric_states(self.lightning_module, self._metrics, self._metric_names)
-            self._metrics, self._metric_names = [], set()
+            self._resume.restore_metrics(self.lightning_module)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        if self._signals is None or not self._signals.all_stopped:
-            atexit.unregister(_leave_groups)  # a thread of a group may wait for a peer for ever, and we not for it
+        if not self._stopped_together:
+            stay_at_exit()
         super().on_exception(exception)
 
     @override
@@ -319,33 +258,6 @@ class ZeroStrategy(DDPStrategy):
         if self._partition is not None:
             self._partition.rebase()
 
-    def _renew_groups(self) -> None:
-        """Begin a fit with groups in which nothing is under way: the last one may have ended in an exception."""
-        groups, self._groups = self._groups, None
-        if groups is not None and groups.world is dist.group.WORLD:
-            for group in (groups.data, groups.control):
-                dist.destroy_process_group(group)
-
-    def _own_groups(self) -> _Groups:
-        """Groups of our own: Lightning's signal handlers use the default one whenever they like."""
-        world = dist.group.WORLD
-        if self._groups is None or self._groups.world is not world:
-            assert world is not None
-            data = dist.new_group(timeout=self._timeout)
-            control = dist.new_group(timeout=self._timeout, backend="gloo")
-            self._groups = _Groups(world, data, control, collectives_for(data, self.root_device))
-            atexit.register(_leave_groups, weakref.ref(self))
-        return self._groups
-
-    @property
-    def _collectives(self) -> Collectives:
-        return self._own_groups().collectives
-
-    @property
-    def _control_group(self) -> dist.ProcessGroup:
-        """For what the ranks tell each other as Python objects; on gloo, so that no device has to stop for it."""
-        return self._own_groups().control
-
     @property
     def _partitioned(self) -> Partition:
         if self._partition is None:
@@ -354,14 +266,14 @@ class ZeroStrategy(DDPStrategy):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_groups": None, "_partition": None, "_signals": None}
+        return {**super().__getstate__(), "_partition": None, "_signals": None}
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if not self._interrupted:
             super().barrier(*args, **kwargs)
         elif self._all_are_here():
-            dist.barrier(group=self._control_group)
+            dist.barrier(group=self._ranks.control)
 
     @property
     def _interrupted(self) -> bool:
@@ -370,24 +282,12 @@ class ZeroStrategy(DDPStrategy):
         trainer = module._trainer if module is not None else None
         return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED and self.world_size > 1
 
-    def _all_are_here(self) -> bool:
-        """After an exception: whether it is every rank's, so that they can still do something together.
+    @property
+    def _stopped_together(self) -> bool:
+        return self._signals is not None and self._signals.all_stopped
 
-        Nobody waits in a collective for one that may never come: each tells the store that it is here, and looks for
-        the others for a while. They then begin anew in groups in which nothing is under way.
-        """
-        if self._signals is not None and self._signals.all_stopped:
-            return True
-        if self._all_arrived is None:
-            store = dist.distributed_c10d._get_default_store()
-            arrived, deadline = store.add("lightning_zero/after an exception", 1), time.monotonic() + _ARRIVAL_SECONDS
-            while arrived % self.world_size and time.monotonic() < deadline:
-                time.sleep(0.05)
-                arrived = store.add("lightning_zero/after an exception", 0)
-            self._all_arrived = arrived % self.world_size == 0
-            if self._all_arrived:
-                self._renew_groups()
-        return self._all_arrived
+    def _all_are_here(self) -> bool:
+        return self._stopped_together or self._ranks.all_are_here()
 
     # --- a step ---
 
@@ -407,7 +307,7 @@ class ZeroStrategy(DDPStrategy):
         if self._broadcast_buffers and self._buffers_due:
             assert self.model is not None
             ignored = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
-            self._collectives.broadcast_all([b for name, b in self.model.named_buffers() if name not in ignored])
+            self._ranks.collectives.broadcast_all([b for name, b in self.model.named_buffers() if name not in ignored])
         self._buffers_due = torch.is_grad_enabled() and not self._blocked
 
     _blocked = False
@@ -497,7 +397,7 @@ class ZeroStrategy(DDPStrategy):
     ) -> None:
         assert self.lightning_module is not None
         # After a fit in spawned processes, the one that is left has the weights, and no process group.
-        group = self._control_group if dist.is_initialized() else None
+        group = self._ranks.control if dist.is_initialized() else None
         module, partition = self.lightning_module, self._partition
         if not isinstance(self._innermost_io, ZeroCheckpointIO):
             self._save_by_rank_zero(checkpoint, path, storage_options)
@@ -511,13 +411,14 @@ class ZeroStrategy(DDPStrategy):
                 )
             if partition is not None:
                 partition.take_over_outside_writes()
-            rank, world_size = (0, 1) if group is None else (self.global_rank, self.world_size)
-            metrics = get_metric_states(module, without=self._finished_metrics(checkpoint)) if partition else {}
+            loops = checkpoint.get("loops", {})
+            metrics = get_metric_states(module, without=finished_metrics(module, loops)) if partition else {}
+            rank, world_size = self._ranks.rank, self._ranks.count
             return contents(
                 checkpoint, module, partition, rank=rank, world_size=world_size, stage=self.stage, metrics=metrics
             )
 
-        content, shared = describe() if group is None else self._all_or_none(describe)
+        content, shared = describe() if group is None else self._ranks.all_or_none(describe)
         prepared = PreparedSave(content, shared, group, update_latest=update_latest)
         self.checkpoint_io.save_checkpoint({**checkpoint, PREPARED: prepared}, path, storage_options=storage_options)
         self._wait_for_threads()
@@ -611,7 +512,7 @@ class ZeroStrategy(DDPStrategy):
             there = tag is not None or is_checkpoint(load_dir)
             return os.fspath(resolve(load_dir, tag, verify=self._verify)) if there else None
 
-        path = self._rank_zero_decides(choose)
+        path = self._ranks.decided_by_first(choose)
         if path is None:
             rank_zero_warn(f"there is no checkpoint in {load_dir}: nothing is loaded")
             return None, {}
@@ -632,7 +533,7 @@ class ZeroStrategy(DDPStrategy):
             client_state: dict[str, Any] = checkpoint.get(_CLIENT_STATE, {})
             return client_state
 
-        return path, self._all_or_none(load)
+        return path, self._ranks.all_or_none(load)
 
     def export(self, checkpoint: Mapping[str, Any], path: Path) -> None:
         """Write one fp32 file from Lightning's dict and the live masters. Called on every rank.
@@ -650,7 +551,7 @@ class ZeroStrategy(DDPStrategy):
             finally:
                 shutil.rmtree(shards.parent, ignore_errors=True)
 
-        self._rank_zero_decides(convert)
+        self._ranks.decided_by_first(convert)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
@@ -660,50 +561,22 @@ class ZeroStrategy(DDPStrategy):
             path = os.fspath(checkpoint_path)
             return os.fspath(resolve(path, verify=self._verify)) if is_checkpoint(path) else path
 
-        path = self._rank_zero_decides(choose)
-        checkpoint = self._all_or_none(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
+        path = self._ranks.decided_by_first(choose)
+        checkpoint = self._ranks.all_or_none(
+            lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        )
         if isinstance(checkpoint, LoadedCheckpoint) and self.lightning_module is not None:
-            self._take_rank_state(checkpoint, weights_only)
+            trainer = self._trainer
+            resume = Resume(
+                checkpoint,
+                rank=self._ranks.rank,
+                world_size=self._ranks.count,
+                fitting=trainer.state.fn == TrainerFn.FITTING,
+                by_steps=trainer.max_steps != -1,
+                weights_only=weights_only is not False,
+            )
+            self._resume = resume if trainer.state.fn == TrainerFn.FITTING else None
         return checkpoint
-
-    def _take_rank_state(self, checkpoint: LoadedCheckpoint, weights_only: bool | None) -> None:
-        """What belongs to this rank alone: its random number generators, its metrics, and where its data loader is."""
-        source, saved_by = checkpoint.source, checkpoint.source.manifest.world_size
-
-        def of(rank: int) -> dict[str, Any]:
-            stored = source.rank_state(rank)
-            return {} if stored is None else torch.load(io.BytesIO(stored), weights_only=weights_only is not False)
-
-        own = of(self.global_rank)
-        if self._trainer.state.fn == TrainerFn.FITTING:
-            others = [of(rank) for rank in range(self.global_rank + self.world_size, saved_by, self.world_size)]
-            self._metrics = [state.get("metrics", {}) for state in (own, *others) if state]
-            self._metric_names = set(of(0).get("metrics", {}))
-        if not own:
-            return
-        if saved_by == self.world_size and own["loops"] is not None:
-            checkpoint["loops"] = own["loops"]
-        if self._trainer.state.fn != TrainerFn.FITTING:
-            return
-        loops = checkpoint.get("loops", {})
-        iterators = finish_epochs(loops, by_steps=self._trainer.max_steps != -1)
-        self._resume = _Resume(own["random"], next_epoch(loops), iterators)
-
-    def _finished_metrics(self, checkpoint: Mapping[str, Any]) -> list[Metric]:
-        """Metrics whose epoch is over, and which are about to be reset: Lightning resets those that were logged.
-
-        A save with an epoch's last batch comes before whatever the module does with its metrics when the epoch ends,
-        which a resumed run doesn't do: it begins the next one. Only those that are to persist are then kept.
-        """
-        trainer, loops = self._trainer, checkpoint.get("loops", {})
-        if is_at_epochs_end(loops):
-            epoch = loops["fit_loop"]["epoch_progress"]["current"]
-            if epoch["processed"] == epoch["completed"]:
-                metrics = [child for child in trainer.lightning_module.modules() if isinstance(child, Metric)]
-                return [metric for metric in metrics if not any(metric._persistent.values())]
-        loop = trainer.fit_loop.epoch_loop
-        results = [loop.val_loop._results, *([loop._results] if is_at_epochs_end(loops) else ())]
-        return [metric.value for result in results for metric in result.values() if not metric.is_tensor]
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -713,7 +586,7 @@ class ZeroStrategy(DDPStrategy):
             self._partitioned.load_masters(checkpoint["state_dict"])
             self._load_optimizer_states(checkpoint)
 
-        self._all_or_none(load)
+        self._ranks.all_or_none(load)
 
     def _load_optimizer_states(self, checkpoint: Mapping[str, Any]) -> None:
         states = checkpoint.get("optimizer_states")
@@ -733,9 +606,7 @@ class ZeroStrategy(DDPStrategy):
         """Called when a loader is there and its iterator isn't: see [Note: when random states are restored]."""
         make_resumable(dataloader)
         if self._resume is not None:
-            _set_sampler_epoch(dataloader, self._resume.epoch)
-            if not self._in_mid_epoch:
-                set_random_state(self._resume.random_state)
+            self._resume.between(dataloader, in_mid_epoch=self._in_mid_epoch)
         return super().process_dataloader(dataloader)
 
     @override
@@ -743,11 +614,10 @@ class ZeroStrategy(DDPStrategy):
         """Called when the iterators are there: see [Note: when random states are restored]."""
         super().on_train_start()
         resume, self._resume = self._resume, None
-        if resume is not None and (self._in_mid_epoch or resume.iterators != "one"):
-            set_random_state(resume.random_state)
+        if resume is not None:
             loader = self._trainer.fit_loop._combined_loader
-            if resume.iterators == "two" and loader is not None:
-                draw_once(loader.flattened)
+            loaders = [] if loader is None else loader.flattened
+            resume.when_all_are_made(loaders, in_mid_epoch=self._in_mid_epoch)
 
     @property
     def _trainer(self) -> Trainer:
@@ -760,59 +630,6 @@ class ZeroStrategy(DDPStrategy):
         progress = self._trainer.fit_loop.epoch_loop.batch_progress
         return progress.current.ready > 0 and not progress.is_last_batch
 
-    def _rank_zero_decides(self, decide: Callable[[], _T]) -> _T:
-        """What `decide` gives on rank 0, or the error that it raises there, on every rank."""
-        outcome: list[Any] = [None]
-        if self.global_rank == 0:
-            outcome = [_outcome(decide)]
-        dist.broadcast_object_list(outcome, src=0, group=self._control_group)
-        error, value = outcome[0]
-        if error is not None:
-            raise error
-        decided: _T = value
-        return decided
-
-    def _all_or_none(self, function: Callable[[], _T]) -> _T:
-        """Call a function on every rank. If it fails on one, it fails on all, with the first rank's error."""
-        error, value = _outcome(function)
-        errors: list[Exception | None] = [None] * self.world_size
-        dist.all_gather_object(errors, error, group=self._control_group)
-        first = next(((rank, error) for rank, error in enumerate(errors) if error is not None), None)
-        if first is not None:
-            rank, failure = first
-            if isinstance(failure, ZeroError):
-                raise type(failure)(f"rank {rank}: {failure}") from error
-            raise failure
-        return value  # type: ignore[return-value]
-
-
-def _leave_groups(of: weakref.ref[ZeroStrategy]) -> None:
-    """Join the groups' threads while Python still stands.
-
-    One that lets go of a tensor after that wants the interpreter's lock, and takes the process down ("terminate called
-    without an active exception"), as a loaded machine shows. A group joins its threads when the last reference to it
-    goes, and not when it is destroyed.
-    """
-    strategy = of()
-    groups = None if strategy is None else strategy._groups
-    if strategy is not None and groups is not None:
-        groups.collectives.release()
-        if strategy._signals is not None:
-            strategy._signals.release()
-        strategy._groups = groups = None
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _unknown_arguments(unknown: Mapping[str, Any]) -> str:
-    valid = [name for name in inspect.signature(ZeroStrategy).parameters if name != "unknown"]
-    hints = []
-    for name in unknown:
-        close = difflib.get_close_matches(name, valid, n=1)
-        instead = _OF_DDP_ALONE.get(name) or (f"did you mean {close[0]!r}?" if close else None)
-        hints.append(f"{name!r}" + (f" ({instead})" if instead else ""))
-    return f"ZeroStrategy has no argument {', '.join(hints)}; it takes {', '.join(valid)}"
-
 
 def _require_shapes(module: Module) -> None:
     for name, parameter in module.named_parameters():
@@ -823,17 +640,6 @@ def _require_shapes(module: Module) -> None:
             )
 
 
-def _outcome(function: Callable[[], _T]) -> tuple[Exception | None, _T | None]:
-    try:
-        return None, function()
-    except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            return RuntimeError(f"{type(error).__name__}: {error}"), None
-        return error, None
-
-
 def _load_module(module: Module, state_dict: dict[str, Any], path: str, *, strict: bool) -> None:
     try:
         missing, unexpected = module.load_state_dict(state_dict, strict=strict)
@@ -841,10 +647,3 @@ def _load_module(module: Module, state_dict: dict[str, Any], path: str, *, stric
         raise CheckpointMismatchError(f"{path} doesn't fit the module: {error}") from None
     if missing or unexpected:
         rank_zero_warn(f"{path} was loaded in part: missing {list(missing)}, unexpected {list(unexpected)}")
-
-
-def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
-    dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f'reduce_dtype must be a floating-point dtype such as "float32", not {name!r}')
-    return dtype

@@ -211,9 +211,9 @@ def test_an_exception_on_every_rank_saves_what_all_have(tmp_path):
 
 
 def break_on_one_rank(directory):
-    import lightning_zero.plugin.strategy as strategy
+    import lightning_zero.plugin.ranks as ranks
 
-    strategy._ARRIVAL_SECONDS = 1
+    ranks._ARRIVAL_SECONDS = 1
     callbacks = [lambda: ZeroCheckpoint(directory, every_n_train_steps=2), lambda: OnExceptionCheckpoint(directory)]
     with pytest.raises(Exception, match=r"\w"):  # what rank 0 gets depends on where it waits for rank 1
         fit(Normed, ZeroStrategy(timeout=timedelta(seconds=5)), callbacks=[*callbacks, lambda: Breaks((1,))])

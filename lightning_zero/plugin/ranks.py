@@ -1,0 +1,183 @@
+"""The ranks of a fit: the process groups that are ours, and what all ranks do or decide together.
+
+Lightning uses the default group whenever it likes, from signal handlers even; so everything here goes over groups of
+our own. No rank is left waiting for one that has failed: what fails on one is raised on all, and after an exception
+nobody enters a collective before everybody is known to be there.
+"""
+
+from __future__ import annotations
+
+import atexit
+import pickle
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lightning_zero.engine.collectives import Collectives, collectives_for
+from lightning_zero.errors import ZeroError
+
+_T = TypeVar("_T")
+
+_ARRIVAL_SECONDS = 10
+"""How long a rank waits after an exception for the others to come."""
+
+_LEFT = -(10**6)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Groups of our own, and the one that they were made in."""
+
+    world: dist.ProcessGroup
+    data: dist.ProcessGroup
+    control: dist.ProcessGroup
+    """On gloo, for what the ranks tell each other as Python objects, so that no device has to stop for it."""
+    collectives: Collectives
+
+
+class Ranks:
+    """All ranks, as one of them sees them. The groups are made when they are first asked for, on every rank.
+
+    Args:
+        timeout: of the groups' collectives.
+    """
+
+    def __init__(self, timeout: timedelta | None) -> None:
+        self._timeout = timeout
+        self.device = torch.device("cpu")
+        """Where this rank's parameters are."""
+        self._groups: _Groups | None = None
+        self._renewals = 0
+        self._all_arrived: bool | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_groups": None}
+
+    @property
+    def count(self) -> int:
+        """The world size: 1 where there is no process group."""
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        """This rank's number."""
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def _own(self) -> _Groups:
+        world = dist.group.WORLD
+        if self._groups is None or self._groups.world is not world:
+            assert world is not None
+            data = dist.new_group(timeout=self._timeout)
+            control = dist.new_group(timeout=self._timeout, backend="gloo")
+            self._groups = _Groups(world, data, control, collectives_for(data, self.device))
+            atexit.register(_leave, weakref.ref(self))
+        return self._groups
+
+    @property
+    def collectives(self) -> Collectives:
+        """For parameters and gradients."""
+        return self._own.collectives
+
+    @property
+    def control(self) -> dist.ProcessGroup:
+        """For words."""
+        return self._own.control
+
+    def renew(self) -> None:
+        """Begin a fit with groups in which nothing is under way: the last one may have ended in an exception."""
+        groups, self._groups = self._groups, None
+        if groups is not None and groups.world is dist.group.WORLD:
+            for group in (groups.data, groups.control):
+                dist.destroy_process_group(group)
+        self._renewals += 1
+        self._all_arrived = None
+
+    def release(self) -> None:
+        """Let go of the groups."""
+        groups, self._groups = self._groups, None
+        if groups is not None:
+            groups.collectives.release()
+
+    def decided_by_first(self, decide: Callable[[], _T]) -> _T:
+        """What `decide` gives on rank 0, or the error that it raises there, on every rank."""
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            outcome = [_outcome(decide)]
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        error, value = outcome[0]
+        if error is not None:
+            raise error
+        decided: _T = value
+        return decided
+
+    def all_or_none(self, function: Callable[[], _T]) -> _T:
+        """Call a function on every rank. If it fails on one, it fails on all, with the first rank's error."""
+        error, value = _outcome(function)
+        errors: list[Exception | None] = [None] * self.count
+        dist.all_gather_object(errors, error, group=self.control)
+        first = next(((rank, error) for rank, error in enumerate(errors) if error is not None), None)
+        if first is not None:
+            rank, failure = first
+            if isinstance(failure, ZeroError):
+                raise type(failure)(f"rank {rank}: {failure}") from error
+            raise failure
+        return value  # type: ignore[return-value]
+
+    def all_are_here(self) -> bool:
+        """After an exception: whether it is every rank's, so that they can still do something together.
+
+        Each tells the store that it is here, and looks for the others for a while. One that leaves makes the count
+        negative, so that nobody who comes later takes it for waiting. Those who are complete begin anew, in groups in
+        which nothing is under way.
+        """
+        if self._all_arrived is None:
+            store = dist.distributed_c10d._get_default_store()
+            key, deadline = f"lightning_zero/{self._renewals}", time.monotonic() + _ARRIVAL_SECONDS
+            arrived = store.add(key, 1)
+            while 0 < arrived < self.count and time.monotonic() < deadline:
+                time.sleep(0.05)
+                arrived = store.add(key, 0)
+            if 0 < arrived < self.count:
+                arrived = store.add(key, _LEFT) - _LEFT
+            all_arrived = arrived == self.count
+            if all_arrived:
+                self.renew()
+            self._all_arrived = all_arrived
+        return self._all_arrived
+
+
+def stay_at_exit() -> None:
+    """Don't leave the groups in order when the process ends: a thread of one may wait for a peer for ever."""
+    atexit.unregister(_leave)
+
+
+def _leave(of: weakref.ref[Ranks]) -> None:
+    """Join the groups' threads while Python still stands.
+
+    One that lets go of a tensor after that wants the interpreter's lock, and takes the process down ("terminate called
+    without an active exception"), as a loaded machine shows. A group joins its threads when the last reference to it
+    goes, and not when it is destroyed.
+    """
+    ranks = of()
+    if ranks is not None:
+        ranks.release()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _outcome(function: Callable[[], _T]) -> tuple[Exception | None, _T | None]:
+    try:
+        return None, function()
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return RuntimeError(f"{type(error).__name__}: {error}"), None
+        return error, None

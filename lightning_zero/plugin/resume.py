@@ -1,0 +1,88 @@
+"""What a resumed run still has to do when its checkpoint is read: everything that is one rank's own.
+
+[Note: when random states are restored]
+A resumed run must draw the numbers that the uninterrupted one would have drawn, and makes its data loaders and their
+iterators anew on the way.
+
+| the checkpoint was saved    | its iterator was made      | so the states are restored                          |
+|-----------------------------|----------------------------|-----------------------------------------------------|
+| in the middle of an epoch   | before                     | when all iterators are there (`when_all_are_made`)  |
+| at an epoch's end           | after, for the next epoch  | between loader and iterator (`between`), and again  |
+|                             |                            | where two were made (`when_all_are_made`)           |
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from torch.nn import Module
+
+from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint
+from lightning_zero.plugin.loader_state import Iterators, draw_once, finish_epochs, next_epoch
+from lightning_zero.plugin.metric_state import MetricState, set_metric_states
+from lightning_zero.plugin.random_state import set_random_state
+
+
+class Resume:
+    """One rank's way back into training. Loops are put into the checkpoint at once; the rest waits for its time.
+
+    Args:
+        checkpoint: as it was loaded; its `loops` become this rank's.
+        rank: this rank.
+        world_size: of how many.
+        fitting: whether training will go on, or the module alone is wanted.
+        by_steps: whether `max_steps` is set.
+        weights_only: refuse whatever would run code.
+    """
+
+    def __init__(
+        self,
+        checkpoint: LoadedCheckpoint,
+        *,
+        rank: int,
+        world_size: int,
+        fitting: bool,
+        by_steps: bool,
+        weights_only: bool,
+    ) -> None:
+        def of(saved_by: int) -> dict[str, Any]:
+            stored = checkpoint.source.rank_state(saved_by)
+            return {} if stored is None else torch.load(io.BytesIO(stored), weights_only=weights_only)
+
+        own, saved_by = of(rank), checkpoint.source.manifest.world_size
+        if own and saved_by == world_size and own["loops"] is not None:
+            checkpoint["loops"] = own["loops"]
+        self._random_state: dict[str, Any] | None = own.get("random") if fitting else None
+        self._metrics: list[dict[str, MetricState]] = []
+        self._metric_names: set[str] = set()
+        self._epoch: int | None = None
+        self._iterators: Iterators = "one"
+        if fitting:
+            others = [of(other) for other in range(rank + world_size, saved_by, world_size)]
+            self._metrics = [state.get("metrics", {}) for state in (own, *others) if state]
+            self._metric_names = set((own if rank == 0 else of(0)).get("metrics", {}))
+            loops = checkpoint.get("loops", {})
+            self._iterators = finish_epochs(loops, by_steps=by_steps)
+            self._epoch = next_epoch(loops)
+
+    def restore_metrics(self, module: Module) -> None:
+        """Let the module's metrics go on, when the module's own state has been loaded."""
+        set_metric_states(module, self._metrics, self._metric_names)
+
+    def between(self, loader: object, *, in_mid_epoch: bool) -> None:
+        """A loader is there, and its iterator isn't."""
+        if self._epoch is not None:
+            _set_sampler_epoch(loader, self._epoch)
+        if self._random_state is not None and not in_mid_epoch:
+            set_random_state(self._random_state)
+
+    def when_all_are_made(self, loaders: Iterable[Any], *, in_mid_epoch: bool) -> None:
+        """The iterators are there."""
+        if self._random_state is not None and (in_mid_epoch or self._iterators != "one"):
+            set_random_state(self._random_state)
+            if self._iterators == "two":
+                draw_once(loaders)
