@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
+from lightning.pytorch.plugins import LayerSync
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -391,6 +393,40 @@ def test_without_broadcast_buffers_each_rank_keeps_its_own():
     ours, _ = fit(Buffers, ZeroStrategy(broadcast_buffers=False))
     assert_same_modules(ours, theirs)
     assert int(ours.count) - 2**40 == 16 * (1 + ours.global_rank)
+
+
+class GatheredNorm(nn.BatchNorm1d):
+    """BatchNorm over all ranks' batches, as SyncBatchNorm does it on GPUs alone."""
+
+    def forward(self, x):
+        from torch.distributed.nn.functional import all_gather
+
+        whole = torch.cat(all_gather(x))
+        return super().forward(whole)[dist.get_rank() * len(x) :][: len(x)]
+
+
+class GatheredSync(LayerSync):
+    """Swaps the class of every BatchNorm before training, and back after it."""
+
+    def apply(self, model):
+        for child in model.modules():
+            if type(child) is nn.BatchNorm1d:
+                child.__class__ = GatheredNorm
+        return model
+
+    def revert(self, model):
+        for child in model.modules():
+            if type(child) is GatheredNorm:
+                child.__class__ = nn.BatchNorm1d
+        return model
+
+
+@distributed(world_size=2, process_group=False)
+def test_synchronised_batch_norm_is_applied_reverted_and_equals_ddp():
+    ours, _ = assert_equals_ddp(Buffers, plugins=[GatheredSync()])
+    assert type(ours.norm) is nn.BatchNorm1d
+    alone, _ = fit(Buffers, ZeroStrategy())
+    assert not torch.equal(alone.norm.running_mean, ours.norm.running_mean)
 
 
 class Sparse(Plain):
