@@ -45,6 +45,9 @@ class SharedSignals:
         if hasattr(loop, "_broadcast_sigterm_tensor"):
             loop._broadcast_sigterm_tensor = self.agree
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_group": None, "_agreeing": None}  # somebody copies the Trainer
+
     @property
     def _shared(self) -> bool:
         return self._group is not None and self._trainer.state.fn == TrainerFn.FITTING

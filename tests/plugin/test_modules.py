@@ -203,6 +203,16 @@ def test_lightnings_asynchronous_io_is_waited_for(tmp_path):
         trainer.save_checkpoint(tmp_path / "file" / "tag")
 
 
+@distributed(world_size=2, process_group=False)
+def test_a_trainer_can_be_copied_in_mid_fit():
+    class Copies(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            self.trainer = trainer
+            self.copied = copy.deepcopy(trainer.callbacks)
+
+    fit(Plain, ZeroStrategy(), callbacks=[Copies], max_steps=1)
+
+
 def test_a_trainer_with_the_strategy_can_be_copied():
     trainer = Trainer(strategy=ZeroStrategy(stage=1), accelerator="cpu", devices=2, logger=False)
     assert copy.deepcopy(trainer.strategy).stage == 1
