@@ -63,6 +63,8 @@ class Piece:
     """Where the segment begins in this rank's shard."""
     master: Parameter
     """A `Parameter`, since an optimizer may ask whether it requires a gradient."""
+    place: Tensor
+    """Where the master's memory belongs, whatever somebody has assigned to `master.data`."""
 
 
 class ParameterBucket:
@@ -94,7 +96,8 @@ class ParameterBucket:
         self.pieces: list[Piece] = []
         if self.is_own_master:
             self.pieces += [
-                Piece(slot, Segment(slot.name, 0, slot.parameter.numel()), 0, slot.parameter) for slot in self.slots
+                Piece(slot, Segment(slot.name, 0, slot.parameter.numel()), 0, slot.parameter, slot.parameter.data)
+                for slot in self.slots
             ]
             return
         self._flat = self._adopt_parameters()
@@ -106,7 +109,7 @@ class ParameterBucket:
             master = self._masters[offset - low : offset - low + segment.numel]
             if whole and slot.parameter.dim() > 0:
                 master = master.view(slot.parameter.shape)
-            self.pieces.append(Piece(slot, segment, offset - low, Parameter(master)))
+            self.pieces.append(Piece(slot, segment, offset - low, Parameter(master), master))
 
     @property
     def _shard(self) -> Tensor:
@@ -186,14 +189,45 @@ class ParameterBucket:
                     f"the parameter {slot.name!r} changed its shape to {tuple(parameter.shape)} during training; "
                     "give the optimizer a new parameter by add_param_group instead"
                 )
-            if parameter.numel() and parameter.data_ptr() != slot.pointer:
+            if parameter.numel() and not self._is_part(slot):
+                if slot.pointer:
+                    self._leave_buffer(slot)
                 self._region(slot).copy_(parameter)
-                slot.pointer = 0
         if self._masters.dtype != self.dtype:
             shard = self._shard
             outside = self._masters.to(self.dtype) != shard
             if outside.any():
                 torch.where(outside, shard.to(self.master_dtype), self._masters, out=self._masters)
+
+    def _is_part(self, slot: Slot) -> bool:
+        """Whether the parameter's memory is its region of the flat buffer."""
+        return slot.parameter.data_ptr() == slot.pointer and slot.parameter.is_contiguous()
+
+    def _leave_buffer(self, gone: Slot) -> None:
+        """Go on in another flat buffer: a parameter was pointed away from this one, which somebody may have kept."""
+        if gone.parameter.data_ptr() == gone.pointer:  # the same memory, transposed
+            gone.parameter.data = gone.parameter.data.clone()
+        gone.pointer = 0
+        before, self._flat = self._flat, self._flat.clone()
+        low = self.plan.bounds[self._collectives.rank]
+        for slot in self.slots:
+            if slot.pointer and slot.parameter.data_ptr() == slot.pointer:
+                slot.parameter.data = self._region(slot)
+                slot.pointer = slot.parameter.data_ptr()
+        if self._masters.untyped_storage().data_ptr() == before.untyped_storage().data_ptr():
+            self._masters = self._shard
+            for piece in self.pieces:
+                part = self._flat[low + piece.offset : low + piece.offset + piece.segment.numel]
+                piece.place = part.view(piece.master.shape)
+                piece.master.data = piece.place
+
+    @torch.no_grad()
+    def put_masters_back(self) -> None:
+        """Bring masters that an optimizer has pointed at other memory back to their place."""
+        for piece in self.pieces if not self.is_own_master else ():
+            if piece.master.data_ptr() != piece.place.data_ptr():
+                piece.place.copy_(piece.master.data)
+                piece.master.data = piece.place
 
     @torch.no_grad()
     def publish(self) -> Pending:
@@ -227,9 +261,10 @@ class ParameterBucket:
             data = piece.slot.parameter.data
             if self.dtype == self.master_dtype:
                 flat = data.reshape(-1)[piece.segment.start : piece.segment.stop]
-                piece.master.data = flat.view(piece.master.shape)
+                piece.place = flat.view(piece.master.shape)
             else:
-                piece.master.data = piece.master.data.to(data.device)
+                piece.place = piece.master.data.to(data.device)
+            piece.master.data = piece.place
 
 
 class _Published:

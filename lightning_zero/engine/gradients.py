@@ -157,13 +157,22 @@ class GradientReducer:
         if not self._open:
             self._begin()
         if index in self._queue[: self._sent]:
-            return  # too late: it waits where it is for the flush
+            self._keep_for_flush(slot)
+            return
         self._missing[index] -= not slot.deposited
         self._deposit(index, slot, own_memory=True)
         if self._missing[index] == 0:
             self._full.append(index)
         while self._sent < len(self._queue) and self._missing[self._queue[self._sent]] <= 0:
             self._send_next()
+
+    def _keep_for_flush(self, slot: Slot) -> None:
+        """A gradient whose bucket is gone waits with the stand-in, so that it isn't taken for a whole one."""
+        gradient = slot.parameter.grad
+        if gradient is not None and not isinstance(gradient, PartitionedGradient):
+            self._install_stand_in(slot)
+            stand_in = self._stand_ins[slot.name]
+            stand_in.pending, stand_in.replaces = gradient, True
 
     def _begin(self) -> None:
         self._open = True
@@ -173,11 +182,7 @@ class GradientReducer:
             index: sum(slot.parameter.requires_grad for slot in bucket.slots)
             for index, bucket in enumerate(self._buckets)
         }
-        self._queue = [
-            index
-            for index in self._order
-            if self._missing[index] or any(_local_gradient(slot) is not None for slot in self._buckets[index].slots)
-        ]
+        self._queue = [index for index in self._order if self._missing[index]]
 
     @torch.no_grad()
     def _deposit(self, index: int, slot: Slot, *, own_memory: bool) -> None:
@@ -185,7 +190,8 @@ class GradientReducer:
         gradient, bucket = _local_gradient(slot), self._buckets[index]
         if gradient is None:
             return
-        onto_stand_in = isinstance(slot.parameter.grad, PartitionedGradient)
+        stand_in = slot.parameter.grad
+        onto_stand_in = isinstance(stand_in, PartitionedGradient) and not stand_in.replaces
         joins = onto_stand_in and slot.deposited
         slot.continues = slot.continues if joins else onto_stand_in
         slot.deposited = True
@@ -194,7 +200,8 @@ class GradientReducer:
         share = 1.0 / self._collectives.world_size
         flat = (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
         fills_bucket = flat.numel() == bucket.plan.numel and flat.dtype == dtype
-        if fills_bucket and own_memory and not onto_stand_in and index not in self._buffers:
+        own_memory = own_memory and fills_bucket and _is_unshared(gradient)
+        if own_memory and not onto_stand_in and index not in self._buffers:
             self._buffers[index] = flat.mul_(share)  # its own memory is the buffer
             return
         region = self._buffer(index)[slot.offset : slot.offset + flat.numel()]
@@ -207,7 +214,7 @@ class GradientReducer:
 
     def _install_stand_in(self, slot: Slot) -> None:
         stand_in = self._stand_ins[slot.name]
-        stand_in.pending = None
+        stand_in.pending, stand_in.replaces = None, False
         slot.parameter.grad = stand_in
 
     def _buffer(self, index: int) -> Tensor:
@@ -251,24 +258,29 @@ class GradientReducer:
 
     def flush(self) -> None:
         """A backward is over on every rank: send what it left. A collective."""
-        if self._sync and self.is_distributed:
+        if self._sync and self.is_distributed and self._buckets:
             self._flush()
 
     def finish(self) -> None:
         """Return when every gradient that was accumulated so far stands in its segments. A collective."""
-        if not self.is_distributed:
+        if not self.is_distributed or not self._buckets:
             return
         left = self._open or any(_local_gradient(slot) is not None for _, slot in self._slots.values())
         if self.agreed([left])[0]:
             self._flush()
         self._wait(keep=0)
 
-    def _flush(self) -> None:
+    def forget_norms(self) -> None:
+        """Gradients were changed past their stand-ins."""
         self._norms.clear()
+
+    def _flush(self) -> None:
+        self.forget_norms()
         late = True
         while late:
             if not self._open:
                 self._begin()
+            self._queue += self._frozen_with_gradients()
             unsent = set(self._queue[self._sent :])
             for index, slot in self._slots.values():
                 if index in unsent:
@@ -285,11 +297,20 @@ class GradientReducer:
                 if held_anywhere and slot.parameter.grad is None:
                     self._install_stand_in(slot)
 
-    def agreed(self, flags: Sequence[bool]) -> list[bool]:
-        """Each flag that is set on any rank, as far as the ranks are to agree on it."""
-        if not self._agree or not self._slots:
+    def _frozen_with_gradients(self) -> list[int]:
+        """Buckets that were frozen when a gradient of theirs was not reduced yet, on any rank."""
+        queued = set(self._queue)
+        frozen = [index for index in self._order if index not in queued]
+        if not frozen:
+            return []
+        left = self.agreed([any(_local_gradient(s) is not None for s in self._buckets[i].slots) for i in frozen])
+        return [index for index, has in zip(frozen, left, strict=True) if has]
+
+    def agreed(self, flags: Sequence[bool], device: torch.device | None = None) -> list[bool]:
+        """Each flag that is set on any rank, as far as the ranks are to agree on it; with a device given, always."""
+        if not flags or not (self._agree or device):
             return list(flags)
-        tensor = torch.tensor(flags, dtype=torch.uint8).to(self._buckets[0].device)
+        tensor = torch.tensor(flags, dtype=torch.uint8).to(device or self._buckets[0].device)
         self._collectives.all_reduce(tensor, dist.ReduceOp.MAX)
         return [bool(flag) for flag in tensor.tolist()]
 
@@ -354,6 +375,13 @@ class GradientReducer:
         if parts:
             torch._amp_foreach_non_finite_check_and_unscale_(parts, found_inf, inv_scale)
         self._collectives.all_reduce(found_inf, dist.ReduceOp.MAX)
+
+
+def _is_unshared(gradient: Tensor) -> bool:
+    """Whether nobody else holds a gradient's memory: autograd may have made a view of another gradient of it."""
+    uses = getattr(torch._C, "_storage_Use_Count", None)
+    # one is the gradient's own, one the handle's that asks
+    return uses is not None and not gradient.is_sparse and uses(gradient.untyped_storage()._cdata) <= 2
 
 
 def _local_gradient(slot: Slot) -> Tensor | None:

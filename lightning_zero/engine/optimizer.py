@@ -14,13 +14,16 @@ import functools
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, optim
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lightning_zero.engine.buckets import ParameterBucket, Piece
 from lightning_zero.engine.gradients import GradientReducer
@@ -72,6 +75,9 @@ class Cut:
     reason: str
 
 
+_Hook = Callable[..., Any]
+
+
 @dataclass(frozen=True, eq=False)
 class OwnedSegment:
     """A segment that this rank owns of an optimizer's parameters.
@@ -113,6 +119,11 @@ def cut_for(optimizer: Optimizer, requested: str, *, alone: bool) -> Cut:
         raise ValueError(f'partition must be "auto", "element" or "parameter", not {requested!r}')
     kind = type(optimizer)
     if not alone:
+        if kind not in ELEMENT_WISE and optimizer.defaults.get("max_grad_norm"):
+            raise UnsupportedModelError(
+                f"{kind.__name__} clips by the norm of all gradients in its step, of which a rank has a part; make it "
+                "with max_grad_norm=None, and let Trainer(gradient_clip_val=...) clip"
+            )
         for ancestor in kind.__mro__:
             if ancestor.__name__ in _ALL_AT_ONCE:
                 raise UnsupportedModelError(
@@ -139,6 +150,10 @@ def cut_for(optimizer: Optimizer, requested: str, *, alone: bool) -> Cut:
     )
 
 
+_WRAPPED: WeakKeyDictionary[Optimizer, SegmentedOptimizer] = WeakKeyDictionary()
+"""Who made an optimizer step on segments last: one that is used for a second fit goes on with its state."""
+
+
 class SegmentedOptimizer:
     """Makes a user's optimizer step on this rank's segments, in place, until `detach()`.
 
@@ -162,11 +177,13 @@ class SegmentedOptimizer:
         self.is_stepping = False
         """A step is under way, or was broken off: masters, states and parameters may not belong together."""
         self._pieces: dict[Parameter, tuple[ParameterBucket, Piece]] = {}
-        self._sources: dict[Piece, tuple[Tensor | None, int]] = {}
         self._active: list[ParameterBucket] = []
         self._asks = False  # known to evaluate a closure that it is given; some never do
         self._users_params: list[list[Parameter]] = []
         self.buckets: list[ParameterBucket] = []
+        former = _WRAPPED.get(optimizer)
+        self._former = {} if former is None else {parameter: piece for parameter, (_, piece) in former._pieces.items()}
+        _WRAPPED[optimizer] = self
         self.add(buckets)
         self._user_step = optimizer.step
         self._user_add_param_group = optimizer.add_param_group
@@ -191,6 +208,9 @@ class SegmentedOptimizer:
         # Bound methods, since a learning-rate scheduler that is made later wraps `step.__func__`.
         optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
         optimizer.add_param_group = types.MethodType(add_param_group, optimizer)  # type: ignore[method-assign]
+        for name in ("train", "eval"):  # as schedule-free optimizers have them: they move parameters between steps
+            if callable(getattr(type(optimizer), name, None)):
+                setattr(optimizer, name, functools.partial(self._outside_step, getattr(type(optimizer), name)))
         # These two stay after `detach`: so does the state, with the masters for its keys.
         optimizer.state_dict = types.MethodType(state_dict, optimizer)  # type: ignore[method-assign]
         optimizer.load_state_dict = types.MethodType(load_state_dict, optimizer)  # type: ignore[method-assign]
@@ -204,6 +224,9 @@ class SegmentedOptimizer:
                 self._pieces[piece.slot.parameter] = (bucket, piece)
                 if bucket.is_own_master:
                     continue
+                former = self._former.get(piece.slot.parameter)
+                if former is not None and former.master in state:
+                    state[piece.master] = _taken_over(state.pop(former.master), former, piece, self.optimizer)
                 for key, value in state.get(piece.slot.parameter, {}).items():
                     state[piece.master][key] = _part_of(value, key, piece, type(self.optimizer).__name__)
             for slot in bucket.slots if not bucket.is_own_master else ():
@@ -267,74 +290,138 @@ class SegmentedOptimizer:
             if parameter in self._pieces:
                 yield self._pieces[parameter][1]
 
-    def gradients(self) -> list[Tensor]:
-        """The averaged gradients of this rank's segments. What is written into them is stepped on. A collective."""
+    def gradients(self) -> dict[Piece, Tensor]:
+        """The averaged gradients of this rank's segments. What is written into them is stepped on. A collective.
+
+        With one rank they are the parameters' own, in whatever dtype.
+        """
         self._reducer.finish()
-        gradients = []
+        if not self._reducer.is_distributed:
+            whole = {piece: piece.slot.parameter.grad for _, piece in self._in_group_order()}
+            return {piece: gradient for piece, gradient in whole.items() if gradient is not None}
+        self._give_gradients()
+        given = {piece: piece.master.grad for _, piece in self._in_group_order()}
+        return {piece: gradient for piece, gradient in given.items() if gradient is not None}
+
+    def _give_gradients(self) -> None:
+        """Give each master the gradient of its segment."""
         for bucket, piece in self._in_group_order():
-            whole = piece.slot.parameter.grad
-            if bucket.is_own_master:
-                if whole is not None:
-                    gradients.append(whole)
-                continue
-            seen, version = self._sources.get(piece, (None, 0))
-            if whole is None or whole is not seen or whole._version != version:
+            if not bucket.is_own_master:
                 piece.master.grad = bucket.segment_gradient(piece)
-                self._sources[piece] = (whole, whole._version if whole is not None else 0)
-            if piece.master.grad is not None:
-                gradients.append(piece.master.grad)
-        return gradients
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """What `optimizer.step` does instead: the closure, the gradients, the step on segments, the gather.
 
-        The optimizer itself evaluates the closure, as ever: see `_evaluated`.
+        The optimizer itself evaluates the closure, as ever: see `_evaluated`. Its hooks see the user's parameters,
+        before everything and after it.
         """
+        with self._without_hooks() as (before, after):
+            for hook in before:
+                args, kwargs = hook(self.optimizer, args, kwargs) or (args, kwargs)
+            result = self._step(*args, **kwargs)
+        for hook in after:
+            hook(self.optimizer, args, kwargs)
+        return result
+
+    @contextmanager
+    def _without_hooks(self) -> Iterator[tuple[list[_Hook], list[_Hook]]]:
+        """Take torch's step hooks, those of all optimizers too, out of the optimizer's own step."""
+        own = self.optimizer
+        hooks: list[dict[int, _Hook]] = [
+            _global_optimizer_pre_hooks,
+            getattr(own, "_optimizer_step_pre_hooks", {}),
+            getattr(own, "_optimizer_step_post_hooks", {}),
+            _global_optimizer_post_hooks,
+        ]
+        taken = [dict(some) for some in hooks]
+        for some in hooks:
+            some.clear()
+        try:
+            yield [*taken[0].values(), *taken[1].values()], [*taken[2].values(), *taken[3].values()]
+        finally:
+            for some, were in zip(hooks, taken, strict=True):
+                added = dict(some)
+                some.clear()
+                some.update(were | added)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
         closure = args[0] if args else kwargs.get("closure")
-        if closure is not None:
-            evaluated = self._evaluated(closure)
-            args, kwargs = ((evaluated, *args[1:]), kwargs) if args else ((), {**kwargs, "closure": evaluated})
+        asked = [False]
         if closure is None or not self._asks:
             self._begin()
+        if closure is not None:
+            evaluated = self._evaluated(closure, asked)
+            args, kwargs = ((evaluated, *args[1:]), kwargs) if args else ((), {**kwargs, "closure": evaluated})
         self._to_segments()
         try:
             result = self._user_step(*args, **kwargs)
         finally:
             self._to_parameters()
-        self.drop_gradients()
-        for gathered in [bucket.publish() for bucket in self._active]:
-            gathered.wait()
-        self._active = []
-        self.is_stepping = False
+        if closure is not None and self._asks and not asked[0]:
+            raise UnsupportedModelError(
+                f"{type(self.optimizer).__name__} evaluated its closure in earlier steps, and not in this one, which "
+                "has thus seen no gradients; let it evaluate the closure in every step, or in none"
+            )
+        self._end()
+        return result
+
+    def _outside_step(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the optimizer's that works on parameters and their states. A collective."""
+        self._begin()
+        self._to_segments()
+        try:
+            result = method(self.optimizer, *args, **kwargs)
+        finally:
+            self._to_parameters()
+        self._end()
         return result
 
     def _begin(self) -> None:
         """Bring parameters and gradients to the segments: from here on, what the ranks hold changes."""
         self._take_in_new_parameters()
+        self._reducer.finish()
         self._active = [bucket for bucket in self.buckets if not bucket.is_idle]
         self.take_over_outside_writes(self._active)
-        self.gradients()
+        self._give_gradients()
+        self._reducer.forget_norms()
         self.is_stepping = True
 
-    def _evaluated(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    @torch.no_grad()
+    def _end(self) -> None:
+        """Bring the segments, stepped on, to everybody's parameters."""
+        self.drop_gradients()
+        self._publish(self._active)
+        self._active = []
+        self.is_stepping = False
+
+    def _publish(self, buckets: Sequence[ParameterBucket]) -> None:
+        for bucket in buckets:
+            bucket.put_masters_back()
+        for gathered in [bucket.publish() for bucket in buckets]:
+            gathered.wait()
+
+    def _evaluated(self, closure: Callable[[], Any], asked: list[bool]) -> Callable[[], Any]:
         """The closure as the optimizer gets it: it is evaluated with the user's parameters in the param groups.
 
-        An optimizer that asks again does so at another point. Where all parameters are on this rank, they are brought
-        there; where they aren't, such an optimizer would compute with parts, and is refused.
+        An optimizer that asks again, or that has moved the parameters before it asks, does so at another point. Where
+        all parameters are on this rank, they are brought there; where they aren't, such an optimizer would compute with
+        parts, and is refused.
         """
-        asked = False
+        masters = [piece.master for bucket, piece in self._pieces.values() if not bucket.is_own_master]
+        versions = [(master._version, master.data_ptr()) for master in masters]
 
         def evaluate() -> Any:
-            nonlocal asked
-            if asked and self._reducer.is_distributed:
+            moved = versions != [(master._version, master.data_ptr()) for master in masters]
+            if (asked[0] or moved) and self._reducer.is_distributed:
+                does = "evaluates its closure more than once" if asked[0] else "moves parameters before its closure in"
                 raise UnsupportedModelError(
-                    f"{type(self.optimizer).__name__} evaluates its closure more than once a step, which can't be done "
-                    "while its parameters are partitioned; use DDPStrategy for it, or another optimizer"
+                    f"{type(self.optimizer).__name__} {does} a step, which can't be done while its parameters are "
+                    "partitioned; use DDPStrategy for it, or another optimizer"
                 )
             self._to_parameters()
-            for bucket in self._active if asked else ():
-                bucket.publish().wait()
-            asked = self._asks = True
+            if asked[0] or moved:
+                self._publish(self.buckets)
+            asked[0] = self._asks = True
             self.is_stepping = False
             with torch.enable_grad():
                 result = closure()
@@ -355,7 +442,6 @@ class SegmentedOptimizer:
 
     def drop_gradients(self) -> None:
         """Let go of the masters' gradients; they are taken from the parameters' again when they are asked for."""
-        self._sources.clear()
         for bucket, piece in self._pieces.values():
             if not bucket.is_own_master:
                 piece.master.grad = None
@@ -367,7 +453,17 @@ class SegmentedOptimizer:
                 piece.master.__dict__.update(piece.slot.parameter.__dict__)  # what a user has hung on the parameter
         self._users_params = [group["params"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
-            group["params"] = [piece.master for piece in self._owned(group["params"])]
+            masters = [piece.master for piece in self._owned(group["params"])]
+            group["params"] = masters or self._placeholders(group["params"])
+
+    def _placeholders(self, parameters: Sequence[Parameter]) -> list[Parameter]:
+        """For a group of which this rank owns nothing: torch's optimizers take an empty one, others stumble over it."""
+        if not parameters or type(self.optimizer).__module__.startswith("torch.optim"):
+            return []
+        like = parameters[0]
+        placeholder = Parameter(like.new_empty((0,) * max(like.dim(), 1), dtype=torch.float32))
+        placeholder.grad = torch.empty_like(placeholder)
+        return [placeholder]
 
     def _to_parameters(self) -> None:
         """Let the param groups hold the user's parameters."""
@@ -394,7 +490,9 @@ class SegmentedOptimizer:
                 f"the model's of {sizes}; resume with the model and configure_optimizers that it was saved with"
             )
         state: defaultdict[Any, Any] = defaultdict(dict)
-        state.update({key: copy.deepcopy(value) for key, value in state_dict["state"].items() if isinstance(key, str)})
+        state.update(
+            {key: copy.deepcopy(value) for key, value in state_dict["state"].items() if not isinstance(key, int)}
+        )
         for group, saved_group in zip(groups, saved_groups, strict=True):
             group.update({key: copy.deepcopy(value) for key, value in saved_group.items() if key != "params"})
             for parameter, index in zip(group["params"], saved_group["params"], strict=True):
@@ -405,6 +503,15 @@ class SegmentedOptimizer:
                         else:
                             state[piece.master][key] = _part_of(value, key, piece, type(self.optimizer).__name__)
         self.optimizer.__setstate__({"state": state, "param_groups": groups})
+
+
+def _taken_over(state: dict[str, Any], former: Piece, piece: Piece, optimizer: Optimizer) -> dict[str, Any]:
+    if (former.segment.start, former.segment.stop) != (piece.segment.start, piece.segment.stop):
+        raise UnsupportedModelError(
+            f"the {type(optimizer).__name__} of an earlier fit was cut in another way than it would be now; make a new "
+            "optimizer in configure_optimizers, and resume from a checkpoint"
+        )
+    return state
 
 
 def _part_of(value: Any, key: str, piece: Piece, optimizer_name: str) -> Any:

@@ -69,13 +69,13 @@ class Partition:
             find_unused_parameters=find_unused_parameters,
         )
         self._segmented = [
-            SegmentedOptimizer(optimizer, [], self.reducer, self._take_in_new_parameters) for optimizer in optimizers
+            SegmentedOptimizer(optimizer, [], self.reducer, self.take_in_new_parameters) for optimizer in optimizers
         ]
         self._unowned = [p for p in module.parameters() if p.requires_grad]
-        self._take_in_new_parameters()
+        self.take_in_new_parameters()
 
-    def _take_in_new_parameters(self) -> None:
-        """Partition the parameters of the optimizers' groups that aren't yet."""
+    def take_in_new_parameters(self) -> None:
+        """Partition the parameters of the optimizers' groups that aren't yet. No collective."""
         holders: dict[Parameter, list[int]] = {}
         for index, optimizer in enumerate(self._optimizers):
             for group in optimizer.param_groups:
@@ -218,7 +218,8 @@ class Partition:
         They stay whole. One that has accumulated is the same on every rank but for its newest term, so that averaging
         all of it is right.
         """
-        held = self.reducer.agreed([parameter.grad is not None for parameter in self._unowned])
+        device = self._unowned[0].device
+        held = self.reducer.agreed([parameter.grad is not None for parameter in self._unowned], device)
         for parameter, held_anywhere in zip(self._unowned, held, strict=True):
             if held_anywhere:
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense()
@@ -248,7 +249,7 @@ class Partition:
         """The averaged gradients of this rank's segments, of one optimizer or of all. A collective."""
         of = self._segmented if optimizer is None else [self._of(optimizer)]
         # A parameter that two optimizers hold has one gradient.
-        return list({id(gradient): gradient for one in of for gradient in one.gradients()}.values())
+        return list({piece: gradient for one in of for piece, gradient in one.gradients().items()}.values())
 
     def grad_norm(self, optimizer: Optimizer | None = None, norm_type: float = 2.0) -> Tensor:
         """The global gradient norm. A collective."""
@@ -265,12 +266,15 @@ class Partition:
         """Clip the gradient by its global norm, which is given back. A collective."""
         gradients = self.gradients(optimizer)
         norm = self._norm(gradients, norm_type)
+        self.reducer.forget_norms()
         norms.scale_to_norm_(gradients, norm, max_norm)
         return norm
 
     def clip_grad_value_(self, clip_value: float, optimizer: Optimizer | None = None) -> None:
         """Clamp the gradient's elements. A collective."""
-        norms.clip_values_(self.gradients(optimizer), clip_value)
+        gradients = self.gradients(optimizer)
+        self.reducer.forget_norms()
+        norms.clip_values_(gradients, clip_value)
 
     def full_state(self, parameter: Parameter, owner: SegmentedOptimizer | None = None) -> dict[str, Any]:
         """The whole fp32 parameter, as `"param"`, and its whole optimizer state. A collective.

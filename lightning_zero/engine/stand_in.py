@@ -50,6 +50,9 @@ class PartitionedGradient(torch.Tensor):
     pending: Tensor | None
     """What backward has accumulated onto the stand-in, and its bucket has not taken yet."""
 
+    replaces: bool
+    """What is pending takes the place of what the segments hold: that was dropped before it came."""
+
     _name: str
     _holder: Holder
 
@@ -63,7 +66,8 @@ class PartitionedGradient(torch.Tensor):
             device=parameter.device,
             strides=parameter.stride(),
         )
-        gradient.pending, gradient._name, gradient._holder = None, name, holder
+        gradient.pending, gradient.replaces = None, False
+        gradient._name, gradient._holder = name, holder
         return gradient
 
     # What is computed with a stand-in is an ordinary tensor.
@@ -95,7 +99,7 @@ class PartitionedGradient(torch.Tensor):
 
     def zero(self) -> None:
         """Set the gradient to zero, whatever of it is pending too."""
-        self.pending = None
+        self.pending, self.replaces = None, False
         self._holder.zero(self._name)
 
     def change(self, how: Callable[[Tensor], object]) -> None:

@@ -179,7 +179,7 @@ def _unsegmented(state: Mapping[Any, Any], *, alone: bool) -> dict[Any, Any]:
     """
     rest: dict[Any, Any] = {}
     for key, value in state.items():
-        if isinstance(key, str):
+        if not isinstance(key, int):
             rest[key] = value
         elif alone:
             odd = {name: item for name, item in value.items() if not isinstance(item, (Tensor, *_PLAIN))}

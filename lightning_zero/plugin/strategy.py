@@ -410,6 +410,7 @@ class ZeroStrategy(DDPStrategy):
                     "half of the step before and half of this one. Resume from the last checkpoint"
                 )
             if partition is not None:
+                partition.take_in_new_parameters()
                 partition.take_over_outside_writes()
             loops = checkpoint.get("loops", {})
             metrics = get_metric_states(module, without=finished_metrics(module, loops)) if partition else {}
@@ -426,6 +427,7 @@ class ZeroStrategy(DDPStrategy):
     def _save_by_rank_zero(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None) -> None:
         """Save as DDP does, by a `CheckpointIO` that knows no shards: put together, and written by one rank."""
         if self._partition is not None and "optimizer_states" in checkpoint:
+            self._partition.take_in_new_parameters()
             states = [self._partition.whole_state_dict(optimizer) for optimizer in self.optimizers]
             checkpoint = {**checkpoint, "optimizer_states": states}
         if self.is_global_zero:
