@@ -90,9 +90,16 @@ class ZeroCheckpoint(ModelCheckpoint):
         directory = self._save_directory(trainer)
         requeued = trainer._checkpoint_connector._hpc_resume_path if SLURMEnvironment.detect() else None
         found = {requeued} if requeued else set()  # Lightning takes whichever is newest
+        found |= {path for path in super()._find_last_checkpoints(trainer) if os.path.isfile(path)}  # as DDP saves them
         if not is_checkpoint(directory):
             if not found:
                 rank_zero_info(f"no checkpoint in {directory} yet: training starts afresh")
+                files = sorted(path.name for path in Path(directory).glob("*.ckpt") if path.is_file())
+                if files:
+                    rank_zero_warn(
+                        f'{directory} holds checkpoints of another strategy, {files}, which ckpt_path="last" doesn\'t '
+                        f"resume from: stop, and pass one of them as ckpt_path, or take another dirpath"
+                    )
             return found
         newest = resolve(directory)
         if self.save_weights_only and not read_manifest(newest).optimizers:
@@ -116,7 +123,8 @@ class ZeroCheckpoint(ModelCheckpoint):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """When all ranks were told to stop (SIGTERM), save where they are."""
-        super().on_exception(trainer, pl_module, exception)
+        if isinstance(trainer.strategy, ZeroStrategy) and trainer.strategy.all_ranks_are_here():
+            super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, SIGTERMException) and not self._nothing_to_save(trainer):
             self._save_checkpoint(trainer, self.format_checkpoint_name(self._monitor_candidates(trainer)))
 

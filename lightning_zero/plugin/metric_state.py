@@ -6,7 +6,7 @@ saves its own, and finds it again. On another number of ranks, states are merged
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ MetricState = dict[str, Any]
 
 _UPDATES = "update_count"
 
+_PLAIN = "plain"
+_WRAPPERS_OWN = ("_num_vals_seen", "min_val", "max_val")
+"""What `Running` and `MinMaxMetric` keep in plain attributes."""
+
 _MERGED = {dim_zero_sum, dim_zero_max, dim_zero_min, dim_zero_cat}
 """Reductions over ranks that give the same in any grouping."""
 
@@ -40,13 +44,14 @@ def get_metric_states(module: Module, *, without: Sequence[Metric] = ()) -> dict
         name: {
             _UPDATES: metric.update_count,
             "states": {key: _copied(getattr(metric, key)) for key in metric._defaults},
+            _PLAIN: {key: _copied(vars(metric)[key]) for key in _WRAPPERS_OWN if key in vars(metric)},
         }
         for name, metric in _metrics(module)
-        if id(metric) not in skipped
+        if id(metric) not in skipped and _is_loadable([getattr(metric, key) for key in metric._defaults], name)
     }
 
 
-def set_metric_states(module: Module, of_ranks: Sequence[dict[str, MetricState]], names: Container[str]) -> None:
+def set_metric_states(module: Module, of_ranks: Sequence[dict[str, MetricState]], names: Collection[str]) -> None:
     """Let a module's metrics go on from what one or several ranks have saved.
 
     Args:
@@ -54,16 +59,28 @@ def set_metric_states(module: Module, of_ranks: Sequence[dict[str, MetricState]]
         of_ranks: what each of these ranks had; none where there were fewer ranks then than there are now.
         names: of the metrics that were saved; others are left as they are.
     """
-    for name, metric in _metrics(module):
-        if name not in names:
-            continue
-        metric.reset()
-        for state in (states[name] for states in of_ranks if states[name][_UPDATES]):
+    named = [(name, metric) for name, metric in _metrics(module) if name in names]
+    if lost := set(names) - {name for name, _ in named}:
+        rank_zero_warn(f"the module has no metrics {sorted(lost)} any more, of which the checkpoint has states")
+    for _, metric in named:
+        metric.reset()  # all of them first: a metric that wraps another resets that too
+    for name, metric in named:
+        filled = False
+        for state in (states[name] for states in of_ranks):
+            if not (state[_UPDATES] or state[_PLAIN]):
+                continue  # this rank had seen nothing
             values = _copied(state["states"], metric.device)
-            if not metric.update_called:
+            if not _fits(values, metric):
+                rank_zero_warn(
+                    f"{type(metric).__name__} {name!r} has states of other shapes in the checkpoint: it starts anew"
+                )
+                break
+            if not filled:
+                filled = True
+                vars(metric).update(_copied(state[_PLAIN], metric.device))
                 for key, value in values.items():
                     setattr(metric, key, value)
-            elif set(metric._reductions.values()) <= _MERGED:
+            elif not state[_PLAIN] and set(metric._reductions.values()) <= _MERGED:
                 metric._reduce_states(values)
             else:
                 rank_zero_warn(
@@ -98,9 +115,32 @@ def _metrics(module: Module) -> Iterator[tuple[str, Metric]]:
     return ((name, child) for name, child in module.named_modules() if isinstance(child, Metric))
 
 
+def _fits(values: Mapping[str, Any], metric: Metric) -> bool:
+    def alike(value: Any, default: Any) -> bool:
+        whole = isinstance(value, Tensor) and isinstance(default, Tensor) and default.numel() > 1
+        return not whole or value.shape == default.shape
+
+    defaults = metric._defaults
+    return values.keys() == defaults.keys() and all(alike(value, defaults[key]) for key, value in values.items())
+
+
+def _is_loadable(value: Any, name: str) -> bool:
+    """Whether a metric's states can be read again without running code."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_loadable(item, name) for item in value)
+    if isinstance(value, dict):
+        return all(_is_loadable(item, name) for item in value.values())
+    loadable = isinstance(value, (Tensor, bool, int, float, str, bytes, type(None)))
+    if not loadable:
+        rank_zero_warn(f"the metric {name!r} has a {type(value).__name__} in its states: a checkpoint leaves it out")
+    return loadable
+
+
 def _copied(value: Any, device: torch.device | None = None) -> Any:
     if isinstance(value, Tensor):
         return value.detach().to(device or "cpu", copy=True)
     if isinstance(value, dict):
         return {key: _copied(item, device) for key, item in value.items()}
-    return [_copied(item, device) for item in value]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item, device) for item in value)
+    return value

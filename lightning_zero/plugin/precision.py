@@ -18,3 +18,9 @@ def route_clipping(plugin: Precision, by_norm: Callable[..., None], by_value: Ca
         plugin.clip_grad_by_norm = by_norm  # type: ignore[method-assign]
     if type(plugin).clip_grad_by_value is Precision.clip_grad_by_value:
         plugin.clip_grad_by_value = by_value  # type: ignore[method-assign]
+
+
+def unroute_clipping(plugin: Precision) -> None:
+    """Give a precision plugin its own clipping back: it may be used with another strategy next."""
+    for name in ("clip_grad_by_norm", "clip_grad_by_value"):
+        vars(plugin).pop(name, None)

@@ -3,13 +3,19 @@
 Lightning 2.6 broadcasts from inside its signal handlers, on the default group and from rank 0. A rank that is told to
 stop in the middle of a batch then waits there for rank 0, which waits for that rank's gradients; and rank 0 never
 learns that another was told. Its SLURM handler saves in the middle of a batch, when the ranks may be at different
-steps. So here a handler only takes a note. Before each batch the ranks agree on the notes, by an all-reduce that was
-begun a batch ago and has long arrived; then all of them stop (`SIGTERMException`), or save and requeue, at once.
+steps. Ctrl+C reaches a rank that waits for another only when that wait is over. So here a handler only takes a note.
+Before each batch the ranks agree on the notes, by an all-reduce that was begun a batch ago and has long arrived; and
+when the window of accumulated gradients is over, all of them stop (`SIGTERMException`, `KeyboardInterrupt`), or save
+and requeue.
+
+A second Ctrl+C interrupts at once, as ever.
 """
 
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +24,7 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +40,8 @@ class SharedSignals:
     def __init__(self, trainer: Trainer, group: dist.ProcessGroup | None) -> None:
         self._trainer = trainer
         self._group = group
-        self._noted = torch.zeros(2, dtype=torch.int32)  # SIGTERM; the number of SLURM's requeue signal
+        self._noted = torch.zeros(3, dtype=torch.int32)  # SIGTERM; the number of SLURM's requeue signal; SIGINT
+        self._agreed = [0, 0, 0]
         self._agreeing: tuple[dist.Work, torch.Tensor] | None = None
         self.all_stopped = False
         """Every rank has raised `SIGTERMException` at the same place: they can still do things together."""
@@ -44,9 +52,13 @@ class SharedSignals:
         loop: Any = trainer.fit_loop.epoch_loop
         if hasattr(loop, "_broadcast_sigterm_tensor"):
             loop._broadcast_sigterm_tensor = self.agree
+        self._on_sigint_before: Any = None
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if self._shared and in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._on_sigint_before = signal.signal(signal.SIGINT, self._on_sigint)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_group": None, "_agreeing": None}  # somebody copies the Trainer
+        return {**vars(self), "_group": None, "_agreeing": None, "_on_sigint_before": None}  # of a copied Trainer
 
     @property
     def _shared(self) -> bool:
@@ -70,6 +82,18 @@ class SharedSignals:
         else:
             self._requeue(signum, frame)
 
+    def _on_sigint(self, signum: int, frame: Any) -> None:
+        if self._noted[2]:
+            signal.default_int_handler(signum, frame)
+        self._noted[2] = 1
+        rank_zero_info("Interrupted: all ranks stop after this batch; interrupt again to stop at once.")
+
+    def restore(self) -> None:
+        """Give SIGINT its handler back."""
+        if self._on_sigint_before is not None:
+            signal.signal(signal.SIGINT, self._on_sigint_before)
+            self._on_sigint_before = None
+
     def release(self) -> None:
         """Let go of the process group."""
         self._group = self._agreeing = None
@@ -79,16 +103,20 @@ class SharedSignals:
         if self._agreeing is not None:
             work, noted = self._agreeing
             work.wait()
-            terminated, requeue = noted.tolist()
+            self._agreeing = None
+            self._agreed = [max(two) for two in zip(self._agreed, noted.tolist(), strict=True)]
+        terminated, requeue, interrupted = self._agreed
+        progress = self._trainer.fit_loop.epoch_loop.batch_progress
+        if progress.current.ready % self._trainer.accumulate_grad_batches == 0:
             if requeue:
-                self._noted[1] = 0
-                self._agreeing = None
+                self._noted[1] = self._agreed[1] = 0
                 self._requeue(requeue, None)
+            self.all_stopped = bool(terminated or interrupted)
             if terminated:
-                self._agreeing = None
-                self.all_stopped = True
                 self._trainer._signal_connector.received_sigterm = True
                 raise SIGTERMException
+            if interrupted:
+                raise KeyboardInterrupt
         noted = self._noted.clone()
         work = dist.all_reduce(noted, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
@@ -47,13 +47,20 @@ from lightning_zero.plugin.contents import contents
 from lightning_zero.plugin.loader_state import (
     make_resumable,
 )
+from lightning_zero.plugin.materialize import materialize
 from lightning_zero.plugin.metric_state import finished_metrics, get_metric_states
-from lightning_zero.plugin.precision import route_clipping
+from lightning_zero.plugin.precision import route_clipping, unroute_clipping
 from lightning_zero.plugin.ranks import Ranks, stay_at_exit
 from lightning_zero.plugin.resume import Resume
 from lightning_zero.plugin.signals import SharedSignals
 
+_T = TypeVar("_T")
 _CLIENT_STATE = "lightning_zero_client_state"
+_BROKEN_OFF = (
+    "{} is not saved: a step of the optimizer was broken off, and what is in memory is half of the step before and "
+    "half of this one. Resume from the last checkpoint"
+)
+_START_METHODS = ("popen", "spawn", "fork", "forkserver")
 
 
 class ZeroStrategy(DDPStrategy):
@@ -111,8 +118,10 @@ class ZeroStrategy(DDPStrategy):
             raise ValueError(f"stage must be 1 or 2, not {stage!r}; use DDPStrategy for stage 0, FSDPStrategy for 3")
         if partition not in ("auto", "element", "parameter"):
             raise ValueError(f'partition must be "auto", "element" or "parameter", not {partition!r}')
-        if bucket_size_mb <= 0:
-            raise ValueError(f"bucket_size_mb must be positive, not {bucket_size_mb!r}")
+        if not isinstance(bucket_size_mb, (int, float)) or bucket_size_mb <= 0:
+            raise ValueError(f"bucket_size_mb must be a positive number, not {bucket_size_mb!r}")
+        if start_method not in _START_METHODS:
+            raise ValueError(f"start_method must be one of {_START_METHODS}, not {start_method!r}")
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -158,6 +167,11 @@ class ZeroStrategy(DDPStrategy):
         return innermost
 
     @property
+    def _sharded_io(self) -> CheckpointIO:
+        """What writes and reads directories, whatever the user's own writes."""
+        return self.checkpoint_io if isinstance(self._innermost_io, ZeroCheckpointIO) else ZeroCheckpointIO()
+
+    @property
     def _verify(self) -> Depth:
         """How sound a checkpoint has to be for it to be chosen."""
         innermost = self._innermost_io
@@ -185,6 +199,7 @@ class ZeroStrategy(DDPStrategy):
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
+        self._uninitialized: set[str] = set()
         self._resume = self._signals = None  # a fit that was stopped before it began leaves nothing to the next
 
     @override
@@ -200,10 +215,11 @@ class ZeroStrategy(DDPStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and self._layer_sync:
             self.model = self._layer_sync.apply(self.model)
-        self._materialize()
+        self._uninitialized |= materialize(self.model, self.root_device)
+        _require_values(self.model, self._uninitialized)
         self.precision_plugin.convert_module(self.model)
+        route_clipping(self.precision_plugin, self._clip_by_norm, self._clip_by_value)
         self.model_to_device()
-        _require_shapes(self.model)
         _sync_module_states(self.model)
         if fitting:
             self._partition = None
@@ -226,19 +242,18 @@ class ZeroStrategy(DDPStrategy):
             )
             if self.world_size > 1:
                 for optimizer, cut in zip(self.optimizers, self._partition.cuts, strict=True):
+                    if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+                        continue  # Lightning makes one up where there is none
                     rank_zero_info(f"{type(optimizer).__name__} is partitioned by {cut.policy}: {cut.reason}")
         elif self._partition is not None:
             self._partition.rebase()
 
-    def _materialize(self) -> None:
-        """Give a module that was made on the meta device its memory, by its layers' `reset_parameters`."""
-        assert self.model is not None
-        _materialize_distributed_module(self.model, self.root_device)
-
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        self._materialize()
+        assert self.lightning_module is not None
+        self._uninitialized = materialize(self.lightning_module, self.root_device)
         super().load_model_state_dict(checkpoint, strict=strict)
+        self._uninitialized -= checkpoint["state_dict"].keys()
         if self._resume is not None:
             assert self.lightning_module is not None
             self._resume.restore_metrics(self.lightning_module)
@@ -254,6 +269,9 @@ class ZeroStrategy(DDPStrategy):
         # No collectives here: after an exception this rank may be the only one to come by.
         if self._partition is not None:
             self._partition.detach()
+        if self._signals is not None:
+            self._signals.restore()
+        unroute_clipping(self.precision_plugin)
         super().teardown()
         if self._partition is not None:
             self._partition.rebase()
@@ -272,8 +290,18 @@ class ZeroStrategy(DDPStrategy):
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if not self._interrupted:
             super().barrier(*args, **kwargs)
-        elif self._all_are_here():
+        elif self.all_ranks_are_here():
             dist.barrier(group=self._ranks.control)
+
+    @override
+    def broadcast(self, obj: _T, src: int = 0) -> _T:
+        if not self._interrupted:
+            return super().broadcast(obj, src)
+        if not self.all_ranks_are_here():
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src=src, group=self._ranks.control)
+        return objects[0]
 
     @property
     def _interrupted(self) -> bool:
@@ -286,8 +314,9 @@ class ZeroStrategy(DDPStrategy):
     def _stopped_together(self) -> bool:
         return self._signals is not None and self._signals.all_stopped
 
-    def _all_are_here(self) -> bool:
-        return self._stopped_together or self._ranks.all_are_here()
+    def all_ranks_are_here(self) -> bool:
+        """Whether the ranks can do something together: after an exception only if every rank had one."""
+        return not self._interrupted or self._stopped_together or self._ranks.all_are_here()
 
     # --- a step ---
 
@@ -381,34 +410,40 @@ class ZeroStrategy(DDPStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         """Save a directory, all ranks together. A checkpoint of weights alone doesn't become `latest`."""
-        if self._interrupted and not self._all_are_here():
+        if not self.all_ranks_are_here():
             warnings.warn(
                 f"{filepath} is not saved: training was interrupted on rank {self.global_rank}, and a sharded "
                 "checkpoint needs every rank. `latest` still names the last one that was committed.",
                 stacklevel=2,
             )
             return
+        if self._interrupted and self._partition is not None and self._partition.is_stepping:
+            warnings.warn(_BROKEN_OFF.format(filepath), stacklevel=2)
+            return
         passing = Path(filepath).name.startswith(".")  # `lr_find` saves one, and removes it
         full = "optimizer_states" in checkpoint and self._partition is not None
         self._save(checkpoint, filepath, storage_options, update_latest=full and not passing)
 
     def _save(
-        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None, *, update_latest: bool
+        self,
+        checkpoint: dict[str, Any],
+        path: _PATH,
+        storage_options: Any | None,
+        *,
+        update_latest: bool,
+        io: CheckpointIO | None = None,
     ) -> None:
         assert self.lightning_module is not None
         # After a fit in spawned processes, the one that is left has the weights, and no process group.
         group = self._ranks.control if dist.is_initialized() else None
         module, partition = self.lightning_module, self._partition
-        if not isinstance(self._innermost_io, ZeroCheckpointIO):
+        if io is None and not isinstance(self._innermost_io, ZeroCheckpointIO):
             self._save_by_rank_zero(checkpoint, path, storage_options)
             return
 
         def describe() -> tuple[RankContent, SharedContent]:
             if partition is not None and partition.is_stepping:
-                raise CheckpointWriteError(
-                    f"{os.fspath(path)} is not saved: a step of the optimizer was broken off, and what is in memory is "
-                    "half of the step before and half of this one. Resume from the last checkpoint"
-                )
+                raise CheckpointWriteError(_BROKEN_OFF.format(os.fspath(path)))
             if partition is not None:
                 partition.take_in_new_parameters()
                 partition.take_over_outside_writes()
@@ -421,7 +456,8 @@ class ZeroStrategy(DDPStrategy):
 
         content, shared = describe() if group is None else self._ranks.all_or_none(describe)
         prepared = PreparedSave(content, shared, group, update_latest=update_latest)
-        self.checkpoint_io.save_checkpoint({**checkpoint, PREPARED: prepared}, path, storage_options=storage_options)
+        io = io or self.checkpoint_io
+        io.save_checkpoint({**checkpoint, PREPARED: prepared}, path, storage_options=storage_options)
         self._wait_for_threads()
 
     def _save_by_rank_zero(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None) -> None:
@@ -476,7 +512,11 @@ class ZeroStrategy(DDPStrategy):
             frozen = {name for name, p in trainer.lightning_module.named_parameters() if not p.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
         self._save(
-            checkpoint, Path(save_dir) / (tag or f"global_step{trainer.global_step}"), None, update_latest=save_latest
+            checkpoint,
+            Path(save_dir) / (tag or f"global_step{trainer.global_step}"),
+            None,
+            update_latest=save_latest,
+            io=self._sharded_io,
         )
 
     def load_zero_checkpoint(
@@ -520,7 +560,7 @@ class ZeroStrategy(DDPStrategy):
             return None, {}
 
         def load() -> dict[str, Any]:
-            checkpoint = self.checkpoint_io.load_checkpoint(path)
+            checkpoint = self._sharded_io.load_checkpoint(path)
             state_dict = checkpoint["state_dict"]
             if custom_load_fn is not None:
                 custom_load_fn(state_dict, module)
@@ -545,7 +585,7 @@ class ZeroStrategy(DDPStrategy):
         """
         weights = {key: value for key, value in checkpoint.items() if key != "optimizer_states"}
         shards = path.parent / f".{path.name}.shards" / "weights"
-        self._save(weights, shards, None, update_latest=False)
+        self._save(weights, shards, None, update_latest=False, io=self._sharded_io)
 
         def convert() -> None:
             try:
@@ -561,7 +601,8 @@ class ZeroStrategy(DDPStrategy):
 
         def choose() -> str:
             path = os.fspath(checkpoint_path)
-            return os.fspath(resolve(path, verify=self._verify)) if is_checkpoint(path) else path
+            sharded = is_checkpoint(path) or os.path.isdir(path)
+            return os.fspath(resolve(path, verify=self._verify)) if sharded else path
 
         path = self._ranks.decided_by_first(choose)
         checkpoint = self._ranks.all_or_none(
@@ -600,6 +641,11 @@ class ZeroStrategy(DDPStrategy):
                 f"the checkpoint has the states of {len(states or ())} optimizers, configure_optimizers gave "
                 f"{len(self.optimizers)}; load its weights alone (load_module_only=True, or fit without ckpt_path)"
             )
+        if isinstance(checkpoint, LoadedCheckpoint):
+            saved = [entry.class_name for entry in checkpoint.source.manifest.optimizers]
+            live = [type(getattr(optimizer, "optimizer", optimizer)).__name__ for optimizer in self.optimizers]
+            if saved != live:
+                rank_zero_warn(f"the checkpoint's optimizers are {saved}, configure_optimizers gave {live}")
         for optimizer, state in zip(self.optimizers, states, strict=True):
             self._partitioned.load_state(optimizer, state)
 
@@ -633,13 +679,19 @@ class ZeroStrategy(DDPStrategy):
         return progress.current.ready > 0 and not progress.is_last_batch
 
 
-def _require_shapes(module: Module) -> None:
-    for name, parameter in module.named_parameters():
-        if is_lazy(parameter):
+def _require_values(module: Module, uninitialized: Collection[str]) -> None:
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if is_lazy(tensor):
             raise UnsupportedModelError(
-                f"the parameter {name!r} has no shape yet; run a batch through its lazy module in `configure_model`, "
+                f"the tensor {name!r} has no shape yet; run a batch through its lazy module in `configure_model`, "
                 "or before fit"
             )
+    if uninitialized:
+        raise UnsupportedModelError(
+            f"{sorted(uninitialized)} were made on the meta device, and nothing gives them values: "
+            "give their layer a method reset_parameters() that sets all of its tensors, make them on a real device, or "
+            "load a checkpoint that holds them"
+        )
 
 
 def _load_module(module: Module, state_dict: dict[str, Any], path: str, *, strict: bool) -> None:

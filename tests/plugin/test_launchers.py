@@ -128,6 +128,27 @@ def test_sigterm_at_any_rank_ends_all_with_a_checkpoint_that_is_resumed_from(lau
     assert int((tmp_path / "rank0").read_text().split()[1]) == stopped_at + 2
 
 
+def test_one_interrupt_at_all_ranks_stops_them_together_with_a_checkpoint(tmp_path):
+    run = subprocess.Popen(
+        command("lightning", tmp_path, "zero_stage_2", 1000),
+        env=environment(SAVE_ON_EXCEPTION="1"),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        pids = wait_for(lambda: ranks_at(tmp_path, 5))
+        os.killpg(run.pid, signal.SIGINT)  # as Ctrl+C does in a terminal
+        output, _ = run.communicate(timeout=30)
+    finally:
+        run.kill()
+    assert "all ranks stop after this batch" in output
+    assert (tmp_path / "interrupted" / "on_exception.ckpt" / "manifest.json").exists(), output
+    assert latest_step(tmp_path / "interrupted") >= 5
+    wait_for(lambda: not any(is_running(pid) for pid in pids), seconds=20)
+
+
 def test_slurms_signal_at_one_rank_saves_and_requeues_and_the_next_job_goes_on(tmp_path):
     (tmp_path / "bin").mkdir()
     scontrol = tmp_path / "bin" / "scontrol"

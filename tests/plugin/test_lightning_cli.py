@@ -93,7 +93,9 @@ def test_an_unknown_argument_is_refused_with_what_to_write_instead(arguments, me
     [
         ({"stage": 3}, "stage must be 1 or 2, not 3; use DDPStrategy for stage 0, FSDPStrategy for 3"),
         ({"partition": "rows"}, 'partition must be "auto", "element" or "parameter", not \'rows\''),
-        ({"bucket_size_mb": 0}, "bucket_size_mb must be positive, not 0"),
+        ({"bucket_size_mb": 0}, "bucket_size_mb must be a positive number, not 0"),
+        ({"bucket_size_mb": "25"}, "bucket_size_mb must be a positive number, not '25'"),
+        ({"start_method": "thread"}, "start_method must be one of"),
         ({"reduce_dtype": "int8"}, "reduce_dtype must be a floating-point dtype such as \"float32\", not 'int8'"),
     ],
 )

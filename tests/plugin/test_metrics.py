@@ -168,3 +168,73 @@ def test_a_metric_that_cannot_be_merged_is_named():
     with pytest.warns(UserWarning, match="MeanMetric 'metric' can't be merged"):
         set_metric_states(module, [saved, saved], saved)
     assert module.metric.update_count == 1
+
+
+class Wrapped(Plain):
+    """Metrics that wrap or combine others, and states that are no tensors."""
+
+    def __init__(self):
+        super().__init__(torch.optim.SGD)
+        self.sum = torchmetrics.SumMetric()
+        self.best = torchmetrics.MinMaxMetric(self.sum)
+        self.both = self.sum + self.sum
+        self.last = torchmetrics.wrappers.Running(torchmetrics.SumMetric(), window=3)
+        self.masks = Masks()
+        self.results = []
+
+    def training_step(self, batch, batch_idx):
+        self.sum.update(batch.sum())
+        self.last.update(batch.sum())
+        self.masks.update(((2, 3), b"mask"))
+        self.best.compute()
+        return self.loss(batch)
+
+    def on_train_end(self):
+        self.results = {
+            "sum": self.sum.sum_value,
+            "both": self.both.compute(),
+            "last": self.last.compute(),
+            "masks": torch.tensor(len(self.masks.masks)),
+            **self.best.compute(),
+        }
+
+    def train_dataloader(self):
+        return StatefulDataLoader(Rows(), batch_size=4)
+
+
+class Masks(torchmetrics.Metric):
+    def __init__(self):
+        super().__init__()
+        self.add_state("masks", default=[], dist_reduce_fx=None)
+
+    def _apply(self, fn):
+        return self  # nothing to move
+
+    def update(self, mask):
+        self.masks.append(mask)
+
+    def compute(self):
+        return len(self.masks)
+
+
+@distributed(world_size=1, process_group=False)
+def test_metrics_that_wrap_others_and_keep_other_things_go_on(tmp_path):
+    save = lambda: ZeroCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1)  # noqa: E731
+    whole, _ = fit(Wrapped, ZeroStrategy(), callbacks=[save], max_steps=12)
+    half, _ = fit(Wrapped, ZeroStrategy(), ckpt_path=tmp_path / "step=7.ckpt", max_steps=12)
+    assert_same_results([half.results], [whole.results], rtol=0, atol=0)
+
+
+@distributed(world_size=1, process_group=False)
+def test_a_metric_of_another_shape_starts_anew_and_is_named():
+    from lightning_zero.plugin.metric_state import get_metric_states, set_metric_states
+
+    small = nn.ModuleDict({"m": torchmetrics.ConfusionMatrix(task="multiclass", num_classes=3)})
+    large = nn.ModuleDict({"m": torchmetrics.ConfusionMatrix(task="multiclass", num_classes=5)})
+    small["m"].update(torch.tensor([0, 1]), torch.tensor([0, 2]))
+    saved = get_metric_states(small)
+    with pytest.warns(UserWarning, match="MulticlassConfusionMatrix 'm' has states of other shapes"):
+        set_metric_states(large, [saved], saved)
+    assert large["m"].confmat.sum() == 0
+    with pytest.warns(UserWarning, match=r"no metrics \['m'\] any more"):
+        set_metric_states(nn.ModuleDict(), [saved], saved)

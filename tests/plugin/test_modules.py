@@ -6,11 +6,12 @@ import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
 
 from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroCheckpointIO, ZeroStrategy
-from lightning_zero.errors import CheckpointWriteError
+from lightning_zero.errors import CheckpointNotFoundError, CheckpointWriteError, UnsupportedModelError
 from tests.launch import distributed, run_ranks
 from tests.models import Data, Model, quiet_trainer
 from tests.models import fit as fit_model
@@ -105,6 +106,42 @@ def test_a_module_on_the_meta_device_is_initialised_by_its_layers_and_the_same_o
     assert_same_modules(resumed, whole)
 
 
+class HalfWithoutMemory(Plain):
+    """A pretrained backbone with its weights; a head, tied to itself, without memory."""
+
+    def configure_model(self):
+        self.net = nn.Linear(8, 8)
+        nn.init.constant_(self.net.weight, 0.5)
+        with torch.device("meta"):
+            self.head = nn.Linear(8, 8)
+            self.tied = nn.Linear(8, 8)
+            self.tied.weight = self.head.weight
+
+    def loss(self, batch):
+        return self.tied(self.head(self.net(batch))).pow(2).mean()
+
+
+class Forgotten(Plain):
+    """A layer on the meta device that nothing initialises."""
+
+    def configure_model(self):
+        self.lost = nn.Module()
+        self.lost.weight = nn.Parameter(torch.empty(8, device="meta"))
+        self.lost.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
+
+
+@distributed(world_size=2, process_group=False)
+def test_only_what_has_no_memory_gets_some_and_what_nobody_fills_is_named(tmp_path):
+    model, trainer = fit(HalfWithoutMemory, ZeroStrategy(), max_steps=0)
+    assert torch.equal(model.net.weight.detach(), torch.full((8, 8), 0.5))
+    assert model.tied.weight is model.head.weight
+    model, trainer = fit(HalfWithoutMemory, ZeroStrategy(), max_steps=3)
+    trainer.save_checkpoint(tmp_path / "tag")
+    fit(HalfWithoutMemory, ZeroStrategy(), max_steps=4, ckpt_path=tmp_path / "tag")
+    with pytest.raises(UnsupportedModelError, match=r"\['lost.table', 'lost.weight'\] were made on the meta device"):
+        fit(Forgotten, ZeroStrategy(), max_steps=1)
+
+
 @distributed(world_size=2, process_group=False)
 def test_init_module_makes_a_module_on_the_strategys_device():
     trainer = quiet_trainer(world_size=2, max_epochs=1, precision="bf16-true")
@@ -188,6 +225,36 @@ def other_io(directory, precision):
         resumed, _ = fit(Plain, make(), ckpt_path=path)
         resumed.losses = whole.losses
         assert_same_modules(resumed, whole)
+
+
+@distributed(world_size=2, process_group=False)
+def test_tags_and_exports_are_directories_and_files_whatever_the_users_own_io_writes(tmp_path):
+    class Tags(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == 2:
+                trainer.strategy.save_zero_checkpoint(tmp_path / "tags", client_state={"a": 1})
+                self.loaded = trainer.strategy.load_zero_checkpoint(tmp_path / "tags")
+
+    tags = Tags()
+    export = lambda: Fp32Export(tmp_path / "model.ckpt")  # noqa: E731
+    strategy = ZeroStrategy(checkpoint_io=TorchCheckpointIO())
+    model, _ = fit(Plain, strategy, callbacks=[lambda: tags, export], max_steps=3)
+    assert tags.loaded == (str(tmp_path / "tags" / "global_step2"), {"a": 1})
+    exported = torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(exported[name], value) for name, value in model.state_dict().items())
+
+
+@distributed(world_size=1, process_group=False)
+def test_a_directory_that_holds_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(CheckpointNotFoundError, match=str(tmp_path)):
+        fit(Plain, ZeroStrategy(), ckpt_path=tmp_path)
+
+
+@distributed(world_size=1, process_group=False)
+def test_a_precision_plugin_is_the_users_again_after_the_fit():
+    plugin = Precision()
+    fit(Plain, ZeroStrategy(), plugins=[plugin], gradient_clip_val=0.1)
+    fit(Plain, "ddp", plugins=[plugin], gradient_clip_val=0.1)
 
 
 @distributed(world_size=2, process_group=False)
