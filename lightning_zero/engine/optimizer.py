@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, optim
@@ -76,6 +75,9 @@ class Cut:
 
 
 _Hook = Callable[..., Any]
+
+_BETWEEN_STEPS = ("train", "eval")
+"""Methods by which schedule-free optimizers move parameters between steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +152,8 @@ def cut_for(optimizer: Optimizer, requested: str, *, alone: bool) -> Cut:
     )
 
 
-_WRAPPED: WeakKeyDictionary[Optimizer, SegmentedOptimizer] = WeakKeyDictionary()
-"""Who made an optimizer step on segments last: one that is used for a second fit goes on with its state."""
+_OWNER = "lightning_zero_owner"
+"""The attribute of a wrapped method that says who wrapped it."""
 
 
 class SegmentedOptimizer:
@@ -181,9 +183,9 @@ class SegmentedOptimizer:
         self._asks = False  # known to evaluate a closure that it is given; some never do
         self._users_params: list[list[Parameter]] = []
         self.buckets: list[ParameterBucket] = []
-        former = _WRAPPED.get(optimizer)
+        # An optimizer that is used for a second fit goes on with the state that it has by the first one's masters.
+        former = getattr(getattr(optimizer.state_dict, "__func__", None), _OWNER, None)
         self._former = {} if former is None else {parameter: piece for parameter, (_, piece) in former._pieces.items()}
-        _WRAPPED[optimizer] = self
         self.add(buckets)
         self._user_step = optimizer.step
         self._user_add_param_group = optimizer.add_param_group
@@ -197,21 +199,22 @@ class SegmentedOptimizer:
             self._user_add_param_group(param_group)
             take_in_new_parameters()
 
-        @functools.wraps(optimizer.state_dict)
+        @functools.wraps(type(optimizer).state_dict)
         def state_dict(_: Optimizer) -> dict[str, Any]:
             return self.state_dict()
 
-        @functools.wraps(optimizer.load_state_dict)
+        @functools.wraps(type(optimizer).load_state_dict)
         def load_state_dict(_: Optimizer, state_dict: dict[str, Any]) -> None:
             self.load_state(state_dict)
 
         # Bound methods, since a learning-rate scheduler that is made later wraps `step.__func__`.
         optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
         optimizer.add_param_group = types.MethodType(add_param_group, optimizer)  # type: ignore[method-assign]
-        for name in ("train", "eval"):  # as schedule-free optimizers have them: they move parameters between steps
-            if callable(getattr(type(optimizer), name, None)):
-                setattr(optimizer, name, functools.partial(self._outside_step, getattr(type(optimizer), name)))
+        for name in _BETWEEN_STEPS:
+            if callable(method := getattr(type(optimizer), name, None)):
+                setattr(optimizer, name, types.MethodType(self._outside_step(method), optimizer))
         # These two stay after `detach`: so does the state, with the masters for its keys.
+        setattr(state_dict, _OWNER, self)
         optimizer.state_dict = types.MethodType(state_dict, optimizer)  # type: ignore[method-assign]
         optimizer.load_state_dict = types.MethodType(load_state_dict, optimizer)  # type: ignore[method-assign]
 
@@ -224,7 +227,7 @@ class SegmentedOptimizer:
                 self._pieces[piece.slot.parameter] = (bucket, piece)
                 if bucket.is_own_master:
                     continue
-                former = self._former.get(piece.slot.parameter)
+                former = self._former.pop(piece.slot.parameter, None)
                 if former is not None and former.master in state:
                     state[piece.master] = _taken_over(state.pop(former.master), former, piece, self.optimizer)
                 for key, value in state.get(piece.slot.parameter, {}).items():
@@ -240,6 +243,8 @@ class SegmentedOptimizer:
         """Give the optimizer its own methods back."""
         self.optimizer.step = self._user_step  # type: ignore[method-assign]
         self.optimizer.add_param_group = self._user_add_param_group  # type: ignore[method-assign]
+        for name in _BETWEEN_STEPS:
+            vars(self.optimizer).pop(name, None)
 
     @property
     def segments(self) -> list[OwnedSegment]:
@@ -365,16 +370,21 @@ class SegmentedOptimizer:
         self._end()
         return result
 
-    def _outside_step(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a method of the optimizer's that works on parameters and their states. A collective."""
-        self._begin()
-        self._to_segments()
-        try:
-            result = method(self.optimizer, *args, **kwargs)
-        finally:
-            self._to_parameters()
-        self._end()
-        return result
+    def _outside_step(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of the optimizer's that works on parameters and their states, on segments. A collective."""
+
+        @functools.wraps(method)
+        def on_segments(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            self._begin()
+            self._to_segments()
+            try:
+                result = method(self.optimizer, *args, **kwargs)
+            finally:
+                self._to_parameters()
+            self._end()
+            return result
+
+        return on_segments
 
     def _begin(self) -> None:
         """Bring parameters and gradients to the segments: from here on, what the ranks hold changes."""
