@@ -137,6 +137,8 @@ class Ranks:
         negative, so that nobody who comes later takes it for waiting. Those who are complete begin anew, in groups in
         which nothing is under way.
         """
+        if not dist.is_initialized():
+            return False
         if self._all_arrived is None:
             store = dist.distributed_c10d._get_default_store()
             key, deadline = f"lightning_zero/{self._renewals}", time.monotonic() + _ARRIVAL_SECONDS

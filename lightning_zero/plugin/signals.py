@@ -53,6 +53,12 @@ class SharedSignals:
         if hasattr(loop, "_broadcast_sigterm_tensor"):
             loop._broadcast_sigterm_tensor = self.agree
         self._on_sigint_before: Any = None
+
+    def watch_interrupts(self) -> None:
+        """Take note of SIGINT until `restore`: from the first batch on, when Lightning has registered its handlers.
+
+        It registers whatever was there before it again when the fit ends.
+        """
         in_main_thread = threading.current_thread() is threading.main_thread()
         if self._shared and in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._on_sigint_before = signal.signal(signal.SIGINT, self._on_sigint)

@@ -661,6 +661,8 @@ class ZeroStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         """Called when the iterators are there: see [Note: when random states are restored]."""
         super().on_train_start()
+        if self._signals is not None:
+            self._signals.watch_interrupts()
         resume, self._resume = self._resume, None
         if resume is not None:
             loader = self._trainer.fit_loop._combined_loader

@@ -1,6 +1,7 @@
 """Lightning's own callbacks, beside stock DDP and on checkpoint directories."""
 
 import os
+import signal
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -178,6 +179,14 @@ class Steps(Callback):
 
     def on_train_batch_start(self, trainer, *args):
         self.seen.append(trainer.global_step)
+
+
+@distributed(world_size=2, process_group=False)
+def test_signals_have_their_handlers_back_after_a_fit():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    for _ in range(2):
+        fit(Normed, ZeroStrategy(), max_steps=1)
+        assert before == {number: signal.getsignal(number) for number in before}
 
 
 class Breaks(Callback):
