@@ -13,6 +13,7 @@ from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.integrity import Depth
 from lightning_zero.checkpoint.load import Checkpoint, is_checkpoint, resolve
 from lightning_zero.checkpoint.save import RankContent, SaveReport, SharedContent, save_checkpoint
+from lightning_zero.errors import CheckpointWriteError
 
 PREPARED = "lightning_zero_prepared_save"
 """Where a `PreparedSave` is in Lightning's dict: an entry comes through a wrapper that makes another dict of it."""
@@ -63,6 +64,11 @@ class ZeroCheckpointIO(TorchCheckpointIO):
         if prepared is None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        if "://" in str(path):
+            raise CheckpointWriteError(
+                f"{path} is not saved: sharded checkpoints go to mounted file systems, not to URLs. Give a path, or "
+                "write whole checkpoints to the URL by ZeroStrategy(checkpoint_io=TorchCheckpointIO())"
+            )
         self.last_save = save_checkpoint(
             Path(path),
             prepared.content,

@@ -250,6 +250,16 @@ def test_a_directory_that_holds_no_checkpoint_is_named(tmp_path):
         fit(Plain, ZeroStrategy(), ckpt_path=tmp_path)
 
 
+@distributed(world_size=2, process_group=False)
+def test_a_url_is_refused_with_a_way_out_and_whole_checkpoints_go_there(tmp_path):
+    _, trainer = fit(Plain, ZeroStrategy(), max_steps=1)
+    with pytest.raises(CheckpointWriteError, match=r"not to URLs.*TorchCheckpointIO"):
+        trainer.save_checkpoint("memory://bucket/tag")
+    _, trainer = fit(Plain, ZeroStrategy(checkpoint_io=TorchCheckpointIO()), max_steps=1)
+    trainer.save_checkpoint(f"file://{tmp_path}/whole.ckpt")
+    assert (tmp_path / "whole.ckpt").is_file()
+
+
 @distributed(world_size=1, process_group=False)
 def test_a_precision_plugin_is_the_users_again_after_the_fit():
     plugin = Precision()
