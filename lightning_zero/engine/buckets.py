@@ -154,8 +154,8 @@ class ParameterBucket:
     def segment_gradient(self, piece: Piece) -> Tensor | None:
         """The averaged gradient of a segment, in its master's shape and dtype; None where there is none."""
         whole = piece.slot.parameter.grad
-        if whole is None or self.is_own_master:
-            return whole
+        if whole is None:
+            return None
         if self._collectives.world_size > 1:
             flat = self.gradient[piece.offset : piece.offset + piece.segment.numel]
         else:

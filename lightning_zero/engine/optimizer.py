@@ -357,11 +357,8 @@ class SegmentedOptimizer:
         if closure is not None:
             evaluated = self._evaluated(closure, asked)
             args, kwargs = ((evaluated, *args[1:]), kwargs) if args else ((), {**kwargs, "closure": evaluated})
-        self._to_segments()
-        try:
+        with self._on_segments():
             result = self._user_step(*args, **kwargs)
-        finally:
-            self._to_parameters()
         if closure is not None and self._asks and not asked[0]:
             raise UnsupportedModelError(
                 f"{type(self.optimizer).__name__} evaluated its closure in earlier steps, and not in this one, which "
@@ -376,11 +373,8 @@ class SegmentedOptimizer:
         @functools.wraps(method)
         def on_segments(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
             self._begin()
-            self._to_segments()
-            try:
+            with self._on_segments():
                 result = method(self.optimizer, *args, **kwargs)
-            finally:
-                self._to_parameters()
             self._end()
             return result
 
@@ -455,6 +449,14 @@ class SegmentedOptimizer:
         for bucket, piece in self._pieces.values():
             if not bucket.is_own_master:
                 piece.master.grad = None
+
+    @contextmanager
+    def _on_segments(self) -> Iterator[None]:
+        self._to_segments()
+        try:
+            yield
+        finally:
+            self._to_parameters()
 
     def _to_segments(self) -> None:
         """Let the param groups hold this rank's masters."""

@@ -9,7 +9,6 @@ from typing import Any
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -98,7 +97,7 @@ class ZeroCheckpoint(ModelCheckpoint):
                 if files:
                     rank_zero_warn(
                         f'{directory} holds checkpoints of another strategy, {files}, which ckpt_path="last" doesn\'t '
-                        f"resume from: stop, and pass one of them as ckpt_path, or take another dirpath"
+                        "resume from: stop, and pass one of them as ckpt_path, or take another dirpath"
                     )
             return found
         newest = resolve(directory)
@@ -123,18 +122,12 @@ class ZeroCheckpoint(ModelCheckpoint):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """When all ranks were told to stop (SIGTERM), save where they are."""
-        if isinstance(trainer.strategy, ZeroStrategy) and trainer.strategy.all_ranks_are_here():
+        strategy = trainer.strategy
+        saves = getattr(self, "save_on_exception", False)  # only then is it worth waiting for the other ranks
+        if not saves or not isinstance(strategy, ZeroStrategy) or strategy.all_ranks_are_here():
             super().on_exception(trainer, pl_module, exception)
-        if isinstance(exception, SIGTERMException) and not self._nothing_to_save(trainer):
+        if isinstance(exception, SIGTERMException) and not self._should_skip_saving_checkpoint(trainer):
             self._save_checkpoint(trainer, self.format_checkpoint_name(self._monitor_candidates(trainer)))
-
-    def _nothing_to_save(self, trainer: Trainer) -> bool:
-        return (
-            bool(getattr(trainer, "fast_dev_run", False))
-            or trainer.state.fn != TrainerFn.FITTING
-            or trainer.sanity_checking
-            or self._last_global_step_saved == trainer.global_step
-        )
 
     @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:

@@ -52,6 +52,8 @@ class SharedSignals:
         loop: Any = trainer.fit_loop.epoch_loop
         if hasattr(loop, "_broadcast_sigterm_tensor"):
             loop._broadcast_sigterm_tensor = self.agree
+        else:
+            self._group = None  # Lightning before 2.6 has no such place: each rank acts for itself, as ever
         self._on_sigint_before: Any = None
 
     def watch_interrupts(self) -> None:

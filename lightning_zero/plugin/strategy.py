@@ -610,15 +610,16 @@ class ZeroStrategy(DDPStrategy):
         )
         if isinstance(checkpoint, LoadedCheckpoint) and self.lightning_module is not None:
             trainer = self._trainer
+            fitting = trainer.state.fn == TrainerFn.FITTING
             resume = Resume(
                 checkpoint,
                 rank=self._ranks.rank,
                 world_size=self._ranks.count,
-                fitting=trainer.state.fn == TrainerFn.FITTING,
+                fitting=fitting,
                 by_steps=trainer.max_steps != -1,
                 weights_only=weights_only is not False,
             )
-            self._resume = resume if trainer.state.fn == TrainerFn.FITTING else None
+            self._resume = resume if fitting else None
         return checkpoint
 
     @override

@@ -224,6 +224,15 @@ def test_an_exception_on_every_rank_saves_what_all_have(tmp_path):
     assert steps.seen == list(range(5, 16))
 
 
+@distributed(world_size=1, process_group=False)
+def test_saving_on_exception_works_under_other_strategies_too(tmp_path):
+    for name, strategy in (("ddp", "ddp"), ("zero", ZeroStrategy())):
+        make = lambda name=name: ZeroCheckpoint(tmp_path / name, every_n_train_steps=100, save_on_exception=True)  # noqa: E731
+        with pytest.raises(RuntimeError, match="something broke"):
+            fit(Normed, strategy, callbacks=[make, lambda: Breaks(0)])
+        assert (tmp_path / name / "step=5.ckpt").exists()
+
+
 def break_on_one_rank(directory):
     import lightning_zero.plugin.ranks as ranks
 
