@@ -21,6 +21,7 @@ from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.integrity import find_problems, read_manifest
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME, Manifest
 from lightning_zero.checkpoint.shards import Problem
+from lightning_zero.checkpoint.storage import Location, absolute, locate
 from lightning_zero.errors import CheckpointNotFoundError, ZeroError
 
 
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("lightning-zero", description="Looks after the checkpoints of lightning_zero.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("dir", type=Path, metavar="DIR", help="a save directory, or one tag's directory")
+    common.add_argument("dir", type=locate, metavar="DIR", help="a save directory or one tag's, a path or a URL")
     common.add_argument("--json", action="store_true", help="print JSON")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -73,10 +74,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ls(options: argparse.Namespace) -> int:
-    save_dir: Path = options.dir
+    save_dir: Location = absolute(options.dir)
     only = None
     if (save_dir / MANIFEST_NAME).is_file():
-        save_dir, only = save_dir.absolute().parent, save_dir.absolute().name
+        save_dir, only = save_dir.parent, save_dir.name
     if not save_dir.is_dir():
         raise CheckpointNotFoundError(f"there is no directory {save_dir}")
     try:
@@ -165,7 +166,7 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _find_tag(path: Path, tag: str | None) -> tuple[Path | None, list[Problem]]:
+def _find_tag(path: Location, tag: str | None) -> tuple[Location | None, list[Problem]]:
     """The directory to verify; what is wrong with `latest` is a finding too, and no reason to look elsewhere."""
     if tag is None and (path / MANIFEST_NAME).is_file():
         return path, []

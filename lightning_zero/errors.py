@@ -32,5 +32,9 @@ class TagMismatchError(ZeroError):
     """The ranks were asked to save, or to load, different tags or different steps."""
 
 
+class UnreachableRankError(ZeroError):
+    """The other ranks didn't come to what all of them have to do together, within the time-out."""
+
+
 class UnsupportedModelError(ZeroError, ValueError):
     """A model, an optimizer or a setting that ZeRO can't train; the message says why, and the way out."""

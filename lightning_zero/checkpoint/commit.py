@@ -34,6 +34,8 @@ A crash in between leaves `<tag>.replaced-…`: a checkpoint like any other, whi
 A save locks its staging directory (flock) for as long as it runs; the kernel lets go when the process dies, however
 it dies. So a staging directory that can be locked is a dead save's, and goes. Where the file system knows no locks, one
 in which nothing has changed for a day is taken for dead. Trash is always stale.
+
+Behind a URL it is another life: see [Note: the commit where nothing can be renamed].
 """
 
 from __future__ import annotations
@@ -43,16 +45,17 @@ import fcntl
 import os
 import secrets
 import shutil
-import stat
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_zero.checkpoint import kernel
+from lightning_zero.checkpoint import kernel, remote
 from lightning_zero.checkpoint.integrity import read_manifest, require_sound
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME, TRAINER_NAME, Manifest
-from lightning_zero.errors import CheckpointWriteError, CorruptCheckpointError, ZeroError
+from lightning_zero.checkpoint.shards import is_shard_name
+from lightning_zero.checkpoint.storage import Location, is_remote, names_in, read_file
+from lightning_zero.errors import CheckpointWriteError, CorruptCheckpointError, IncompleteCheckpointError, ZeroError
 
 LATEST = "latest"
 _STAGING = ".staging-"
@@ -92,7 +95,7 @@ def validate_tag(tag: str, *, hidden: bool = False) -> str:
 # ----------------------------------------------------------------------------------------------------- latest
 
 
-def read_latest(save_dir: Path) -> str | None:
+def read_latest(save_dir: Location) -> str | None:
     """The tag that `latest` names, or None where there is no such file.
 
     Raises:
@@ -100,24 +103,18 @@ def read_latest(save_dir: Path) -> str | None:
     """
     path = save_dir / LATEST
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CorruptCheckpointError(f"{path} can't be read: {error.strerror}") from error
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise CorruptCheckpointError(f"{path} is not a plain file")
-        content = os.read(fd, 4096)
-    finally:
-        os.close(fd)
+        content = read_file(path, 4096)
+    except IncompleteCheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise CorruptCheckpointError(str(error)) from error
     try:
         return validate_tag(content.decode().strip())
     except (UnicodeDecodeError, InvalidTagError) as error:
         raise CorruptCheckpointError(f"{path} is damaged: {error}") from None
 
 
-def _names(save_dir: Path, tag: str) -> bool:
+def _names(save_dir: Location, tag: str) -> bool:
     """Whether `latest` names this tag; a damaged one names none."""
     try:
         return read_latest(save_dir) == tag
@@ -125,8 +122,11 @@ def _names(save_dir: Path, tag: str) -> bool:
         return False
 
 
-def write_latest(save_dir: Path, tag: str, *, fsync: bool = True) -> None:
+def write_latest(save_dir: Location, tag: str, *, fsync: bool = True) -> None:
     """Have `latest` name a tag, in one atomic step."""
+    if is_remote(save_dir):
+        remote.write_whole(save_dir / LATEST, tag.encode())
+        return
     new = save_dir / f"{_TRASH}{LATEST}-{secrets.token_hex(4)}"
     try:
         with open(new, "x", encoding="utf-8") as file:
@@ -144,20 +144,34 @@ def write_latest(save_dir: Path, tag: str, *, fsync: bool = True) -> None:
 # ----------------------------------------------------------------------------------------------------- commit
 
 
-def staging_directory(save_dir: Path, tag: str, token: str) -> Path:
+def staging_directory(save_dir: Location, tag: str, token: str) -> Location:
     """Where a save gathers its files: hidden, beside the tag, and on the same file system.
 
     Lightning takes whatever has `hpc_ckpt_` in its name for a checkpoint of SLURM's, hidden or not.
     """
+    if is_remote(save_dir):
+        return save_dir / tag  # see [Note: the commit where nothing can be renamed]
     return save_dir / f"{_STAGING}{tag.replace('hpc_ckpt_', 'hpc-ckpt-')}-{token}"
 
 
-class StagingLock:
-    """Says that a save is alive: see [Note: what is stale]."""
+class Staging:
+    """Rank 0's hold on the place where a save gathers its files: see [Note: what is stale].
 
-    def __init__(self, staging: Path) -> None:
-        self._fd: int | None = os.open(staging, os.O_RDONLY | os.O_CLOEXEC)
-        _lock(self._fd)
+    Args:
+        path: as `staging_directory` gives it.
+        save_id: of the save.
+    """
+
+    def __init__(self, path: Location, save_id: str) -> None:
+        self._path = path
+        self._save_id = save_id
+        self._fd: int | None = None
+        if is_remote(path):
+            _require_replaceable(path)
+        else:
+            path.mkdir(parents=True)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            _lock(self._fd)
 
     def release(self) -> None:
         """Let go; a second time does nothing."""
@@ -165,14 +179,24 @@ class StagingLock:
             os.close(self._fd)
             self._fd = None
 
+    def abandon(self) -> None:
+        """Take away whatever the save has written, and let go."""
+        if is_remote(self._path):
+            remote.remove_all(self._path, [name for name in names_in(self._path) if self._save_id in name])
+        else:
+            shutil.rmtree(self._path, ignore_errors=True)
+        self.release()
 
-def make_staging(staging: Path) -> StagingLock:
-    """Make the staging directory, and the save directory if need be."""
-    staging.mkdir(parents=True)
-    return StagingLock(staging)
 
-
-def commit(staging: Path, save_dir: Path, tag: str, *, update_latest: bool = True, fsync: bool = True) -> None:
+def commit(
+    staging: Location,
+    save_dir: Location,
+    tag: str,
+    *,
+    update_latest: bool = True,
+    fsync: bool = True,
+    files: Collection[str] = (),
+) -> None:
     """Give a complete staging directory its name: see [Note: the commit, step by step].
 
     Args:
@@ -181,12 +205,20 @@ def commit(staging: Path, save_dir: Path, tag: str, *, update_latest: bool = Tru
         tag: the name.
         update_latest: have `latest` name it.
         fsync: make each step durable before the next.
+        files: the names of all the files; behind a URL, others under the tag go.
 
     Raises:
         CheckpointWriteError: under the tag's name there is something that is no checkpoint; it isn't deleted.
         OSError: the file system refuses.
     """
-    target = save_dir / validate_tag(tag, hidden=not update_latest)
+    validate_tag(tag, hidden=not update_latest)
+    if is_remote(save_dir):
+        if update_latest:
+            write_latest(save_dir, tag)
+        remote.remove_what_nothing_names(save_dir / tag, files)
+        return
+    assert not is_remote(staging)
+    target = save_dir / tag
     _sync_directory(staging, fsync)
     if not os.path.lexists(target):
         os.rename(staging, target)
@@ -202,15 +234,17 @@ def commit(staging: Path, save_dir: Path, tag: str, *, update_latest: bool = Tru
     _remove(staging)
 
 
-def _require_replaceable(target: Path) -> None:
+def _require_replaceable(target: Location) -> None:
     """A directory goes only if it is a checkpoint of ours, whole or torn: not if it is somebody's source code."""
     if target.is_symlink() or not target.is_dir():
         return
+    trainer, ending = TRAINER_NAME.split(".")
     foreign = [
         name
-        for name in sorted(os.listdir(target))
-        if name not in (MANIFEST_NAME, TRAINER_NAME)
-        and not (name.startswith("rank-") and name.endswith(".safetensors"))
+        for name in sorted(names_in(target))
+        if name != MANIFEST_NAME
+        and not is_shard_name(name)
+        and not (name.startswith(trainer) and name.endswith(ending))
     ]
     if foreign and not (target / MANIFEST_NAME).is_file():
         raise CheckpointWriteError(
@@ -275,7 +309,7 @@ class TagInfo:
     """
 
     name: str
-    path: Path
+    path: Location
     manifest: Manifest | None
     problem: str
     modified: float
@@ -291,33 +325,24 @@ class TagInfo:
         return not self.problem
 
 
-def list_tags(save_dir: Path) -> list[TagInfo]:
+def list_tags(save_dir: Location) -> list[TagInfo]:
     """Everything that is a checkpoint or looks like one, the newest first: by step, then by time.
 
     A directory with neither a manifest nor a shard is somebody else's and is left out.
     """
-    try:
-        names = os.listdir(save_dir)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    tags = [_inspect(save_dir, name) for name in names if _looks_like_tag(save_dir / name)]
-    return sorted(
-        tags, key=lambda tag: (tag.manifest.step if tag.manifest else -1, tag.modified, tag.name), reverse=True
-    )
+    tags = [_inspect(save_dir, name) for name in names_in(save_dir) if _looks_like_tag(save_dir / name)]
+    return sorted(tags, key=lambda tag: (tag.step, tag.modified, tag.name), reverse=True)
 
 
-def _looks_like_tag(path: Path) -> bool:
+def _looks_like_tag(path: Location) -> bool:
     try:
         validate_tag(path.name)
-        return path.is_dir() and any(
-            name == MANIFEST_NAME or (name.startswith("rank-") and name.endswith(".safetensors"))
-            for name in os.listdir(path)
-        )
+        return path.is_dir() and any(name == MANIFEST_NAME or is_shard_name(name) for name in names_in(path))
     except (InvalidTagError, OSError):
         return False
 
 
-def _inspect(save_dir: Path, name: str) -> TagInfo:
+def _inspect(save_dir: Location, name: str) -> TagInfo:
     path = save_dir / name
     manifest, problem = None, ""
     try:
@@ -327,19 +352,19 @@ def _inspect(save_dir: Path, name: str) -> TagInfo:
     except ZeroError as error:
         problem = str(error)
     try:
-        modified = os.stat(path).st_mtime
+        modified = (path / MANIFEST_NAME if is_remote(path) and manifest else path).stat().st_mtime
     except OSError as error:  # removed under our eyes
         modified, problem = 0.0, str(error)
     return TagInfo(name, path, manifest, problem, modified)
 
 
-def check_link(path: Path) -> None:
+def check_link(path: Location) -> None:
     """A tag may be a link to another (Lightning's `save_last="link"`), and to nothing outside of the save directory.
 
     Raises:
         CorruptCheckpointError: it leads out.
     """
-    if path.is_symlink():
+    if not is_remote(path) and path.is_symlink():
         target = Path(os.path.realpath(path))
         if target.parent != Path(os.path.realpath(path.parent)):
             raise CorruptCheckpointError(
@@ -347,22 +372,43 @@ def check_link(path: Path) -> None:
             )
 
 
-def remove_tag(save_dir: Path, tag: str) -> None:
+def link_tag(target: Path, link: Path) -> None:
+    """Have a link name a tag beside it, whatever had the link's name before: a link, a file or a tag.
+
+    Where there are no links, it is a copy, by hard links if possible.
+    """
+    token = secrets.token_hex(4)
+    new, old = link.parent / f"{_TRASH}{token}-new", link.parent / f"{_TRASH}{token}-old"
+    try:
+        os.symlink(os.path.relpath(target, link.parent), new)
+    except OSError:
+        _copy_by_links(target, new, fsync=True)
+    if link.is_dir() and not link.is_symlink():
+        os.rename(link, old)
+    os.replace(new, link)
+    _remove(old)
+
+
+def remove_tag(save_dir: Location, tag: str) -> None:
     """Remove a tag. If `latest` names it, `latest` names the newest other complete one first, or goes.
 
     A tag that isn't there is no error. A crash in between leaves either the tag or some trash.
     """
     path = save_dir / validate_tag(tag, hidden=True)
-    if not os.path.lexists(path):
+    if not (is_remote(path) or os.path.lexists(path)):
         return
     if _names(save_dir, tag):
-        real = os.path.realpath(path)
-        others = [other for other in list_tags(save_dir) if other.complete and os.path.realpath(other.path) != real]
+        real = _real(path)
+        others = [other for other in list_tags(save_dir) if other.complete and _real(other.path) != real]
         if others:
             write_latest(save_dir, others[0].name)
         else:
             (save_dir / LATEST).unlink()
             _sync_directory(save_dir, True)
+    if is_remote(save_dir):
+        remote.remove_all(save_dir / tag, names_in(path))
+        return
+    assert not is_remote(path)
     trash = save_dir / f"{_TRASH}{secrets.token_hex(4)}"
     try:
         os.rename(path, trash)
@@ -371,7 +417,14 @@ def remove_tag(save_dir: Path, tag: str) -> None:
     _remove(trash)
 
 
-def prune(save_dir: Path, keep_last: int, protect: Collection[str] = ()) -> list[str]:
+def prune(
+    save_dir: Location,
+    keep_last: int,
+    protect: Collection[str] = (),
+    *,
+    keep_every_n_steps: int | None = None,
+    among: Callable[[str], bool] = lambda name: True,
+) -> list[str]:
     """Remove all but the newest complete tags, and never the one that `latest` names.
 
     Torn directories are left as they are: they aren't ours to judge, and `lightning-zero ls` shows them.
@@ -379,31 +432,41 @@ def prune(save_dir: Path, keep_last: int, protect: Collection[str] = ()) -> list
     Args:
         save_dir: the save directory.
         keep_last: how many to keep, at least 1.
-        protect: tags that stay whatever their age.
+        protect: tags that stay whatever their age; they count among the newest all the same.
+        keep_every_n_steps: tags whose step is a multiple of it stay as well.
+        among: by their names, the tags that are looked at; no other is counted, or removed.
 
     Returns:
         The tags that were removed.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last must be at least 1, got {keep_last}")
-    kept = {*protect, read_latest(save_dir)}
-    tags = [tag for tag in list_tags(save_dir) if tag.complete and not tag.path.is_symlink()]
-    linked = {os.path.realpath(path) for path in save_dir.iterdir() if path.is_symlink()}
+    try:
+        latest = read_latest(save_dir)
+    except CorruptCheckpointError:
+        return []  # nobody knows which one would be missed
+    tags = [tag for tag in list_tags(save_dir) if tag.complete]
+    links = [tag for tag in tags if tag.path.is_symlink()]
+    linked = {_real(tag.path) for tag in links}
     removed = [
-        tag.name for tag in tags[keep_last:] if tag.name not in kept and os.path.realpath(tag.path) not in linked
+        tag.name
+        for tag in [tag for tag in tags if tag not in links and among(tag.name)][keep_last:]
+        if tag.name != latest
+        and tag.name not in protect
+        and _real(tag.path) not in linked
+        and not (keep_every_n_steps is not None and tag.step % keep_every_n_steps == 0)
     ]
     for name in removed:
         remove_tag(save_dir, name)
     return removed
 
 
-def clean_leftovers(save_dir: Path) -> None:
+def clean_leftovers(save_dir: Location) -> None:
     """Remove what dead saves left behind: see [Note: what is stale]. Whatever resists is left for the next time."""
-    try:
-        names = os.listdir(save_dir)
-    except (FileNotFoundError, NotADirectoryError):
+    if is_remote(save_dir):
+        remote.remove_stale(save_dir, _IDLE_SECONDS)
         return
-    for name in names:
+    for name in names_in(save_dir):
         path = save_dir / name
         if name.startswith(_TRASH) or (name.startswith(_STAGING) and _is_dead(path)):
             _remove(path)
@@ -444,9 +507,13 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _sync_directory(path: Path, fsync: bool) -> None:
+def _real(path: Location) -> str:
+    return str(path) if is_remote(path) else os.path.realpath(path)
+
+
+def _sync_directory(path: Location, fsync: bool) -> None:
     """Make the names in a directory durable: a rename is not, before this."""
-    if fsync:
+    if fsync and not is_remote(path):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(fd)

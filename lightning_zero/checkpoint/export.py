@@ -34,6 +34,7 @@ from torch import Tensor
 
 from lightning_zero.checkpoint import kernel
 from lightning_zero.checkpoint.load import Checkpoint, resolve
+from lightning_zero.checkpoint.storage import PathOrUrl
 from lightning_zero.checkpoint.tensors import CODES, LazyTensor, tensor_chunks
 from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError
 
@@ -50,7 +51,7 @@ def _no_progress(nbytes: int) -> None:
 
 
 def get_fp32_state_dict_from_zero_checkpoint(
-    checkpoint_dir: str | os.PathLike[str],
+    checkpoint_dir: PathOrUrl,
     tag: str | None = None,
     exclude_frozen_parameters: bool = False,
     lazy_mode: bool = False,
@@ -74,7 +75,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
 
 
 def load_state_dict_from_zero_checkpoint(
-    model: torch.nn.Module, checkpoint_dir: str | os.PathLike[str], tag: str | None = None
+    model: torch.nn.Module, checkpoint_dir: PathOrUrl, tag: str | None = None
 ) -> torch.nn.Module:
     """Fill a plain module in place, each tensor read straight into the parameter's memory.
 
@@ -99,7 +100,7 @@ def load_state_dict_from_zero_checkpoint(
 
 
 def convert_zero_checkpoint_to_fp32_state_dict(
-    checkpoint_dir: str | os.PathLike[str],
+    checkpoint_dir: PathOrUrl,
     output_file: str | os.PathLike[str],
     tag: str | None = None,
     exclude_frozen_parameters: bool = False,

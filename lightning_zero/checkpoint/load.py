@@ -20,11 +20,9 @@ from __future__ import annotations
 import functools
 import io
 import math
-import os
 import pickle
 import warnings
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -36,7 +34,6 @@ from lightning_zero.checkpoint.integrity import Depth, find_problems, read_manif
 from lightning_zero.checkpoint.manifest import (
     DTYPES,
     MANIFEST_NAME,
-    TRAINER_NAME,
     Entry,
     Manifest,
     Stored,
@@ -45,7 +42,7 @@ from lightning_zero.checkpoint.manifest import (
     label,
     state_kind,
 )
-from lightning_zero.checkpoint.shards import open_shard, read_into
+from lightning_zero.checkpoint.storage import Location, PathOrUrl, ReadableFile, locate, open_file
 from lightning_zero.checkpoint.tensors import DTYPES_BY_CODE, LazyTensor
 from lightning_zero.errors import CheckpointNotFoundError, CorruptCheckpointError, ZeroError
 from lightning_zero.segments import Segment, SegmentIndex
@@ -57,27 +54,34 @@ class UntrustedContentError(ZeroError, pickle.UnpicklingError):
     """`trainer.pt` holds objects that are only loaded on request, with `weights_only=False`."""
 
 
-def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+def is_checkpoint(path: PathOrUrl) -> bool:
     """Whether `resolve` is worth a try: a tag's directory, a file of one, or a save directory with a tag in it."""
-    where = Path(path)
+    where = locate(path)
     if _tag_directory(where) is not None or (where / commit.LATEST).is_file():
         return True
     return where.is_dir() and any((child / MANIFEST_NAME).is_file() for child in where.iterdir())
 
 
-def resolve(path: str | os.PathLike[str], tag: str | None = None, *, verify: Depth = "sizes") -> Path:
+def resolve(
+    path: PathOrUrl,
+    tag: str | None = None,
+    *,
+    verify: Depth = "sizes",
+    rejected: Mapping[str, str] | None = None,
+) -> Location:
     """The directory of the tag that is meant: see the table above.
 
     Args:
-        path: a save directory, a tag's directory, or a file in one.
+        path: a save directory, a tag's directory, or a file in one; a path or a URL.
         tag: of the save directory; `latest` decides where it is None.
         verify: how sound the tag that `latest` names has to be.
+        rejected: tags that have turned out not to be sound, with what is wrong with each.
 
     Raises:
         CheckpointNotFoundError: it isn't there.
         CorruptCheckpointError: the tag that was asked for is a link that leaves the save directory.
     """
-    where = Path(path)
+    where, rejected = locate(path), rejected or {}
     if tag is not None:
         return _named(where, tag)
     if (directory := _tag_directory(where)) is not None:
@@ -92,24 +96,29 @@ def resolve(path: str | os.PathLike[str], tag: str | None = None, *, verify: Dep
         latest = commit.read_latest(where)
         if latest is None:
             problem = f"{where / commit.LATEST} is missing"
+        elif latest in rejected:
+            problem = f"the checkpoint that {where / commit.LATEST} names can't be used: {rejected[latest]}"
         else:
             directory = _named(where, latest)
             require_sound(directory, read_manifest(directory), verify)
             return directory
     except ZeroError as error:
         problem = f"the checkpoint that {where / commit.LATEST} names can't be used: {error}"
-    for candidate in commit.list_tags(where):
-        if candidate.manifest is None or not candidate.complete:
+    found = commit.list_tags(where)
+    problems = {candidate.name: rejected.get(candidate.name) or candidate.problem for candidate in found}
+    for candidate in found:
+        if problems[candidate.name] or candidate.manifest is None:
             continue
-        if verify == "full" and any(find_problems(candidate.path, candidate.manifest, verify)):
+        if verify == "full" and (wrong := next(find_problems(candidate.path, candidate.manifest, verify), None)):
+            problems[candidate.name] = str(wrong)
             continue
         warnings.warn(f"{problem}\nThe newest sound checkpoint is taken instead: {candidate.path}", stacklevel=2)
         return candidate.path
-    listed = "".join(f"\n  {found.name}: {found.problem or 'a checksum is wrong'}" for found in commit.list_tags(where))
+    listed = "".join(f"\n  {name}: {wrong}" for name, wrong in problems.items())
     raise CheckpointNotFoundError(f"{where} holds no sound checkpoint; {problem}{listed}")
 
 
-def _tag_directory(path: Path) -> Path | None:
+def _tag_directory(path: Location) -> Location | None:
     """The tag's directory that a path names, itself or by a file in it."""
     if (path / MANIFEST_NAME).is_file():
         return path
@@ -118,7 +127,7 @@ def _tag_directory(path: Path) -> Path | None:
     return None
 
 
-def _named(save_dir: Path, tag: str) -> Path:
+def _named(save_dir: Location, tag: str) -> Location:
     directory = save_dir / commit.validate_tag(tag)
     if not directory.is_dir():
         there = [found.name for found in commit.list_tags(save_dir)]
@@ -127,18 +136,6 @@ def _named(save_dir: Path, tag: str) -> Path:
         )
     commit.check_link(directory)
     return directory
-
-
-class _OpenFile:
-    """A file descriptor that is closed with the last reference to it, so never under a thread that reads from it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.fd = open_shard(path)
-
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
 
 
 class _Elements:
@@ -172,16 +169,16 @@ class Checkpoint:
         CorruptCheckpointError: the manifest can't be believed, or (`full`) a checksum doesn't match.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], verify: Depth = "sizes") -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: PathOrUrl, verify: Depth = "sizes") -> None:
+        self.directory = locate(directory)
         self.manifest: Manifest = read_manifest(self.directory)
         require_sound(self.directory, self.manifest, verify)
-        self._open = functools.lru_cache(maxsize=_OPEN_FILES)(_OpenFile)
+        self._open = functools.lru_cache(maxsize=_OPEN_FILES)(open_file)
 
     def read(self, file: str, offset: int, target: memoryview) -> None:
         """Fill `target` from a shard file, by its name."""
-        opened = self._open(self.directory / file)
-        read_into(opened.fd, offset, target, opened.path)
+        opened: ReadableFile = self._open(self.directory / file)
+        opened.read_into(offset, target)
 
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The module's state dict, unread; tied tensors are one object, their other names at the end.
@@ -264,10 +261,10 @@ class Checkpoint:
         except pickle.UnpicklingError as error:
             content.seek(0)
             offending = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(content)) or "an unknown class"
+            where = self.directory / self.manifest.trainer.name
             raise UntrustedContentError(
-                f"{self.directory / TRAINER_NAME} holds objects of {offending}, in the hyper-parameters or the state "
-                "of a callback. If you trust whoever wrote it, pass weights_only=False (Trainer.fit takes it too): "
-                "it then runs what the file says"
+                f"{where} holds objects of {offending}, in the hyper-parameters or the state of a callback. If you trust "
+                "whoever wrote it, pass weights_only=False (Trainer.fit takes it too): it then runs what the file says"
             ) from error
         return loaded
 

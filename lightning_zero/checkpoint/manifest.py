@@ -69,6 +69,8 @@ _ITEM_BYTES = dict(DTYPES.values())
 _MASTER_CODES = frozenset(("F32", "F64", "C64", "C128"))
 _LARGEST = 2**63 - 1
 _XXH3 = re.compile(r"[0-9a-f]{16}")
+_TRAINER = re.compile(r"trainer(-[0-9a-f]{16})?\.pt")
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]{0,199}")
 _SEAL = re.compile(r',\n"manifest_xxh3": "([0-9a-f]{16})"\n\}\n')
 _SEAL_LENGTH = len(f',\n"manifest_xxh3": "{0:016x}"\n}}\n')
 
@@ -148,7 +150,7 @@ def key(of: str, kind: Kind, start: int, stop: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """One rank's shard file.
+    """A shard file: what one rank has written.
 
     Attributes:
         name: a plain file name within the checkpoint's directory.
@@ -159,6 +161,8 @@ class FileEntry:
         values: the optimizer states of this rank's segments that are no tensors.
         rank: who wrote it.
         step: of training, as that rank saw it.
+        frozen: it holds this rank's part of the frozen parameters, and nothing else. Nothing in it has changed since it
+            was written, which may have been by an earlier save, at that `step`.
     """
 
     name: str
@@ -169,12 +173,17 @@ class FileEntry:
     values: tuple[StoredValue, ...]
     rank: int
     step: int
+    frozen: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class TrainerFile:
-    """`trainer.pt`: its size and the xxh3_64 of its bytes."""
+    """`trainer.pt`: its name, its size and the xxh3_64 of its bytes.
 
+    Where nothing can be renamed (`remote`), a file's name says of which save it is: `trainer-0123456789abcdef.pt`.
+    """
+
+    name: str
     nbytes: int
     xxh3: str
 
@@ -230,7 +239,7 @@ class Manifest:
         entries: the module's state dict, in its order.
         aliases: tied tensors: the other name, to the name under which it is stored.
         optimizers: in the trainer's order.
-        files: a shard for each rank, in the order of the ranks.
+        files: a shard for each rank, in the order of the ranks; then those of the frozen parameters, in the same order.
         trainer: everything that is no tensor of the model or of an optimizer.
     """
 
@@ -326,7 +335,8 @@ def _lines(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _file_text(file: FileEntry) -> str:
-    plain = {name: getattr(file, name) for name in ("name", "rank", "step", "nbytes", "header_nbytes", "header_xxh3")}
+    fields = ("name", "rank", "step", "frozen", "nbytes", "header_nbytes", "header_xxh3")
+    plain = {name: getattr(file, name) for name in fields}
     tensors, values = _lines(map(_row, file.tensors)), _lines(map(_value_row, file.values))
     return f'{_encode(plain)[:-1]},\n"tensors": {tensors},\n"values": {values}}}'
 
@@ -376,6 +386,7 @@ _SCHEMAS: dict[str, dict[str, type]] = {
         "name": str,
         "rank": int,
         "step": int,
+        "frozen": bool,
         "nbytes": int,
         "header_nbytes": int,
         "header_xxh3": str,
@@ -396,7 +407,7 @@ _SCHEMAS: dict[str, dict[str, type]] = {
     "a value": {"optimizer": int, "name": str, "start": int, "stop": int, "state": str, "value": object},
     "an entry": {"name": str, "shape": list, "dtype": str, "role": str},
     "an optimizer": {"class_name": str, "parameters": list},
-    "the trainer file": {"nbytes": int, "xxh3": str},
+    "the trainer file": {"name": str, "nbytes": int, "xxh3": str},
 }
 _SCHEMAS["an optimizer's tensor"] = _SCHEMAS["a tensor"] | {"optimizer": int, "state": str}
 
@@ -445,6 +456,8 @@ def _manifest_fields(parsed: object) -> dict[str, Any]:
     row = _fields(parsed, "the manifest", "the manifest")
     trainer = _fields(row["trainer"], "the trainer file", TRAINER_NAME)
     _check_digest(trainer["xxh3"], TRAINER_NAME)
+    if not _TRAINER.fullmatch(trainer["name"]):
+        raise CorruptCheckpointError(f"{trainer['name']!r:.200} is not the name of a {TRAINER_NAME}")
     return row | {
         "versions": _strings(row["versions"], "versions"),
         "aliases": _strings(row["aliases"], "aliases"),
@@ -521,7 +534,7 @@ def _check_digest(digest: str, where: str) -> None:
 
 def _check_plain_name(name: str) -> None:
     """A name in a manifest never leaves the checkpoint's directory, nor means another file in it."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=-]{0,199}", name) or name in (MANIFEST_NAME, TRAINER_NAME):
+    if not _SHARD.fullmatch(name) or name == MANIFEST_NAME or _TRAINER.fullmatch(name):
         raise CorruptCheckpointError(f"files: {name!r:.200} is not the name of a shard file")
 
 
@@ -537,7 +550,7 @@ def _check(manifest: Manifest) -> None:
             raise CorruptCheckpointError(f"aliases: {alias!r} stands for {stored!r}, which can't be")
     if len({file.name for file in manifest.files}) != len(manifest.files):
         raise CorruptCheckpointError("files: a name stands there twice")
-    ranks = [file.rank for file in manifest.files]
+    ranks = [file.rank for file in manifest.files if not file.frozen]
     there = set(ranks)
     # world_size is not trusted: no list of that length before it is known to be right
     missing = list(islice((rank for rank in range(manifest.world_size) if rank not in there), 8))
@@ -545,13 +558,32 @@ def _check(manifest: Manifest) -> None:
         raise IncompleteCheckpointError(f"files: the shards of the ranks {missing} (and perhaps more) are not listed")
     if ranks != list(range(manifest.world_size)):
         raise CorruptCheckpointError(f"files: {manifest.world_size} ranks, and shards of the ranks {ranks!s:.80}")
+    frozen_ranks = [file.rank for file in manifest.files if file.frozen]
+    if len(set(frozen_ranks)) != len(frozen_ranks):
+        raise CorruptCheckpointError(f"files: two files of frozen parameters of one rank, of the ranks {ranks!s:.80}")
     for file in manifest.files:
-        if file.step != manifest.step:
+        if file.frozen:
+            _check_frozen(file, entries, manifest.world_size)
+        elif file.step != manifest.step:
             raise CorruptCheckpointError(
                 f"{file.name} is of step {file.step} and the checkpoint of step {manifest.step}: two saves are mixed"
             )
         _check_layout(file)
     _check_cover(manifest, entries)
+
+
+def _check_frozen(file: FileEntry, entries: Mapping[str, Entry], world_size: int) -> None:
+    """It may be an earlier save's, so nothing may be in it that can have changed since."""
+    if file.rank >= world_size:
+        raise CorruptCheckpointError(f"{file.name} is of rank {file.rank}, and there were {world_size}")
+    for tensor in file.tensors:
+        entry = entries.get(tensor.name)
+        if tensor.kind != "model" or entry is None or entry.role != "frozen":
+            raise CorruptCheckpointError(
+                f"{file.name}: {tensor.key!r} is no frozen parameter, in a file of those alone"
+            )
+    if file.values:
+        raise CorruptCheckpointError(f"{file.name}: {file.values[0].label!r} in a file of frozen parameters alone")
 
 
 def _check_layout(file: FileEntry) -> None:

@@ -1,7 +1,8 @@
 """What all ranks do together to save a checkpoint. The one file of this room with a process group.
 
-Three phases: `agree`, `write`, `finish`. Only the first and the last have collectives, so that a later caller can put
-`write` behind training.
+Four phases: `agree`, `prepare`, `write`, `finish`. After `prepare` nothing that training goes on to change is looked at
+any more, so the last two can go on behind it (`background`), in a group of their own. `prepare` and `write` have no
+collectives.
 
 [Note: all ranks fail together]
 Between two collectives no rank raises: whatever goes wrong on it becomes a `_Failure`, which travels with the next
@@ -12,7 +13,7 @@ a rank that has given up. What each step's failure leaves behind:
 |---|---|---|---|
 | the tags or steps differ | `agree` | nothing new | TagMismatchError, with what each rank wanted |
 | the staging directory can't be made | `agree` | nothing new | CheckpointWriteError |
-| a shard or `trainer.pt` can't be written | `write` | the staging directory goes | CheckpointWriteError |
+| a shard or `trainer.pt` can't be written | `prepare`, `write` | the staging directory goes | CheckpointWriteError |
 | a file of another rank isn't visible to rank 0 | `finish` | the staging directory goes | CheckpointWriteError |
 | the commit | `finish` | see [Note: the commit, step by step] | CheckpointWriteError |
 | a rank is killed | any | staging, which the next save removes | CheckpointWriteError, or the group's time-out |
@@ -26,17 +27,15 @@ import io
 import os
 import pickle
 import secrets
-import shutil
 import socket
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -44,88 +43,75 @@ import xxhash
 from torch import Tensor
 
 from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint.content import RankContent, SharedContent, TensorToSave
 from lightning_zero.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     TRAINER_NAME,
-    Entry,
     FileEntry,
-    Kind,
     Manifest,
-    OptimizerEntry,
     StoredValue,
     TrainerFile,
 )
-from lightning_zero.checkpoint.shards import Item, shard_name, write_shard
+from lightning_zero.checkpoint.shards import Item, check_header, shard_name, write_shard
+from lightning_zero.checkpoint.snapshot import Snapshot
+from lightning_zero.checkpoint.storage import Location, absolute, create_file, is_remote, link
 from lightning_zero.checkpoint.tensors import code_of, tensor_chunks
 from lightning_zero.errors import CheckpointWriteError, TagMismatchError, ZeroError
 
 RANK_STATE = "state"
 
+TagValidation = Literal["fail", "warn", "ignore"]
+
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class TensorToSave:
-    """A tensor on its way into a checkpoint: `StoredTensor` says what the fields mean.
+class StoredFile:
+    """A file of frozen parameters that this rank has written, or linked, in an earlier save."""
 
-    `tensor` is 1-D where it has one element for each of the segment's, and of any shape where it is whole.
-    """
-
-    kind: Kind
-    name: str
-    start: int
-    stop: int
-    tensor: Tensor
-    optimizer: int | None = None
-    state: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RankContent:
-    """What one rank puts into a checkpoint.
-
-    Attributes:
-        tensors: its segments, and their optimizer states.
-        values: the optimizer states that are no tensors.
-        rank_state: what this rank alone needs to go on (the state of its random numbers); given back as it is.
-        step: of training, as this rank sees it.
-    """
-
-    tensors: Sequence[TensorToSave]
-    values: Sequence[StoredValue]
-    rank_state: bytes
-    step: int
-
-
-@dataclass(frozen=True, slots=True)
-class SharedContent:
-    """What the ranks have in common; only rank 0's is looked at.
-
-    Attributes:
-        epoch: of training.
-        stage: of ZeRO.
-        entries: the module's state dict, in its order.
-        aliases: tied tensors: the other name, to the name under which it is stored.
-        optimizers: in the trainer's order.
-        trainer: everything else, for `trainer.pt`.
-    """
-
-    epoch: int
-    stage: int
-    entries: Sequence[Entry]
-    aliases: Mapping[str, str]
-    optimizers: Sequence[OptimizerEntry]
-    trainer: dict[str, Any]
+    path: Location
+    entry: FileEntry
 
 
 @dataclass(frozen=True, slots=True)
 class SaveReport:
-    """What a save did: the bytes of the whole checkpoint, the seconds that this rank spent, and the tag's directory."""
+    """What a save did.
 
+    Attributes:
+        path: the tag's directory.
+        step: of training.
+        bytes: of the whole checkpoint.
+        written_bytes: of it, what was written by this save, and not linked from the one before.
+        seconds: from the call until the checkpoint was committed, on this rank.
+        stall_seconds: how long training waited: this rank's, or behind training the longest of all ranks'.
+        rank_seconds: how long each rank wrote.
+        frozen: this rank's file of frozen parameters, if there are any.
+    """
+
+    path: Location
+    step: int
     bytes: int
+    written_bytes: int
     seconds: float
-    path: Path
+    stall_seconds: float
+    rank_seconds: tuple[float, ...]
+    frozen: StoredFile | None = None
+
+    @property
+    def slowest_rank(self) -> int:
+        """The rank that wrote longest."""
+        return max(range(len(self.rank_seconds)), key=self.rank_seconds.__getitem__)
+
+    def __str__(self) -> str:
+        """One line for the log."""
+        gigabytes, linked = self.written_bytes / 1e9, self.bytes - self.written_bytes
+        return (
+            f"saved {self.path.name} at step {self.step}: {gigabytes:.3g} GB"
+            f"{f' (and {linked / 1e9:.3g} GB linked)' if linked else ''} in {self.seconds:.3g} s "
+            f"({gigabytes / self.seconds:.3g} GB/s); training waited {self.stall_seconds:.3g} s; "
+            f"the slowest rank, {self.slowest_rank}, wrote for {max(self.rank_seconds):.3g} s"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +127,41 @@ class _Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What one rank is going to write, when nothing of it can change any more.
+
+    Attributes:
+        content: with the frozen parameters only if they have to be written.
+        linked: their file, if an earlier save's stands for it.
+        trainer: on rank 0, the bytes of `trainer.pt`.
+        stall_seconds: how long training has waited till here.
+    """
+
+    content: RankContent
+    linked: FileEntry | None
+    trainer: memoryview | None
+    stall_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Written:
     """What one rank has written."""
 
-    file: FileEntry
+    files: tuple[FileEntry, ...]
     trainer: TrainerFile | None
+    nbytes: int
+    seconds: float
+    stall_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Committed:
+    """What rank 0 tells the others of a checkpoint that is there."""
+
+    nbytes: int
+    written_bytes: int
+    stall_seconds: float
+    rank_seconds: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,76 +176,139 @@ class Plan:
         rank: this one.
         world_size: of how many.
         group: they, or None for a single process.
-        lock: on rank 0, what holds the lock on the staging directory.
+        staged: on rank 0, its hold on the staging directory.
+        began: when the save did, by `time.perf_counter()`.
     """
 
-    directory: Path
-    staging: Path
+    directory: Location
+    staging: Location
     save_id: str
     step: int
     rank: int
     world_size: int
     group: dist.ProcessGroup | None
-    lock: commit.StagingLock | None
+    staged: commit.Staging | None
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def id_in_names(self) -> str:
+        """What distinguishes this save's files from another's under the same tag, where they can meet."""
+        return self.save_id if is_remote(self.directory) else ""
 
 
 def save_checkpoint(
-    directory: Path,
+    directory: Location,
+    content: RankContent,
+    shared: SharedContent | None,
+    *,
+    group: dist.ProcessGroup | None,
+    **options: Any,
+) -> SaveReport:
+    """Save a checkpoint, called on every rank; when it returns, the checkpoint is there, whole, on all.
+
+    Args and errors are those of `begin_save` and of what it returns.
+    """
+    report = begin_save(directory, content, shared, group=group, **options)()
+    return replace(report, stall_seconds=report.seconds)
+
+
+def begin_save(
+    directory: Location,
     content: RankContent,
     shared: SharedContent | None,
     *,
     group: dist.ProcessGroup | None,
     update_latest: bool = True,
     fsync: bool = True,
-) -> SaveReport:
-    """Save a checkpoint, called on every rank; when it returns, the checkpoint is there, whole, on all.
+    tag_validation: TagValidation = "fail",
+    frozen_before: StoredFile | None = None,
+    snapshot: Snapshot | None = None,
+    group_behind: dist.ProcessGroup | None = None,
+    began: float | None = None,
+) -> Callable[[], SaveReport]:
+    """Do what training has to wait for, and give what is left to be done: collective, both of them.
 
     Args:
-        directory: the tag's directory, on a file system that all ranks share.
+        directory: the tag's directory, on storage that all ranks share.
         content: what this rank puts in.
         shared: what the ranks have in common; needed on rank 0.
         group: the ranks; None for a single process.
         update_latest: have `latest` name the tag.
         fsync: make everything durable before it takes its name.
+        tag_validation: what to do where the ranks were given different tags: see `agree`.
+        frozen_before: this rank's frozen parameters in an earlier save, for `prepare`.
+        snapshot: where to copy what is to be saved, so that training may go on before the rest is done.
+        group_behind: the ranks again, for the rest, where training goes on.
+        began: when the save did, by `time.perf_counter()`; now, if not given.
 
     Raises:
         TagMismatchError: the ranks were to save different tags or steps.
         CheckpointWriteError: a rank failed. Both are raised on every rank alike: see [Note: all ranks fail together].
     """
-    began = time.perf_counter()
-    plan = agree(directory, content.step, group)
-    nbytes = finish(plan, write(plan, content, shared, fsync=fsync), shared, update_latest=update_latest, fsync=fsync)
-    return SaveReport(nbytes, time.perf_counter() - began, plan.directory)
+    plan = agree(directory, content.step, group, tag_validation=tag_validation, clean=snapshot is None)
+    plan = plan if began is None else replace(plan, began=began)
+    prepared = prepare(plan, content, shared, frozen_before=frozen_before, snapshot=snapshot)
+
+    def rest() -> SaveReport:
+        if snapshot is not None:
+            snapshot.wait()
+        written = write(plan, prepared, fsync=fsync)
+        then = plan if snapshot is None else replace(plan, group=group_behind)
+        report = finish(then, written, shared, update_latest=update_latest, fsync=fsync)
+        if snapshot is not None and plan.rank == 0:
+            commit.clean_leftovers(plan.directory.parent)  # `agree` hasn't, so that training needn't wait for it
+        return report
+
+    return rest
 
 
 # ------------------------------------------------------------------------------------------------------ agree
 
 
-def agree(directory: Path, step: int, group: dist.ProcessGroup | None) -> Plan:
+def agree(
+    directory: Location,
+    step: int,
+    group: dist.ProcessGroup | None,
+    *,
+    tag_validation: TagValidation = "fail",
+    clean: bool = True,
+) -> Plan:
     """Make sure that all ranks save the same, and make the staging directory. Collective.
+
+    Args:
+        directory: the tag's.
+        step: of training.
+        group: the ranks; None for a single process.
+        tag_validation: what to do where the ranks were given different tags: `fail`; or take rank 0's, and `warn` of
+            it, or `ignore` it. The steps have to be the same in any case.
+        clean: remove what dead saves have left, first.
 
     Raises:
         TagMismatchError: they don't.
         CheckpointWriteError: the directory can't be made.
     """
-    directory = Path(os.path.abspath(directory))
+    directory = absolute(directory)
     rank, world_size = (group.rank(), group.size()) if group is not None else (0, 1)
     save_id = secrets.token_hex(8) if rank == 0 else ""
-    lock = _attempt(rank, directory, partial(_prepare, directory, rank, save_id))
-    failure = lock if isinstance(lock, _Failure) else None
+    staged = _attempt(rank, directory, partial(_prepare_directory, directory, rank, save_id, clean))
+    failure = staged if isinstance(staged, _Failure) else None
     answers = _all_gather(group, (directory.name, step, save_id, failure))
-    save_id = answers[0][2]
-    staging = commit.staging_directory(directory.parent, directory.name, save_id)
-    lock = None if isinstance(lock, _Failure) else lock
-    plan = Plan(directory, staging, save_id, step, rank, world_size, group, lock)
     wanted = [(tag, step) for tag, step, *_ in answers]
-    if len(set(wanted)) > 1:
+    save_id = answers[0][2]
+    differ = len({tag for tag, _ in wanted}) > 1
+    if differ and tag_validation != "fail":
+        directory = directory.parent / wanted[0][0]
+    staging = commit.staging_directory(directory.parent, directory.name, save_id)
+    staged = None if isinstance(staged, _Failure) else staged
+    plan = Plan(directory, staging, save_id, step, rank, world_size, group, staged)
+    if (differ and tag_validation == "fail") or len({step for _, step in wanted}) > 1:
         _abandon(plan)
-        listed = "; ".join(f"rank {rank}: {tag!r} at step {step}" for rank, (tag, step) in enumerate(wanted[:16]))
         raise TagMismatchError(
-            f"the ranks were asked to save different things ({listed}). "
+            f"the ranks were asked to save different things ({_list_wanted(wanted)}). "
             "Every rank has to save the same tag at the same step"
         )
+    if differ and tag_validation == "warn":
+        warnings.warn(f"rank 0's tag is saved, of different ones ({_list_wanted(wanted)})", stacklevel=2)
     failed = next((found for *_, found in answers if found is not None), None)
     if failed is not None:
         _abandon(plan)
@@ -237,68 +316,86 @@ def agree(directory: Path, step: int, group: dist.ProcessGroup | None) -> Plan:
     return plan
 
 
-def _prepare(directory: Path, rank: int, save_id: str) -> commit.StagingLock | None:
+def _list_wanted(wanted: Sequence[tuple[str, int]]) -> str:
+    return "; ".join(f"rank {rank}: {tag!r} at step {step}" for rank, (tag, step) in enumerate(wanted[:16]))
+
+
+def _prepare_directory(directory: Location, rank: int, save_id: str, clean: bool) -> commit.Staging | None:
     commit.validate_tag(directory.name, hidden=True)
     if rank != 0:
         return None
-    commit.clean_leftovers(directory.parent)
-    return commit.make_staging(commit.staging_directory(directory.parent, directory.name, save_id))
+    if clean:
+        commit.clean_leftovers(directory.parent)
+    return commit.Staging(commit.staging_directory(directory.parent, directory.name, save_id), save_id)
 
 
-# ------------------------------------------------------------------------------------------------------ write
+# ---------------------------------------------------------------------------------------------------- prepare
 
 
-def write(plan: Plan, content: RankContent, shared: SharedContent | None, *, fsync: bool = True) -> _Written | _Failure:
-    """Write this rank's files into the staging directory. No collectives: safe in a thread of its own."""
-    return _attempt(plan.rank, plan.staging, partial(_write, plan, content, shared, fsync))
+def prepare(
+    plan: Plan,
+    content: RankContent,
+    shared: SharedContent | None,
+    *,
+    frozen_before: StoredFile | None = None,
+    snapshot: Snapshot | None = None,
+) -> _Prepared | _Failure:
+    """Get everything ready to be written. No collectives, and training waits: not safe in a thread.
+
+    Args:
+        plan: of the save.
+        content: what this rank puts in.
+        shared: needed on rank 0.
+        frozen_before: what stands for this rank's frozen parameters if every byte of them is still the same: the file
+            is linked (behind a URL, copied there) and not written again.
+        snapshot: where to copy what is left to be written.
+    """
+
+    def do() -> _Prepared:
+        linked = _link_frozen(plan, content, frozen_before)
+        rest = replace(content, frozen=()) if linked is not None else content
+        rest = snapshot.take(rest) if snapshot is not None else rest
+        trainer = None
+        if plan.rank == 0:
+            if shared is None:
+                raise ValueError("rank 0 has to say what the ranks share")
+            trainer = _serialize(shared.trainer)
+        return _Prepared(rest, linked, trainer, time.perf_counter() - plan.began)
+
+    return _attempt(plan.rank, plan.staging, do)
 
 
-def _write(plan: Plan, content: RankContent, shared: SharedContent | None, fsync: bool) -> _Written:
-    path = plan.staging / shard_name(plan.rank, plan.world_size)
-    if not plan.staging.is_dir():
-        raise FileNotFoundError(
-            f"the directory that rank 0 made is not visible here; all ranks have to save to one shared file system, "
-            f"and {plan.directory.parent} is not on one"
-        )
-    items = [_item(tensor) for tensor in content.tensors]
-    if content.rank_state:
-        state = memoryview(content.rank_state)
-        items.append(Item("rank", RANK_STATE, 0, len(state), "U8", (len(state),), lambda: [state]))
-    file = write_shard(
-        path, items, content.values, rank=plan.rank, step=content.step, save_id=plan.save_id, fsync=fsync
-    )
-    if plan.rank != 0:
-        return _Written(file, None)
-    if shared is None:
-        raise ValueError("rank 0 has to say what the ranks share")
-    return _Written(file, _write_trainer(plan.staging / TRAINER_NAME, shared.trainer, fsync))
+def _link_frozen(plan: Plan, content: RankContent, before: StoredFile | None) -> FileEntry | None:
+    """Have an earlier file stand for the frozen parameters, if it holds just them, as they are now."""
+    if before is None or not content.frozen:
+        return None
+    entry = before.entry
+    stored = {(tensor.name, tensor.start, tensor.stop, tensor.dtype): tensor.xxh3 for tensor in entry.tensors}
+    live = {(item.name, item.start, item.stop, code_of(item.tensor, item.name)): item for item in content.frozen}
+    if stored.keys() != live.keys() or any(check_header(before.path, entry)):
+        return None
+    # Not by a version counter: what is written through `.data` doesn't count
+    if any(_digest(item.tensor) != stored[key] for key, item in live.items()):
+        return None
+    name = shard_name(plan.rank, plan.world_size, frozen=True, save_id=plan.id_in_names)
+    if not link(before.path, plan.staging / name):
+        return None
+    return replace(entry, name=name, rank=plan.rank)
 
 
-def _item(tensor: TensorToSave) -> Item:
-    return Item(
-        tensor.kind,
-        tensor.name,
-        tensor.start,
-        tensor.stop,
-        code_of(tensor.tensor, tensor.name),
-        tuple(tensor.tensor.shape),
-        partial(tensor_chunks, tensor.tensor),
-        tensor.optimizer,
-        tensor.state,
-    )
+def _digest(tensor: Tensor) -> str:
+    digest = xxhash.xxh3_64()
+    for chunk in tensor_chunks(tensor):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
-def _write_trainer(path: Path, trainer: dict[str, Any], fsync: bool) -> TrainerFile:
+def _serialize(trainer: dict[str, Any]) -> memoryview:
     stream = io.BytesIO()
     torch.save(trainer, stream)
     content = stream.getbuffer()
     _warn_of_unsafe_globals(stream)
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        if fsync:
-            os.fsync(file.fileno())
-    return TrainerFile(len(content), xxhash.xxh3_64_hexdigest(content))
+    return content
 
 
 def _warn_of_unsafe_globals(stream: io.BytesIO) -> None:
@@ -319,6 +416,78 @@ def _warn_of_unsafe_globals(stream: io.BytesIO) -> None:
         )
 
 
+# ------------------------------------------------------------------------------------------------------ write
+
+
+def write(plan: Plan, prepared: _Prepared | _Failure, *, fsync: bool = True) -> _Written | _Failure:
+    """Write this rank's files into the staging directory. No collectives: safe in a thread of its own."""
+    if isinstance(prepared, _Failure):
+        return prepared
+    return _attempt(plan.rank, plan.staging, partial(_write, plan, prepared, fsync))
+
+
+def _write(plan: Plan, prepared: _Prepared, fsync: bool) -> _Written:
+    began = time.perf_counter()
+    content = prepared.content
+    if not (is_remote(plan.staging) or plan.staging.is_dir()):
+        raise FileNotFoundError(
+            f"the directory that rank 0 made is not visible here; all ranks have to save to one shared file system, "
+            f"and {plan.directory.parent} is not on one"
+        )
+    items = [_item(tensor) for tensor in content.tensors]
+    if content.rank_state:
+        state = memoryview(content.rank_state)
+        items.append(Item("rank", RANK_STATE, 0, len(state), "U8", (len(state),), lambda: [state]))
+    files = [_write_file(plan, items, content.values, fsync)]
+    if content.frozen:
+        files.append(_write_file(plan, [_item(tensor) for tensor in content.frozen], (), fsync, frozen=True))
+    nbytes = sum(file.nbytes for file in files)
+    if prepared.linked is not None:
+        files.append(prepared.linked)
+    trainer = None
+    if prepared.trainer is not None:
+        trainer = _write_trainer(plan, prepared.trainer, fsync)
+        nbytes += trainer.nbytes
+    return _Written(tuple(files), trainer, nbytes, time.perf_counter() - began, prepared.stall_seconds)
+
+
+def _write_file(
+    plan: Plan, items: Sequence[Item], values: Sequence[StoredValue], fsync: bool, *, frozen: bool = False
+) -> FileEntry:
+    name = shard_name(plan.rank, plan.world_size, frozen=frozen, save_id=plan.id_in_names)
+    return write_shard(
+        plan.staging / name,
+        items,
+        values,
+        rank=plan.rank,
+        step=plan.step,
+        save_id=plan.save_id,
+        frozen=frozen,
+        fsync=fsync,
+    )
+
+
+def _item(tensor: TensorToSave) -> Item:
+    return Item(
+        tensor.kind,
+        tensor.name,
+        tensor.start,
+        tensor.stop,
+        code_of(tensor.tensor, tensor.name),
+        tuple(tensor.tensor.shape),
+        partial(tensor_chunks, tensor.tensor),
+        tensor.optimizer,
+        tensor.state,
+    )
+
+
+def _write_trainer(plan: Plan, content: memoryview, fsync: bool) -> TrainerFile:
+    name = f"-{plan.id_in_names}.".join(TRAINER_NAME.split(".")) if plan.id_in_names else TRAINER_NAME
+    with create_file(plan.staging / name, len(content), fsync=fsync) as file:
+        file.write(content)
+    return TrainerFile(name, len(content), xxhash.xxh3_64_hexdigest(content))
+
+
 # ----------------------------------------------------------------------------------------------------- finish
 
 
@@ -329,16 +498,13 @@ def finish(
     *,
     update_latest: bool = True,
     fsync: bool = True,
-) -> int:
+) -> SaveReport:
     """Commit what all ranks have written, if all have. Collective.
-
-    Returns:
-        The bytes of the whole checkpoint.
 
     Raises:
         CheckpointWriteError: a rank failed; the staging directory is gone.
     """
-    outcome: int | _Failure = 0  # rank 0's, which the others are sent
+    outcome: _Committed | _Failure | None = None  # rank 0's, which the others are sent
     try:
         reports = _gather(plan.group, written)
         if plan.rank == 0:
@@ -355,28 +521,41 @@ def finish(
             f"{plan.directory} was not saved: a rank died, or can't be reached any more ({error})"
         ) from error
     finally:
-        if plan.lock is not None:
-            plan.lock.release()
+        if plan.staged is not None:
+            plan.staged.release()
     if isinstance(decided, _Failure):
         own = next((mine for mine in (written, outcome) if isinstance(mine, _Failure) and mine == decided), None)
         raise _error(plan, decided) from (own.error if own else None)
-    return decided
+    assert decided is not None
+    assert isinstance(written, _Written)
+    frozen = next((file for file in written.files if file.frozen), None)
+    return SaveReport(
+        plan.directory,
+        plan.step,
+        decided.nbytes,
+        decided.written_bytes,
+        time.perf_counter() - plan.began,
+        decided.stall_seconds,
+        decided.rank_seconds,
+        None if frozen is None else StoredFile(plan.directory / frozen.name, frozen),
+    )
 
 
 def _commit(
     plan: Plan, reports: Sequence[_Written], shared: SharedContent | None, update_latest: bool, fsync: bool
-) -> int:
+) -> _Committed:
     trainer = reports[0].trainer
     if shared is None or trainer is None:
         raise ValueError("rank 0 has to say what the ranks share")
+    sizes = _sizes(plan.staging)
     for rank, report in enumerate(reports):
-        path = plan.staging / report.file.name
-        size = path.stat().st_size if path.exists() else None
-        if size != report.file.nbytes:
-            raise FileNotFoundError(
-                f"rank {rank} has written {report.file.nbytes} bytes of {path.name}, and rank 0 sees "
-                f"{'no such file' if size is None else size}; all ranks have to save to one shared file system"
-            )
+        for file in report.files:
+            if sizes.get(file.name) != file.nbytes:
+                raise FileNotFoundError(
+                    f"rank {rank} has written {file.nbytes} bytes of {file.name}, and rank 0 sees "
+                    f"{sizes.get(file.name, 'no such file')}; all ranks have to save to one shared file system"
+                )
+    files = [file for report in reports for file in report.files]
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         save_id=plan.save_id,
@@ -389,19 +568,39 @@ def _commit(
         entries=tuple(shared.entries),
         aliases=dict(shared.aliases),
         optimizers=tuple(shared.optimizers),
-        files=tuple(report.file for report in reports),
+        files=tuple(sorted(files, key=lambda file: (file.frozen, file.rank))),
         trainer=trainer,
     )
     text = manifest.to_json()
     Manifest.from_json(text, MANIFEST_NAME)  # what can't be loaded must not be committed
+    content = text.encode()
     # IMPORTANT: the manifest comes after every file that it lists is durable
-    with open(plan.staging / MANIFEST_NAME, "x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        if fsync:
-            os.fsync(file.fileno())
-    commit.commit(plan.staging, plan.directory.parent, plan.directory.name, update_latest=update_latest, fsync=fsync)
-    return manifest.nbytes + len(text.encode())
+    with create_file(plan.staging / MANIFEST_NAME, len(content), fsync=fsync) as new:
+        new.write(content)
+    commit.commit(
+        plan.staging,
+        plan.directory.parent,
+        plan.directory.name,
+        update_latest=update_latest,
+        fsync=fsync,
+        files=[MANIFEST_NAME, trainer.name, *(file.name for file in files)],
+    )
+    return _Committed(
+        manifest.nbytes + len(content),
+        sum(report.nbytes for report in reports) + len(content),
+        max(report.stall_seconds for report in reports),
+        tuple(report.seconds for report in reports),
+    )
+
+
+def _sizes(directory: Location) -> dict[str, int]:
+    """The size of each file in a directory, with as few requests as possible."""
+    if is_remote(directory):
+        return {
+            about["name"].rpartition("/")[2]: about["size"] for about in directory.fs.ls(directory.path, detail=True)
+        }
+    with os.scandir(directory) as entries:
+        return {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
 
 
 def _versions() -> dict[str, str]:
@@ -417,7 +616,7 @@ def _versions() -> dict[str, str]:
 # --------------------------------------------------------------------------------------------------- failures
 
 
-def _attempt(rank: int, where: Path, action: Callable[[], _T]) -> _T | _Failure:
+def _attempt(rank: int, where: Location, action: Callable[[], _T]) -> _T | _Failure:
     """Do it; whatever goes wrong travels to the other ranks and is raised on all: nothing is swallowed."""
     try:
         return action()
@@ -435,9 +634,8 @@ def _error(plan: Plan, failure: _Failure) -> CheckpointWriteError:
 
 def _abandon(plan: Plan) -> None:
     """Take the staging directory away, on the rank that made it."""
-    if plan.lock is not None:
-        shutil.rmtree(plan.staging, ignore_errors=True)
-        plan.lock.release()
+    if plan.staged is not None:
+        plan.staged.abandon()
 
 
 # ------------------------------------------------------------------------------------------------ collectives

@@ -14,18 +14,15 @@ the header's checksum: so a shard of another save doesn't pass for this one's, e
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import os
-import stat
+import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import xxhash
 
-from lightning_zero.checkpoint import kernel
 from lightning_zero.checkpoint.manifest import (
     DTYPES,
     FORMAT_VERSION,
@@ -36,10 +33,10 @@ from lightning_zero.checkpoint.manifest import (
     key,
     label,
 )
+from lightning_zero.checkpoint.storage import Location, ReadableFile, create_file, open_file
 from lightning_zero.errors import IncompleteCheckpointError
 
-CHUNK_BYTES = 8 << 20
-_BUFFER_BYTES = 1 << 20
+_VERIFY_BYTES = 1 << 20
 _HEADER_ALIGNMENT = 64
 _ITEM_BYTES = dict(DTYPES.values())
 
@@ -69,19 +66,26 @@ class Item:
         return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
-def shard_name(rank: int, world_size: int) -> str:
-    """The name of a rank's shard file."""
-    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+def shard_name(rank: int, world_size: int, *, frozen: bool = False, save_id: str = "") -> str:
+    """The name of a rank's file; with the save's id in it where files of two saves may lie side by side."""
+    kind, of_save = "frozen" if frozen else "rank", f"-{save_id}" if save_id else ""
+    return f"{kind}-{rank:05d}-of-{world_size:05d}{of_save}.safetensors"
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether `shard_name` gives such names."""
+    return re.fullmatch(r"(rank|frozen)-\d+-of-\d+(-[0-9a-f]+)?\.safetensors", name) is not None
 
 
 def write_shard(
-    path: Path,
+    path: Location,
     items: Iterable[Item],
     values: Sequence[StoredValue],
     *,
     rank: int,
     step: int,
     save_id: str = "",
+    frozen: bool = False,
     fsync: bool = True,
 ) -> FileEntry:
     """Write one rank's file, and say what is in it.
@@ -94,11 +98,9 @@ def write_shard(
     ordered = sorted(items, key=lambda item: -_ITEM_BYTES[item.dtype])
     header = _header(ordered, {"rank": str(rank), "step": str(step), "save_id": save_id})
     tensors = []
-    with open(path, "xb", buffering=_BUFFER_BYTES) as file:
-        end = len(header) + sum(item.nbytes for item in ordered)
-        kernel.reserve(file.fileno(), end)
+    with create_file(path, len(header) + sum(item.nbytes for item in ordered), fsync=fsync) as file:
         file.write(header)
-        offset = written_back = len(header)
+        offset = len(header)
         for item in ordered:
             digest = xxhash.xxh3_64()
             begin = offset
@@ -106,10 +108,6 @@ def write_shard(
                 digest.update(chunk)
                 file.write(chunk)
                 offset += len(chunk)
-                if fsync and offset - written_back >= CHUNK_BYTES:
-                    file.flush()
-                    kernel.start_writeback(file.fileno(), written_back, offset - written_back)
-                    written_back = offset
             if offset - begin != item.nbytes:
                 raise ValueError(f"{item.name!r} gave {offset - begin} bytes in place of {item.nbytes}")
             tensors.append(
@@ -127,12 +125,9 @@ def write_shard(
                     item.state,
                 )
             )
-        file.flush()
-        if fsync:
-            os.fsync(file.fileno())
     digest_of_header = xxhash.xxh3_64_hexdigest(header)
     return FileEntry(
-        path.name, offset, len(header), digest_of_header, tuple(tensors), tuple(values), rank=rank, step=step
+        path.name, offset, len(header), digest_of_header, tuple(tensors), tuple(values), rank, step, frozen
     )
 
 
@@ -154,37 +149,6 @@ def _header(items: Iterable[Item], about: dict[str, str]) -> bytes:
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _HEADER_ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
-
-
-def open_shard(path: Path) -> int:
-    """Open a file of a checkpoint for reading; the caller closes it.
-
-    Raises:
-        IncompleteCheckpointError: it is not there, or is no plain file. A link is not followed: whatever a checkpoint
-            names lies within its own directory.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise IncompleteCheckpointError(f"{path} can't be read: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise IncompleteCheckpointError(f"{path} is not a plain file")
-    return fd
-
-
-def read_into(fd: int, offset: int, target: memoryview, where: Path) -> None:
-    """Fill `target` with the bytes that begin at `offset`.
-
-    Raises:
-        IncompleteCheckpointError: the file `where` ends before.
-    """
-    while len(target):
-        count = os.preadv(fd, [target], offset)
-        if count == 0:
-            raise IncompleteCheckpointError(f"{where} was cut short: it ends before byte {offset + len(target)}")
-        target = target[count:]
-        offset += count
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,59 +176,65 @@ class Problem:
         )
 
 
-def check_header(path: Path, entry: FileEntry) -> Iterator[Problem]:
+def check_header(path: Location, entry: FileEntry) -> Iterator[Problem]:
     """Whether the file is there, has its exact size, and begins with the header that it was given.
 
     That finds a file that is missing, cut short, or another save's, without reading the tensors.
     """
     try:
-        fd = open_shard(path)
-    except IncompleteCheckpointError as error:
-        yield Problem(entry.name, None, 0, entry.nbytes, str(error))
-        return
-    try:
-        size = os.fstat(fd).st_size
-        if size != entry.nbytes:
-            yield Problem(entry.name, None, min(size, entry.nbytes), entry.nbytes, f"the file has {size} bytes")
-        if size >= entry.header_nbytes:
+        file = open_file(path)
+        if file.nbytes != entry.nbytes:
+            text = f"the file has {file.nbytes} bytes"
+            yield Problem(entry.name, None, min(file.nbytes, entry.nbytes), entry.nbytes, text)
+        if file.nbytes >= entry.header_nbytes:
             header = bytearray(entry.header_nbytes)
-            read_into(fd, 0, memoryview(header), path)
+            file.read_into(0, memoryview(header))
             if xxhash.xxh3_64_hexdigest(header) != entry.header_xxh3:
                 text = "the header is damaged, or the file is another save's"
                 yield Problem(entry.name, None, 0, entry.header_nbytes, text)
-    finally:
-        os.close(fd)
+    except IncompleteCheckpointError as error:
+        yield Problem(entry.name, None, 0, entry.nbytes, str(error))
 
 
-def verify_file(
-    path: Path, entry: FileEntry, progress: Callable[[int], None] = lambda nbytes: None
+def verify_tensors(
+    file: ReadableFile,
+    entry: FileEntry,
+    tensors: Iterable[StoredTensor],
+    progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Iterator[Problem]:
-    """Compare every byte of a shard file with its checksum.
+    """Compare every byte of some of a shard file's tensors with their checksums.
 
     Args:
-        path: the file.
+        file: to read.
         entry: what it should hold.
+        tensors: some of them.
         progress: is told of the bytes as they are read.
     """
-    yield from check_header(path, entry)
-    try:
-        file = io.BufferedReader(io.FileIO(open_shard(path)), _BUFFER_BYTES)
-    except IncompleteCheckpointError:
-        return  # check_header has said so
-    with file:
-        file.seek(entry.header_nbytes)
-        buffer = memoryview(bytearray(CHUNK_BYTES))
-        for tensor in entry.tensors:
-            digest = xxhash.xxh3_64()
-            left = tensor.nbytes
-            while left and (count := file.readinto(buffer[:left])):
-                digest.update(buffer[:count])
-                progress(count)
-                left -= count
-            if left:
-                text = "missing: the file was cut short"
-            elif digest.hexdigest() != tensor.xxh3:
-                text = "the checksum doesn't match"
-            else:
-                continue
+    buffer = _buffer()
+    for tensor in tensors:
+        digest = xxhash.xxh3_64()
+        text = ""
+        for begin in range(0, tensor.nbytes, len(buffer)):
+            part = buffer[: min(len(buffer), tensor.nbytes - begin)]
+            try:
+                file.read_into(tensor.offset + begin, part)
+            except (IncompleteCheckpointError, OSError) as error:
+                text = f"it can't be read: {error}"
+                break
+            digest.update(part)
+            progress(len(part))
+        if not text and digest.hexdigest() != tensor.xxh3:
+            text = "the checksum doesn't match"
+        if text:
             yield Problem(entry.name, tensor.key, tensor.offset, tensor.offset + tensor.nbytes, text)
+
+
+_buffers = threading.local()
+
+
+def _buffer() -> memoryview:
+    """This thread's: large enough for the disk, small enough for the processor's cache."""
+    if not hasattr(_buffers, "memory"):
+        _buffers.memory = memoryview(bytearray(_VERIFY_BYTES))
+    memory: memoryview = _buffers.memory
+    return memory

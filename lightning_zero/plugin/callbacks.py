@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from typing_extensions import override
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.integrity import read_manifest
 from lightning_zero.checkpoint.load import is_checkpoint, resolve
+from lightning_zero.checkpoint.manifest import MANIFEST_NAME
+from lightning_zero.checkpoint.storage import is_remote, locate, names_in
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.plugin.strategy import ZeroStrategy
 
@@ -35,6 +40,7 @@ class ZeroCheckpoint(ModelCheckpoint):
         keep_last: keep this many of the newest tags of `dirpath` (and the best by `monitor`, if one is given), and
             remove older ones; None: as `save_top_k` says.
         keep_every_n_steps: tags whose step is a multiple of it are never removed.
+        async_save: go on with training while a checkpoint is written: see `ZeroCheckpointIO`. None: as that one says.
         monitor: as for `ModelCheckpoint`, like all that follow.
         save_top_k: by default 1; all, where tags are kept by number and nothing is monitored.
         enable_version_counter: save a tag that is there already as another, `-v1`.
@@ -51,6 +57,7 @@ class ZeroCheckpoint(ModelCheckpoint):
         *,
         keep_last: int | None = None,
         keep_every_n_steps: int | None = None,
+        async_save: bool | None = None,
         monitor: str | None = None,
         save_top_k: int | None = None,
         enable_version_counter: bool = False,
@@ -61,6 +68,7 @@ class ZeroCheckpoint(ModelCheckpoint):
                 raise ValueError(f"{name} must be at least 1, or None, not {value}")
         self.keep_last = keep_last
         self.keep_every_n_steps = keep_every_n_steps
+        self.async_save = async_save
         if save_top_k is None:
             save_top_k = -1 if self._retains and monitor is None else 1
         super().__init__(
@@ -78,22 +86,31 @@ class ZeroCheckpoint(ModelCheckpoint):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.async_save and not isinstance(trainer.strategy, ZeroStrategy):
+            raise UnsupportedModelError(
+                f"ZeroCheckpoint(async_save=True) needs Trainer(strategy=ZeroStrategy()), not "
+                f"{type(trainer.strategy).__name__}"
+            )
         self.dirpath = self._save_directory(trainer)
         super().setup(trainer, pl_module, stage)
 
     def _save_directory(self, trainer: Trainer) -> str:
-        return os.fspath(self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints"))
+        return str(self.dirpath or locate(trainer.default_root_dir) / "checkpoints")
 
     @override
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         directory = self._save_directory(trainer)
         requeued = trainer._checkpoint_connector._hpc_resume_path if SLURMEnvironment.detect() else None
         found = {requeued} if requeued else set()  # Lightning takes whichever is newest
-        found |= {path for path in super()._find_last_checkpoints(trainer) if os.path.isfile(path)}  # as DDP saves them
+        save_dir = locate(directory)
+        if not is_remote(save_dir):  # as DDP saves them
+            found |= {path for path in super()._find_last_checkpoints(trainer) if os.path.isfile(path)}
         if not is_checkpoint(directory):
             if not found:
                 rank_zero_info(f"no checkpoint in {directory} yet: training starts afresh")
-                files = sorted(path.name for path in Path(directory).glob("*.ckpt") if path.is_file())
+                ending = self.FILE_EXTENSION
+                files = [name for name in sorted(names_in(save_dir)) if (save_dir / name).suffix == ending]
+                files = [name for name in files if (save_dir / name).is_file()]
                 if files:
                     rank_zero_warn(
                         f'{directory} holds checkpoints of another strategy, {files}, which ckpt_path="last" doesn\'t '
@@ -104,7 +121,8 @@ class ZeroCheckpoint(ModelCheckpoint):
         if self.save_weights_only and not read_manifest(newest).optimizers:
             rank_zero_warn(f"{newest} holds weights alone, which no training can resume from: it starts afresh")
             return found
-        return {os.fspath(newest), *found}
+        # Lightning asks when it was written, and what has no directories knows that of files alone
+        return {str(newest / MANIFEST_NAME if is_remote(newest) else newest), *found}
 
     @override
     def _save_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
@@ -115,9 +133,24 @@ class ZeroCheckpoint(ModelCheckpoint):
 
     @override
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
+        strategy = trainer.strategy
+        if not isinstance(strategy, ZeroStrategy):
+            super()._save_checkpoint(trainer, filepath)
+            return
+        with strategy.saving_behind(self.async_save):
+            super()._save_checkpoint(trainer, filepath)
         if self._retains and trainer.is_global_zero:
-            self._prune()
+            strategy.after_commit(self._retention())
+
+    @staticmethod
+    @override
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        if not isinstance(trainer.strategy, ZeroStrategy):
+            ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
+            return
+        if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
+            trainer.strategy.after_commit(partial(commit.link_tag, Path(filepath), Path(linkpath)))
+        trainer.strategy.barrier()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -135,20 +168,35 @@ class ZeroCheckpoint(ModelCheckpoint):
         if not self._retains:
             super()._remove_checkpoint(trainer, filepath)
 
-    def _prune(self) -> None:
+    def _retention(self) -> Callable[[], object]:
+        """What removes the tags that needn't be kept after this save: it may have to wait for the commit."""
         assert self.dirpath is not None
         kept = {self.best_model_path, self.last_model_path, *self.best_k_models} if self.monitor else set()
-        directory = Path(self.dirpath)
-        protect = {Path(path).name for path in kept if path}
-        if self.keep_every_n_steps is not None:
-            protect |= {
-                tag.name
-                for tag in commit.list_tags(directory)
-                if tag.manifest is not None and tag.manifest.step % self.keep_every_n_steps == 0
-            }
-        last = directory / Path(self.last_model_path).name if self.last_model_path else None
-        extra = 1 if last is not None and last.is_dir() and not last.is_symlink() else 0  # `save_last` is one more
-        commit.prune(directory, (self.keep_last or 1) + extra, protect=protect)
+        directory = locate(self.dirpath)
+        last = directory / locate(self.last_model_path).name if self.last_model_path else None
+        pattern = self._tag_pattern()
+
+        def remove() -> None:
+            extra = 1 if last is not None and last.is_dir() and not last.is_symlink() else 0  # `save_last` is one more
+            commit.prune(
+                directory,
+                (self.keep_last or 1) + extra,
+                protect={locate(path).name for path in kept if path},
+                keep_every_n_steps=self.keep_every_n_steps,
+                among=lambda name: pattern.fullmatch(name) is not None,
+            )
+
+        return remove
+
+    def _tag_pattern(self) -> re.Pattern[str]:
+        """What this callback's own tags look like; nobody else's are removed."""
+        names = [self.filename or "", self.CHECKPOINT_NAME_LAST]
+        if self.auto_insert_metric_name:
+            names = [
+                re.sub(r"{([^}:]*)", lambda m: f"{m[1]}{self.CHECKPOINT_EQUALS_CHAR}{m[0]}", name) for name in names
+            ]
+        ours = "|".join(".*".join(map(re.escape, re.split(r"{[^}]*}", name))) for name in names)
+        return re.compile(rf"(?:{ours})(?:{self.CHECKPOINT_JOIN_CHAR}v\d+)?{re.escape(self.FILE_EXTENSION)}")
 
 
 class Fp32Export(Callback):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,25 +14,52 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
 from lightning_zero.checkpoint import commit
-from lightning_zero.checkpoint.integrity import Depth
+from lightning_zero.checkpoint.background import BackgroundSave
+from lightning_zero.checkpoint.content import RankContent, SharedContent
+from lightning_zero.checkpoint.integrity import Depth, read_manifest
 from lightning_zero.checkpoint.load import Checkpoint, is_checkpoint, resolve
-from lightning_zero.checkpoint.save import RankContent, SaveReport, SharedContent, save_checkpoint
-from lightning_zero.errors import CheckpointWriteError
+from lightning_zero.checkpoint.save import SaveReport, StoredFile, TagValidation, begin_save
+from lightning_zero.checkpoint.snapshot import Snapshot
+from lightning_zero.checkpoint.storage import Location, is_remote, locate
+from lightning_zero.errors import ZeroError
 
 PREPARED = "lightning_zero_prepared_save"
 """Where a `PreparedSave` is in Lightning's dict: an entry comes through a wrapper that makes another dict of it."""
 
 
 class PreparedSave:
-    """What the ranks write into a directory, and the group they agree in."""
+    """What the ranks write into a directory, and how. No dataclass: Lightning would copy what is in it.
+
+    Args:
+        content: what this rank puts in.
+        shared: what they have in common.
+        group: the ranks; None for a single process.
+        update_latest: have `latest` name it.
+        behind: go on with training while it is written; then `group_behind` is the thread's own.
+        tag_validation: what to do where the ranks were given different tags.
+        began: when training began to wait, by `time.perf_counter()`.
+    """
 
     def __init__(
-        self, content: RankContent, shared: SharedContent, group: dist.ProcessGroup | None, *, update_latest: bool
+        self,
+        content: RankContent,
+        shared: SharedContent,
+        group: dist.ProcessGroup | None,
+        *,
+        update_latest: bool,
+        behind: bool,
+        group_behind: dist.ProcessGroup | None,
+        tag_validation: TagValidation,
+        began: float,
     ) -> None:
         self.content = content
         self.shared = shared
         self.group = group
         self.update_latest = update_latest
+        self.behind = behind
+        self.group_behind = group_behind
+        self.tag_validation: TagValidation = tag_validation
+        self.began = began
 
 
 class LoadedCheckpoint(dict[str, Any]):
@@ -40,22 +71,44 @@ class LoadedCheckpoint(dict[str, Any]):
 
 
 class ZeroCheckpointIO(TorchCheckpointIO):
-    """Saves and loads checkpoint directories, all ranks together.
+    """Saves and loads checkpoint directories, all ranks together; on a mounted file system, or at any URL of fsspec's.
 
     Args:
+        async_save: go on with training while a checkpoint is written. Training waits for a copy of this rank's segments
+            in host memory, which is used again for the next. One save is under way at a time. What fails is raised at
+            the next save, or at the end of fit; deletions wait until the newer checkpoint is there.
         verify: what a load checks: `"none"`, `"sizes"` (every file is there with its size and header) or `"full"`
             (every byte against its checksum).
         fsync: make sure that a checkpoint has reached the disk before it takes its name. Turn it off only where a
             power cut doesn't matter.
     """
 
-    def __init__(self, *, verify: Depth = "sizes", fsync: bool = True) -> None:
+    def __init__(self, *, async_save: bool = False, verify: Depth = "sizes", fsync: bool = True) -> None:
         super().__init__()
         if verify not in get_args(Depth):
             raise ValueError(f'verify must be "none", "sizes" or "full", not {verify!r}')
+        self.async_save = async_save
         self.verify = verify
         self.fsync = fsync
         self.last_save: SaveReport | None = None
+        """What the last save did that is done."""
+        self._reports: list[SaveReport] = []
+        self._frozen: StoredFile | None = None
+        self._verified = False
+        self._prepare_process()
+
+    def _prepare_process(self) -> None:
+        self._snapshot = Snapshot()
+        self._background = BackgroundSave()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_snapshot": None, "_background": None}  # threads and memory are a process's own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._prepare_process()
+
+    # --- save ---
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
@@ -64,19 +117,70 @@ class ZeroCheckpointIO(TorchCheckpointIO):
         if prepared is None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        if "://" in str(path):
-            raise CheckpointWriteError(
-                f"{path} is not saved: sharded checkpoints go to mounted file systems, not to URLs. Give a path, or "
-                "write whole checkpoints to the URL by ZeroStrategy(checkpoint_io=TorchCheckpointIO())"
-            )
-        self.last_save = save_checkpoint(
-            Path(path),
+        self.join()
+        directory = locate(path)
+        before = (self._frozen or _frozen_of_latest(directory.parent, prepared)) if prepared.content.frozen else None
+        rest = begin_save(
+            directory,
             prepared.content,
             prepared.shared,
             group=prepared.group,
             update_latest=prepared.update_latest,
             fsync=self.fsync,
+            tag_validation=prepared.tag_validation,
+            frozen_before=before,
+            snapshot=self._snapshot if prepared.behind else None,
+            group_behind=prepared.group_behind,
+            began=prepared.began,
         )
+        if prepared.behind:
+            self._background.begin(rest)
+        else:
+            report = rest()
+            self._done(replace(report, stall_seconds=report.seconds))
+
+    def _done(self, report: SaveReport) -> None:
+        self.last_save = report
+        self._frozen = report.frozen or self._frozen
+        self._reports.append(report)
+
+    def join(self) -> None:
+        """Wait for the save that is under way, if there is one.
+
+        Raises:
+            CheckpointWriteError: it failed. It isn't raised a second time.
+        """
+        try:
+            self._background.join()
+        finally:
+            self._collect()
+
+    def _collect(self) -> None:
+        report = self._background.take_report()
+        if report is not None:
+            self._done(report)
+
+    def take_reports(self) -> list[SaveReport]:
+        """What the saves did that were done since this was last asked."""
+        self._collect()
+        reports, self._reports = self._reports, []
+        return reports
+
+    def before_step(self) -> None:
+        """Before an optimizer changes what is being copied: see `Snapshot.fence`."""
+        self._snapshot.fence()
+
+    def after_commit(self, action: Callable[[], object]) -> None:
+        """Do something when the checkpoint that is being saved is there; at once, if none is. Not, if it fails."""
+        self._background.after_commit(action)
+
+    @override
+    def teardown(self) -> None:
+        """Wait for the save that is under way, and give the host memory back."""
+        self.join()
+        self._snapshot.release()
+
+    # --- load and remove ---
 
     @override
     def load_checkpoint(
@@ -86,19 +190,54 @@ class ZeroCheckpointIO(TorchCheckpointIO):
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Load a directory (a tag's, or a save directory, whose `latest` then decides) or a plain file."""
+        self.join()
         if not is_checkpoint(path):
             options = (
                 {} if weights_only is None else {"weights_only": weights_only}
             )  # Lightning 2.5 knows no such thing
             return super().load_checkpoint(path, map_location or (lambda storage, _: storage), **options)
-        source = Checkpoint(resolve(path, verify=self.verify), verify=self.verify)
+        verify = "none" if self._verified else self.verify
+        source = Checkpoint(resolve(path, verify=verify), verify=verify)
         return LoadedCheckpoint(source.lightning_checkpoint(weights_only=weights_only is not False), source)
+
+    @contextmanager
+    def loading_verified(self) -> Iterator[None]:
+        """What is loaded within has been looked at, as deep as `verify` says."""
+        self._verified = True
+        try:
+            yield
+        finally:
+            self._verified = False
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a tag's directory, or a file. `latest` never goes on naming what was removed."""
-        where = Path(path)
-        if where.is_dir() and not where.is_symlink():
+        """Remove a tag's directory, or a file. `latest` never goes on naming what was removed.
+
+        While a save is under way, it happens after that one's commit: what is to be removed may be the only copy.
+        """
+        self.after_commit(partial(_remove, locate(path)))
+
+
+def _remove(where: Location) -> None:
+    if is_remote(where):
+        if where.is_dir():
             commit.remove_tag(where.parent, where.name)
-        elif where.is_symlink() or where.exists():
+        elif where.exists():
             where.unlink()
+    elif where.is_dir() and not where.is_symlink():
+        commit.remove_tag(where.parent, where.name)
+    elif where.is_symlink() or where.exists():
+        where.unlink()
+
+
+def _frozen_of_latest(save_dir: Location, prepared: PreparedSave) -> StoredFile | None:
+    """This rank's frozen parameters in the checkpoint that `latest` names, as an earlier run has left them."""
+    try:
+        latest = commit.read_latest(save_dir)
+        if latest is None:
+            return None
+        rank = prepared.group.rank() if prepared.group is not None else 0
+        files = read_manifest(save_dir / latest).files
+    except (ZeroError, OSError):
+        return None
+    return next((StoredFile(save_dir / latest / f.name, f) for f in files if f.frozen and f.rank == rank), None)

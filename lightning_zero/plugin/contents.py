@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from lightning_zero.checkpoint.content import RankContent, SharedContent, TensorToSave
 from lightning_zero.checkpoint.manifest import Entry, OptimizerEntry, Role, StoredValue
-from lightning_zero.checkpoint.save import RankContent, SharedContent, TensorToSave
 from lightning_zero.engine.optimizer import MASTER
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import UnsupportedModelError
@@ -59,6 +59,7 @@ def contents(
     aliases: dict[str, str] = {}
     stored_names: dict[Parameter, str] = {}
     frozen: list[tuple[str, Tensor]] = []
+    untrained: list[tuple[str, Tensor]] = []
     tensors: list[TensorToSave] = []
     for name, value in state_dict.items():
         if not isinstance(value, Tensor):
@@ -74,11 +75,14 @@ def contents(
         elif _memory(value) in buffers:
             role = "buffer"
         entries.append(Entry(name, tuple(value.shape), str(value.dtype).removeprefix("torch."), role))
-        if parameter is not None and role != "parameter":
+        if role == "frozen":
             frozen.append((name, value))
+        elif role == "given" and parameter is not None:
+            untrained.append((name, value))
         elif role != "parameter" and rank == 0 and value.numel():
-            tensors.append(TensorToSave("model", name, 0, value.numel(), value.detach().reshape(-1)))
-    tensors += _share_of(frozen, rank, world_size)
+            flat = value.detach().reshape(-1)
+            tensors.append(TensorToSave("model", name, 0, value.numel(), flat, steady=False))
+    tensors += _share_of(untrained, rank, world_size)
 
     values: list[StoredValue] = []
     optimizers: list[OptimizerEntry] = []
@@ -113,7 +117,13 @@ def contents(
     own = {"random": get_random_state(), "loops": checkpoint.get("loops"), "metrics": dict(metrics or {})}
     torch.serialization.save(own, rank_state)
     return (
-        RankContent(tensors, values, rank_state.getvalue(), step=checkpoint["global_step"]),
+        RankContent(
+            tensors,
+            values,
+            rank_state.getvalue(),
+            step=checkpoint["global_step"],
+            frozen=_share_of(frozen, rank, world_size),
+        ),
         SharedContent(checkpoint["epoch"], stage, entries, aliases, optimizers, trainer),
     )
 

@@ -11,7 +11,8 @@ import atexit
 import pickle
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_zero.engine.collectives import Collectives, collectives_for
-from lightning_zero.errors import ZeroError
+from lightning_zero.errors import UnreachableRankError, ZeroError
 
 _T = TypeVar("_T")
 
@@ -53,11 +54,12 @@ class Ranks:
         self.device = torch.device("cpu")
         """Where this rank's parameters are."""
         self._groups: _Groups | None = None
+        self._behind: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
         self._renewals = 0
         self._all_arrived: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_groups": None}
+        return {**vars(self), "_groups": None, "_behind": None}
 
     @property
     def count(self) -> int:
@@ -90,11 +92,22 @@ class Ranks:
         """For words."""
         return self._own.control
 
+    @property
+    def behind(self) -> dist.ProcessGroup:
+        """For what a thread says behind training. To be made, and let go, while no such thread runs."""
+        world = self._own.world
+        if self._behind is None or self._behind[0] is not world:
+            group = dist.new_group(timeout=self._timeout, backend="gloo")
+            assert group is not None
+            self._behind = world, group
+        return self._behind[1]
+
     def renew(self) -> None:
         """Begin a fit with groups in which nothing is under way: the last one may have ended in an exception."""
         groups, self._groups = self._groups, None
+        behind, self._behind = self._behind, None
         if groups is not None and groups.world is dist.group.WORLD:
-            for group in (groups.data, groups.control):
+            for group in (groups.data, groups.control, *(behind or ())[1:]):
                 dist.destroy_process_group(group)
         self._renewals += 1
         self._all_arrived = None
@@ -102,6 +115,7 @@ class Ranks:
     def release(self) -> None:
         """Let go of the groups."""
         groups, self._groups = self._groups, None
+        self._behind = None
         if groups is not None:
             groups.collectives.release()
 
@@ -110,7 +124,8 @@ class Ranks:
         outcome: list[Any] = [None]
         if self.rank == 0:
             outcome = [_outcome(decide)]
-        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        with self._reaching_all():
+            dist.broadcast_object_list(outcome, src=0, group=self.control)
         error, value = outcome[0]
         if error is not None:
             raise error
@@ -121,14 +136,29 @@ class Ranks:
         """Call a function on every rank. If it fails on one, it fails on all, with the first rank's error."""
         error, value = _outcome(function)
         errors: list[Exception | None] = [None] * self.count
-        dist.all_gather_object(errors, error, group=self.control)
-        first = next(((rank, error) for rank, error in enumerate(errors) if error is not None), None)
-        if first is not None:
-            rank, failure = first
-            if isinstance(failure, ZeroError):
-                raise type(failure)(f"rank {rank}: {failure}") from error
-            raise failure
+        with self._reaching_all():
+            dist.all_gather_object(errors, error, group=self.control)
+        _raise_first(errors, error)
         return value  # type: ignore[return-value]
+
+    def everyones(self, function: Callable[[], list[_T]]) -> list[_T]:
+        """What a function gives on each rank, all put together, on every rank."""
+        own = _outcome(function)
+        outcomes: list[Any] = [None] * self.count
+        with self._reaching_all():
+            dist.all_gather_object(outcomes, own, group=self.control)
+        _raise_first([error for error, _ in outcomes], own[0])
+        return [item for _, items in outcomes for item in items]
+
+    @contextmanager
+    def _reaching_all(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # what a group raises when a peer doesn't come, or has died
+            raise UnreachableRankError(
+                f"rank {self.rank} waited in vain for the other ranks. What all do together has to be called on every "
+                f"rank (not under `if rank == 0`), at the same place; or one of them has died ({error})"
+            ) from error
 
     def all_are_here(self) -> bool:
         """After an exception: whether it is every rank's, so that they can still do something together.
@@ -172,6 +202,14 @@ def _leave(of: weakref.ref[Ranks]) -> None:
         ranks.release()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _raise_first(errors: list[Exception | None], own: Exception | None) -> None:
+    for rank, failure in enumerate(errors):
+        if isinstance(failure, ZeroError):
+            raise type(failure)(f"rank {rank}: {failure}") from own
+        if failure is not None:
+            raise failure
 
 
 def _outcome(function: Callable[[], _T]) -> tuple[Exception | None, _T | None]:

@@ -6,12 +6,14 @@ import inspect
 import itertools
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -34,13 +36,22 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_zero.checkpoint.commit import validate_tag
+from lightning_zero.checkpoint.content import RankContent, SharedContent
 from lightning_zero.checkpoint.export import convert_zero_checkpoint_to_fp32_state_dict
-from lightning_zero.checkpoint.integrity import Depth
+from lightning_zero.checkpoint.integrity import Depth, find_problems, problems_as_error, read_manifest
 from lightning_zero.checkpoint.load import is_checkpoint, resolve
-from lightning_zero.checkpoint.save import RankContent, SharedContent
+from lightning_zero.checkpoint.save import TagValidation
+from lightning_zero.checkpoint.storage import Location, locate
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
-from lightning_zero.errors import CheckpointMismatchError, CheckpointWriteError, UnsupportedModelError
+from lightning_zero.errors import (
+    CheckpointMismatchError,
+    CheckpointWriteError,
+    UnreachableRankError,
+    UnsupportedModelError,
+    ZeroError,
+)
 from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown
 from lightning_zero.plugin.checkpoint_io import PREPARED, LoadedCheckpoint, PreparedSave, ZeroCheckpointIO
 from lightning_zero.plugin.contents import contents
@@ -53,6 +64,7 @@ from lightning_zero.plugin.precision import route_clipping, unroute_clipping
 from lightning_zero.plugin.ranks import Ranks, stay_at_exit
 from lightning_zero.plugin.resume import Resume
 from lightning_zero.plugin.signals import SharedSignals
+from lightning_zero.plugin.telemetry import SaveTelemetry
 
 _T = TypeVar("_T")
 _CLIENT_STATE = "lightning_zero_client_state"
@@ -79,6 +91,8 @@ class ZeroStrategy(DDPStrategy):
         find_unused_parameters: set this where a parameter may have a gradient on one rank and none on another.
             On gloo it works without; on NCCL it costs a synchronisation a backward.
         broadcast_buffers: give every rank the first rank's buffers before each forward, as DDP does.
+        tag_validation: what to do where the ranks are given different tags to save: `"fail"`, or take the first
+            rank's, and `"warn"` of it, or `"ignore"` it.
         accelerator: as for `DDPStrategy`, like all that follow.
         parallel_devices: the devices of this node.
         cluster_environment: who started the processes.
@@ -103,6 +117,7 @@ class ZeroStrategy(DDPStrategy):
         reduce_dtype: str | torch.dtype | None = None,
         find_unused_parameters: bool = False,
         broadcast_buffers: bool = True,
+        tag_validation: TagValidation = "fail",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -120,6 +135,7 @@ class ZeroStrategy(DDPStrategy):
             raise ValueError(f'partition must be "auto", "element" or "parameter", not {partition!r}')
         if not isinstance(bucket_size_mb, (int, float)) or bucket_size_mb <= 0:
             raise ValueError(f"bucket_size_mb must be a positive number, not {bucket_size_mb!r}")
+        _require_tag_validation(tag_validation)
         if start_method not in _START_METHODS:
             raise ValueError(f"start_method must be one of {_START_METHODS}, not {start_method!r}")
         super().__init__(
@@ -139,6 +155,9 @@ class ZeroStrategy(DDPStrategy):
         self._find_unused_parameters = find_unused_parameters
         self._broadcast_buffers = broadcast_buffers
         self._buffers_due = True
+        self._tag_validation: TagValidation = tag_validation
+        self._behind: bool | None = None
+        self._telemetry = SaveTelemetry()
         self._partition: Partition | None = None
         self._ranks = Ranks(timeout)
         self._resume: Resume | None = None
@@ -169,13 +188,18 @@ class ZeroStrategy(DDPStrategy):
     @property
     def _sharded_io(self) -> CheckpointIO:
         """What writes and reads directories, whatever the user's own writes."""
-        return self.checkpoint_io if isinstance(self._innermost_io, ZeroCheckpointIO) else ZeroCheckpointIO()
+        return self.checkpoint_io if self._own_io is not None else ZeroCheckpointIO()
+
+    @property
+    def _own_io(self) -> ZeroCheckpointIO | None:
+        """The one that writes directories, whatever is wrapped around it; None if the user's own writes files."""
+        innermost = self._innermost_io
+        return innermost if isinstance(innermost, ZeroCheckpointIO) else None
 
     @property
     def _verify(self) -> Depth:
-        """How sound a checkpoint has to be for it to be chosen."""
-        innermost = self._innermost_io
-        return innermost.verify if isinstance(innermost, ZeroCheckpointIO) else "sizes"
+        """How sound a checkpoint has to be to be loaded."""
+        return self._own_io.verify if self._own_io is not None else "sizes"
 
     @property
     @override
@@ -260,6 +284,7 @@ class ZeroStrategy(DDPStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        self._join_quietly()
         if not self._stopped_together:
             stay_at_exit()
         super().on_exception(exception)
@@ -306,8 +331,7 @@ class ZeroStrategy(DDPStrategy):
     @property
     def _interrupted(self) -> bool:
         """An exception is under way: the other ranks may not know of it."""
-        module = self.lightning_module
-        trainer = module._trainer if module is not None else None
+        trainer = self._trainer_if_any
         return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED and self.world_size > 1
 
     @property
@@ -316,12 +340,16 @@ class ZeroStrategy(DDPStrategy):
 
     def all_ranks_are_here(self) -> bool:
         """Whether the ranks can do something together: after an exception only if every rank had one."""
-        return not self._interrupted or self._stopped_together or self._ranks.all_are_here()
+        if not self._interrupted or self._stopped_together:
+            return True
+        self._join_quietly()  # all ranks' savers end together, and with them this wait
+        return self._ranks.all_are_here()
 
     # --- a step ---
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._log_saves()
         self._before_forward()
         return super().training_step(*args, **kwargs)
 
@@ -420,7 +448,7 @@ class ZeroStrategy(DDPStrategy):
         if self._interrupted and self._partition is not None and self._partition.is_stepping:
             warnings.warn(_BROKEN_OFF.format(filepath), stacklevel=2)
             return
-        passing = Path(filepath).name.startswith(".")  # `lr_find` saves one, and removes it
+        passing = locate(filepath).name.startswith(".")  # `lr_find` saves one, and removes it
         full = "optimizer_states" in checkpoint and self._partition is not None
         self._save(checkpoint, filepath, storage_options, update_latest=full and not passing)
 
@@ -432,12 +460,17 @@ class ZeroStrategy(DDPStrategy):
         *,
         update_latest: bool,
         io: CheckpointIO | None = None,
+        behind: bool | None = None,
+        tag_validation: TagValidation | None = None,
     ) -> None:
         assert self.lightning_module is not None
+        began = time.perf_counter()
+        if behind is None:
+            behind = self._saves_behind
         # After a fit in spawned processes, the one that is left has the weights, and no process group.
         group = self._ranks.control if dist.is_initialized() else None
         module, partition = self.lightning_module, self._partition
-        if io is None and not isinstance(self._innermost_io, ZeroCheckpointIO):
+        if io is None and self._own_io is None:
             self._save_by_rank_zero(checkpoint, path, storage_options)
             return
 
@@ -454,11 +487,70 @@ class ZeroStrategy(DDPStrategy):
                 checkpoint, module, partition, rank=rank, world_size=world_size, stage=self.stage, metrics=metrics
             )
 
-        content, shared = describe() if group is None else self._ranks.all_or_none(describe)
-        prepared = PreparedSave(content, shared, group, update_latest=update_latest)
+        try:
+            content, shared = describe() if group is None else self._ranks.all_or_none(describe)
+        except UnreachableRankError as error:
+            raise CheckpointWriteError(f"{os.fspath(path)} is not saved: {error}") from error
+        prepared = PreparedSave(
+            content,
+            shared,
+            group,
+            update_latest=update_latest,
+            behind=behind,
+            group_behind=self._ranks.behind if behind and group is not None else None,
+            tag_validation=tag_validation or self._tag_validation,
+            began=began,
+        )
         io = io or self.checkpoint_io
         io.save_checkpoint({**checkpoint, PREPARED: prepared}, path, storage_options=storage_options)
         self._wait_for_threads()
+        self._log_saves()
+
+    @property
+    def _saves_behind(self) -> bool:
+        """Whether a save is to go on behind training: only while there is training."""
+        asked = self._behind if self._behind is not None else self._own_io is not None and self._own_io.async_save
+        trainer = self._trainer_if_any
+        if not asked or trainer is None:
+            return False
+        return trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
+
+    @contextmanager
+    def saving_behind(self, behind: bool | None) -> Generator[None]:
+        """Have the saves within go on behind training, or not, whatever the CheckpointIO's own setting (None: that)."""
+        before, self._behind = self._behind, behind
+        try:
+            yield
+        finally:
+            self._behind = before
+
+    def after_commit(self, action: Callable[[], object]) -> None:
+        """Do something when the checkpoint that is being saved is there; at once, if none is; not, if it fails."""
+        if self._own_io is not None:
+            self._own_io.after_commit(action)
+        else:
+            action()
+
+    def _join_save(self) -> None:
+        """Wait for the save that is under way, and raise what went wrong with it."""
+        if self._own_io is not None:
+            try:
+                self._own_io.join()
+            finally:
+                self._log_saves()
+
+    def _join_quietly(self) -> None:
+        """While another exception is on its way: wait, and say what went wrong."""
+        try:
+            self._join_save()
+        except Exception as error:
+            warnings.warn(f"the save that was under way failed too: {error}", stacklevel=2)
+
+    def _log_saves(self) -> None:
+        trainer = self._trainer_if_any
+        for report in self._own_io.take_reports() if self._own_io is not None else ():
+            if self.is_global_zero and trainer is not None:
+                self._telemetry.log(report, trainer.loggers)
 
     def _save_by_rank_zero(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None) -> None:
         """Save as DDP does, by a `CheckpointIO` that knows no shards: put together, and written by one rank."""
@@ -490,33 +582,42 @@ class ZeroStrategy(DDPStrategy):
         client_state: Mapping[str, Any] | None = None,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
+        *,
+        tag_validation: TagValidation | None = None,
     ) -> None:
         """Save everything under `save_dir/tag`, as DeepSpeed's `save_checkpoint` does. Called on every rank.
 
         Args:
-            save_dir: the save directory.
+            save_dir: the save directory, a path or a URL.
             tag: `global_step{N}` by default; the same on every rank.
             client_state: what `load_zero_checkpoint` is to give back: plain values and tensors.
+            tag_validation: where the ranks give different tags, `"fail"`, or take the first rank's, and `"warn"` of
+                it, or `"ignore"` it; the strategy's own by default.
             save_latest: let `latest` name the tag.
             exclude_frozen_parameters: leave out what isn't trained; such a checkpoint is loaded with
                 `load_module_strict=False`.
 
         Raises:
             TagMismatchError: the ranks gave different tags.
-            CheckpointWriteError: a rank could not write its part; nothing has changed.
+            CheckpointWriteError: a rank could not write its part, or didn't call this at all; nothing has changed.
         """
+        if tag_validation is not None:
+            _require_tag_validation(tag_validation)
         trainer = self._trainer
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         checkpoint[_CLIENT_STATE] = dict(client_state or {})
         if exclude_frozen_parameters:
             frozen = {name for name, p in trainer.lightning_module.named_parameters() if not p.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        directory = locate(save_dir)
         self._save(
             checkpoint,
-            Path(save_dir) / (tag or f"global_step{trainer.global_step}"),
+            str(directory / validate_tag(f"global_step{trainer.global_step}" if tag is None else tag)),
             None,
             update_latest=save_latest,
             io=self._sharded_io,
+            behind=None if self._own_io is not None else False,
+            tag_validation=tag_validation,
         )
 
     def load_zero_checkpoint(
@@ -528,6 +629,8 @@ class ZeroStrategy(DDPStrategy):
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
         custom_load_fn: Callable[[dict[str, Any], Module], object] | None = None,
+        *,
+        weights_only: bool | None = None,
     ) -> tuple[str | None, dict[str, Any]]:
         """Load into the live module, optimizers and schedulers, as DeepSpeed's does. Called on every rank.
 
@@ -539,6 +642,7 @@ class ZeroStrategy(DDPStrategy):
             load_lr_scheduler_states: the schedulers' too.
             load_module_only: neither of both.
             custom_load_fn: called with the state dict and the module, instead of `module.load_state_dict`.
+            weights_only: False to load a client state with objects of any class: it runs what the file says.
 
         Returns:
             The tag's directory, and the client state that was saved with it; `(None, {})`, with a warning, where
@@ -549,18 +653,15 @@ class ZeroStrategy(DDPStrategy):
             CheckpointMismatchError: the checkpoint doesn't fit the module or its optimizers.
         """
         module = self._trainer.lightning_module
-
-        def choose() -> str | None:
-            there = tag is not None or is_checkpoint(load_dir)
-            return os.fspath(resolve(load_dir, tag, verify=self._verify)) if there else None
-
-        path = self._ranks.decided_by_first(choose)
+        self._join_save()
+        path = self._choose(load_dir, tag)
         if path is None:
             rank_zero_warn(f"there is no checkpoint in {load_dir}: nothing is loaded")
             return None, {}
 
         def load() -> dict[str, Any]:
-            checkpoint = self._sharded_io.load_checkpoint(path)
+            with self._verified():
+                checkpoint = self._sharded_io.load_checkpoint(path, weights_only=weights_only)
             state_dict = checkpoint["state_dict"]
             if custom_load_fn is not None:
                 custom_load_fn(state_dict, module)
@@ -585,7 +686,7 @@ class ZeroStrategy(DDPStrategy):
         """
         weights = {key: value for key, value in checkpoint.items() if key != "optimizer_states"}
         shards = path.parent / f".{path.name}.shards" / "weights"
-        self._save(weights, shards, None, update_latest=False, io=self._sharded_io)
+        self._save(weights, shards, None, update_latest=False, io=self._sharded_io, behind=False)
 
         def convert() -> None:
             try:
@@ -598,16 +699,14 @@ class ZeroStrategy(DDPStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint directory, or a plain file; every rank the one that rank 0 has chosen."""
+        self._join_save()
+        path = self._choose(checkpoint_path, required=True) or os.fspath(checkpoint_path)
 
-        def choose() -> str:
-            path = os.fspath(checkpoint_path)
-            sharded = is_checkpoint(path) or os.path.isdir(path)
-            return os.fspath(resolve(path, verify=self._verify)) if sharded else path
+        def load() -> dict[str, Any]:
+            with self._verified():
+                return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
 
-        path = self._ranks.decided_by_first(choose)
-        checkpoint = self._ranks.all_or_none(
-            lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-        )
+        checkpoint = self._ranks.all_or_none(load)
         if isinstance(checkpoint, LoadedCheckpoint) and self.lightning_module is not None:
             trainer = self._trainer
             fitting = trainer.state.fn == TrainerFn.FITTING
@@ -621,6 +720,47 @@ class ZeroStrategy(DDPStrategy):
             )
             self._resume = resume if fitting else None
         return checkpoint
+
+    def _choose(self, path: _PATH, tag: str | None = None, *, required: bool = False) -> str | None:
+        """The tag's directory that all ranks load, as sound as the CheckpointIO wants it. Called on every rank.
+
+        Rank 0 chooses, and all ranks look, each at a part of it. Where `latest` decides, a tag that isn't sound is
+        passed over.
+
+        Args:
+            path: the save directory, or a tag's.
+            tag: of the save directory.
+            required: a directory without a checkpoint is an error; else there is None.
+        """
+        rejected: dict[str, str] = {}
+
+        def choose() -> str | None:
+            if tag is None and not is_checkpoint(path) and not (required and locate(path).is_dir()):
+                return None
+            return str(resolve(path, tag, verify="none", rejected=rejected))
+
+        while (chosen := self._ranks.decided_by_first(choose)) is not None:
+            directory = locate(chosen)
+            problems = self._ranks.everyones(partial(self._look, directory))
+            if not problems:
+                return chosen
+            if tag is not None or directory.parent != locate(path):
+                raise problems_as_error(directory, problems, self._verify)
+            rejected[directory.name] = "; ".join(problems)
+        return None
+
+    def _verified(self) -> AbstractContextManager[None]:
+        """All ranks have looked at what is loaded within: none has to look at all of it."""
+        return self._own_io.loading_verified() if self._own_io is not None else nullcontext()
+
+    def _look(self, directory: Location) -> list[str]:
+        """What is wrong with this rank's part of a checkpoint's files."""
+        share = self._ranks.rank, self._ranks.count
+        try:
+            found = find_problems(directory, read_manifest(directory), self._verify, share=share)
+            return [str(problem) for problem in found]
+        except ZeroError as error:
+            return [f"rank {self._ranks.rank}: {error}"]
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -659,6 +799,19 @@ class ZeroStrategy(DDPStrategy):
         return super().process_dataloader(dataloader)
 
     @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Let the optimizer change what a snapshot may still be copying, once it is copied."""
+        if self._own_io is not None:
+            self._own_io.before_step()
+        return super().optimizer_step(*args, **kwargs)
+
+    @override
+    def on_train_end(self) -> None:
+        """Wait for the last commit: what failed is raised before fit says that all went well."""
+        super().on_train_end()
+        self._ranks.all_or_none(self._join_save)
+
+    @override
     def on_train_start(self) -> None:
         """Called when the iterators are there: see [Note: when random states are restored]."""
         super().on_train_start()
@@ -671,15 +824,24 @@ class ZeroStrategy(DDPStrategy):
             resume.when_all_are_made(loaders, in_mid_epoch=self._in_mid_epoch)
 
     @property
+    def _trainer_if_any(self) -> Trainer | None:
+        return self.lightning_module._trainer if self.lightning_module is not None else None
+
+    @property
     def _trainer(self) -> Trainer:
-        if self.lightning_module is None or self.lightning_module._trainer is None:
+        if self._trainer_if_any is None:
             raise UnsupportedModelError("no module is attached to the strategy yet; call this during fit, or after it")
-        return self.lightning_module.trainer
+        return self._trainer_if_any
 
     @property
     def _in_mid_epoch(self) -> bool:
         progress = self._trainer.fit_loop.epoch_loop.batch_progress
         return progress.current.ready > 0 and not progress.is_last_batch
+
+
+def _require_tag_validation(value: object) -> None:
+    if value not in get_args(TagValidation):
+        raise ValueError(f"tag_validation must be one of {get_args(TagValidation)}, not {value!r}")
 
 
 def _require_values(module: Module, uninitialized: Collection[str]) -> None:

@@ -7,17 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint.content import RankContent, SharedContent, TensorToSave
 from lightning_zero.checkpoint.manifest import Entry, OptimizerEntry, StoredValue
-from lightning_zero.checkpoint.save import (
-    Plan,
-    RankContent,
-    SharedContent,
-    TensorToSave,
-    _commit,
-    _Written,
-    save_checkpoint,
-    write,
-)
+from lightning_zero.checkpoint.save import Plan, _commit, _Written, prepare, save_checkpoint, write
 from lightning_zero.segments import ParameterSpec, plan_buckets
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -61,13 +53,13 @@ class Sample:
                     TensorToSave("optimizer", name, start, stop, torch.arange(3.0), 0, "factors"),
                 ]
                 values.append(StoredValue(0, name, start, stop, "bound", float("inf")))
-        frozen = ParameterSpec("frozen", (11, 3), 2)
+        frozen, frozen_part = ParameterSpec("frozen", (11, 3), 2), []
         for segment, _ in plan_buckets([frozen], self.world_size, "element", 10**6)[0].owned(rank):
             part = self.frozen.view(-1)[segment.start : segment.stop]
-            tensors.append(TensorToSave("model", "frozen", segment.start, segment.stop, part))
+            frozen_part.append(TensorToSave("model", "frozen", segment.start, segment.stop, part))
         if rank == 0:
             tensors.append(TensorToSave("model", "counter", 0, 1, self.counter.view(1)))
-        return RankContent(tensors, values, f"rank {rank}".encode(), self.step)
+        return RankContent(tensors, values, f"rank {rank}".encode(), self.step, frozen_part)
 
     @property
     def shared(self) -> SharedContent:
@@ -98,12 +90,13 @@ class Sample:
             ).path
         save_id = f"{self.seed:08x}{self.step:08x}"
         staging = commit.staging_directory(directory.parent, directory.name, save_id)
-        commit.make_staging(staging).release()
+        commit.Staging(staging, save_id).release()
         plans = [
             Plan(directory, staging, save_id, self.step, rank, self.world_size, None, None)
             for rank in range(self.world_size)
         ]
-        reports = [write(plan, self.rank(plan.rank), self.shared, fsync=False) for plan in plans]
+        prepared = [prepare(plan, self.rank(plan.rank), self.shared) for plan in plans]
+        reports = [write(plan, ready, fsync=False) for plan, ready in zip(plans, prepared, strict=True)]
         written = [report for report in reports if isinstance(report, _Written)]
         assert len(written) == self.world_size, reports
         _commit(plans[0], written, self.shared, update_latest, False)

@@ -114,7 +114,7 @@ def test_the_staging_directory_of_a_live_save_is_left_alone_and_that_of_a_killed
     script = (
         "import sys, time; sys.argv[0] = 'lightning-zero'; from pathlib import Path\n"
         "from lightning_zero.checkpoint import commit\n"
-        "lock = commit.make_staging(commit.staging_directory(Path(sys.argv[1]), 'tag', 'x')); print('up', flush=True)\n"
+        "lock = commit.Staging(commit.staging_directory(Path(sys.argv[1]), 'tag', 'x'), 'x'); print('up', flush=True)\n"
         "time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE) as process:

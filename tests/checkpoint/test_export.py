@@ -169,8 +169,9 @@ def test_an_export_that_fails_leaves_what_was_there(
 
 
 def test_wide_and_complex_and_other_tensors_keep_their_dtype(tmp_path: Path) -> None:
+    from lightning_zero.checkpoint.content import RankContent, SharedContent, TensorToSave
     from lightning_zero.checkpoint.manifest import Entry
-    from lightning_zero.checkpoint.save import RankContent, SharedContent, TensorToSave, save_checkpoint
+    from lightning_zero.checkpoint.save import save_checkpoint
 
     given = {
         str(dtype): torch.arange(4).to(dtype)

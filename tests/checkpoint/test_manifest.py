@@ -43,7 +43,7 @@ def manifest_of(count: int) -> Manifest:
         aliases={"tied": names[0]},
         optimizers=(OptimizerEntry("AdamW", (names,)),),
         files=(file,),
-        trainer=TrainerFile(3, DIGEST),
+        trainer=TrainerFile("trainer.pt", 3, DIGEST),
     )
 
 

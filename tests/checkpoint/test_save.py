@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint import save as saving
+from lightning_zero.checkpoint.content import RankContent, TensorToSave
 from lightning_zero.checkpoint.load import Checkpoint, resolve
-from lightning_zero.checkpoint.save import RankContent, TensorToSave, save_checkpoint
+from lightning_zero.checkpoint.save import save_checkpoint
 from lightning_zero.errors import CheckpointWriteError, TagMismatchError
 from tests.checkpoint.sample import Sample
 from tests.launch import distributed, run_ranks

@@ -12,7 +12,8 @@ from safetensors import safe_open
 
 from lightning_zero.checkpoint import kernel
 from lightning_zero.checkpoint.integrity import find_problems, read_manifest
-from lightning_zero.checkpoint.shards import CHUNK_BYTES, Item, open_shard, read_into, verify_file, write_shard
+from lightning_zero.checkpoint.shards import Item, verify_tensors, write_shard
+from lightning_zero.checkpoint.storage import WRITEBACK_BYTES, open_file
 from lightning_zero.checkpoint.tensors import CODES, tensor_bytes, tensor_chunks
 from lightning_zero.errors import IncompleteCheckpointError
 from tests.checkpoint.sample import Sample
@@ -27,7 +28,7 @@ def test_safetensors_itself_reads_a_shard(tmp_path: Path) -> None:
     tensors = {
         str(dtype): torch.arange(5).to(dtype) for dtype in CODES if dtype not in (torch.complex128, torch.complex64)
     }
-    tensors["large"] = torch.randn(CHUNK_BYTES // 2)
+    tensors["large"] = torch.randn(WRITEBACK_BYTES // 2)
     entry = write_shard(
         tmp_path / "s.safetensors", [item(*pair) for pair in tensors.items()], (), rank=1, step=7, save_id="x"
     )
@@ -39,7 +40,7 @@ def test_safetensors_itself_reads_a_shard(tmp_path: Path) -> None:
     assert entry.nbytes == (tmp_path / "s.safetensors").stat().st_size
     assert entry.header_nbytes % 64 == 0
     assert all(stored.offset % tensors[stored.name].dtype.itemsize == 0 for stored in entry.tensors)
-    assert not list(verify_file(tmp_path / "s.safetensors", entry))
+    assert not list(verify_tensors(open_file(tmp_path / "s.safetensors"), entry, entry.tensors))
 
 
 def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
@@ -57,13 +58,12 @@ def test_a_tensor_that_is_named_twice_is_refused_before_it_is_written(tmp_path: 
 
 def test_reading_beyond_the_end_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "short").write_bytes(b"12345")
-    fd = open_shard(tmp_path / "short")
+    file = open_file(tmp_path / "short")
     target = memoryview(bytearray(4))
-    read_into(fd, 1, target, tmp_path / "short")
+    file.read_into(1, target)
     assert target == b"2345"
     with pytest.raises(IncompleteCheckpointError, match=r"short was cut short: it ends before byte 6"):
-        read_into(fd, 2, target, tmp_path / "short")
-    os.close(fd)
+        file.read_into(2, target)
 
 
 @pytest.mark.parametrize("make", ["missing", "directory", "fifo", "link"])
@@ -76,7 +76,7 @@ def test_what_is_no_plain_file_is_not_opened(tmp_path: Path, make: str) -> None:
     elif make == "link":
         path.symlink_to("/etc/passwd")
     with pytest.raises(IncompleteCheckpointError, match=make):
-        open_shard(path)
+        open_file(path)
 
 
 @pytest.fixture(scope="module")

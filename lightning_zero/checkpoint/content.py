@@ -1,0 +1,69 @@
+"""What is put into a checkpoint: the segments and states of one rank, and what all ranks have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_zero.checkpoint.manifest import Entry, Kind, OptimizerEntry, StoredValue
+
+
+@dataclass(frozen=True, slots=True)
+class TensorToSave:
+    """A tensor on its way into a checkpoint: `StoredTensor` says what the fields mean.
+
+    `tensor` is 1-D where it has one element for each of the segment's, and of any shape where it is whole. It is
+    `steady` if nothing but a step of the optimizer changes it: a forward may change buffers.
+    """
+
+    kind: Kind
+    name: str
+    start: int
+    stop: int
+    tensor: Tensor
+    optimizer: int | None = None
+    state: str | None = None
+    steady: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RankContent:
+    """What one rank puts into a checkpoint.
+
+    Attributes:
+        tensors: its segments, and their optimizer states.
+        values: the optimizer states that are no tensors.
+        rank_state: what this rank alone needs to go on (the state of its random numbers); given back as it is.
+        step: of training, as this rank sees it.
+        frozen: its part of the parameters that aren't trained.
+    """
+
+    tensors: Sequence[TensorToSave]
+    values: Sequence[StoredValue]
+    rank_state: bytes
+    step: int
+    frozen: Sequence[TensorToSave] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SharedContent:
+    """What the ranks have in common; only rank 0's is looked at.
+
+    Attributes:
+        epoch: of training.
+        stage: of ZeRO.
+        entries: the module's state dict, in its order.
+        aliases: tied tensors: the other name, to the name under which it is stored.
+        optimizers: in the trainer's order.
+        trainer: everything else, for `trainer.pt`.
+    """
+
+    epoch: int
+    stage: int
+    entries: Sequence[Entry]
+    aliases: Mapping[str, str]
+    optimizers: Sequence[OptimizerEntry]
+    trainer: dict[str, Any]

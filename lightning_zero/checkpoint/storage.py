@@ -1,0 +1,245 @@
+"""Where the files of a checkpoint lie, and how one of them is read and written.
+
+A `Location` is a `pathlib.Path` where something is mounted, and a `UPath` for every other URL that fsspec knows
+(`s3://`, `gs://`, `memory://`). Both join by `/`, and list, and open; what differs in earnest is here and in `remote`.
+
+A file is written from its beginning to its end and never changed: it is durable when `create_file` is left, or, if
+something was raised, torn (mounted) or not there at all (remote). It is read by position, several threads at once.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+
+from typing_extensions import TypeIs
+
+from lightning_zero.checkpoint import kernel
+from lightning_zero.errors import IncompleteCheckpointError
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+Location: TypeAlias = "Path | UPath"
+PathOrUrl: TypeAlias = "str | os.PathLike[str] | Path | UPath"
+"""What users give; `locate` makes a `Location` of it."""
+
+WRITEBACK_BYTES = 8 << 20
+_BUFFER_BYTES = 1 << 20
+_BLOCK_BYTES = 8 << 20
+_PARTS = 9000
+"""S3 takes no more than 10000 parts of one object."""
+
+
+def locate(path: PathOrUrl) -> Location:
+    """What a user gives as a path or a URL."""
+    text = str(path)
+    if "://" not in text:
+        return Path(cast("str | os.PathLike[str]", path))
+    protocol, rest = text.split("://", 1)
+    if protocol in ("file", "local"):
+        return Path(rest)
+    from upath import UPath
+
+    return UPath(text, use_listings_cache=False)  # other ranks, and other runs, write there too
+
+
+def is_remote(location: Location) -> TypeIs[UPath]:
+    """Whether it is a URL, where nothing can be renamed, linked or locked."""
+    return not isinstance(location, Path)
+
+
+def absolute(location: Location) -> Location:
+    """The same place, whatever the working directory will be."""
+    return location if is_remote(location) else Path(os.path.abspath(location))
+
+
+def names_in(directory: Location) -> list[str]:
+    """The names of what is in a directory, or under a URL; none where there is no such thing."""
+    try:
+        if not is_remote(directory):
+            return os.listdir(directory)
+        return [path.name for path in directory.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def link(source: Location, new: Location) -> bool:
+    """Give a file that never changes a second name, which outlives the first; or say that it can't be done here.
+
+    Behind a URL the store makes a copy, for itself.
+    """
+    try:
+        if is_remote(source) and is_remote(new):
+            if type(source.fs) is not type(new.fs):
+                return False
+            new.fs.cp_file(source.path, new.path)
+        elif is_remote(source) or is_remote(new):
+            return False
+        else:
+            os.link(source, new, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
+
+
+# -------------------------------------------------------------------------------------------------------- read
+
+
+class ReadableFile(Protocol):
+    """A file of a checkpoint, open for reading; several threads may use it at once.
+
+    It is closed with the last reference to it, so never under a thread that reads from it.
+    """
+
+    nbytes: int
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target` with the bytes that begin at `offset`.
+
+        Raises:
+            IncompleteCheckpointError: the file ends before.
+        """
+        ...
+
+
+def open_file(location: Location) -> ReadableFile:
+    """Open a file for reading.
+
+    Raises:
+        IncompleteCheckpointError: it is not there (then the cause is a FileNotFoundError), or is no plain file. A link
+            is not followed: whatever a checkpoint names lies within its own directory.
+    """
+    return _RemoteFile(location) if is_remote(location) else _MountedFile(location)
+
+
+def read_file(location: Location, limit: int | None = None) -> bytes:
+    """The content of a small file, or no more than its first `limit` bytes.
+
+    Raises:
+        IncompleteCheckpointError: see `open_file`.
+    """
+    file = open_file(location)
+    content = bytearray(file.nbytes if limit is None else min(file.nbytes, limit))
+    file.read_into(0, memoryview(content))
+    return bytes(content)
+
+
+class _MountedFile:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            raise IncompleteCheckpointError(f"{path} can't be read: {error.strerror}") from error
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise IncompleteCheckpointError(f"{path} is not a plain file")
+        self.nbytes = status.st_size
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        while len(target):
+            count = os.preadv(self._fd, [target], offset)
+            if count == 0:
+                raise IncompleteCheckpointError(
+                    f"{self._path} was cut short: it ends before byte {offset + len(target)}"
+                )
+            target = target[count:]
+            offset += count
+
+
+class _RemoteFile:
+    """Read with some read-ahead: small tensors that lie one behind the other come with one request."""
+
+    def __init__(self, url: UPath) -> None:
+        self._url = url
+        self._lock = threading.Lock()
+        try:
+            self._file: Any = url.fs.open(url.path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead")
+            self.nbytes = int(url.fs.size(url.path))
+        except OSError as error:
+            raise IncompleteCheckpointError(f"{url} can't be read: {error}") from error
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        for begin in range(0, len(target), _BLOCK_BYTES):
+            part = target[begin : begin + _BLOCK_BYTES]
+            with self._lock:
+                self._file.seek(offset + begin)
+                content = self._file.read(len(part))
+            if len(content) != len(part):
+                raise IncompleteCheckpointError(
+                    f"{self._url} was cut short: it ends before byte {offset + len(target)}"
+                )
+            part[:] = content
+
+
+# ------------------------------------------------------------------------------------------------------- write
+
+
+class WritableFile(Protocol):
+    """A file that is being written."""
+
+    def write(self, chunk: bytes | memoryview, /) -> object:
+        """Append a chunk; it may be overwritten when this returns."""
+        ...
+
+
+@contextmanager
+def create_file(location: Location, nbytes: int, *, fsync: bool = True) -> Iterator[WritableFile]:
+    """Write a new file; it is whole, and durable, when the context is left.
+
+    Args:
+        location: of the file.
+        nbytes: that it is going to have.
+        fsync: make it durable. What is remote is so in any case.
+
+    Raises:
+        FileExistsError: there is a mounted file of that name; none is ever overwritten in place.
+        OSError: the disk is full, or otherwise refuses.
+    """
+    if is_remote(location):
+        block_bytes = max(2 * _BLOCK_BYTES, nbytes // _PARTS)
+        file: Any = location.fs.open(location.path, "wb", block_size=block_bytes)
+        try:
+            yield file
+        except BaseException:
+            file.discard()
+            raise
+        file.close()
+        return
+    with open(location, "xb", buffering=_BUFFER_BYTES) as mounted:
+        kernel.reserve(mounted.fileno(), nbytes)
+        yield _WrittenBack(mounted) if fsync else mounted
+        mounted.flush()
+        if fsync:
+            os.fsync(mounted.fileno())
+
+
+class _WrittenBack:
+    """Has the disk begin with what was written, so that the final fsync finds little left to do."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._written = 0
+        self._begun = 0
+
+    def write(self, chunk: bytes | memoryview, /) -> None:
+        self._file.write(chunk)
+        self._written += len(chunk)
+        if self._written - self._begun >= WRITEBACK_BYTES:
+            self._file.flush()
+            kernel.start_writeback(self._file.fileno(), self._begun, self._written - self._begun)
+            self._begun = self._written
