@@ -54,7 +54,7 @@ from lightning_zero.checkpoint import kernel, remote
 from lightning_zero.checkpoint.integrity import read_manifest, require_sound
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME, TRAINER_NAME, Manifest
 from lightning_zero.checkpoint.shards import is_shard_name
-from lightning_zero.checkpoint.storage import Location, is_remote, names_in, read_file
+from lightning_zero.checkpoint.storage import Location, is_remote, names_in, read_file, remove_file
 from lightning_zero.errors import CheckpointWriteError, CorruptCheckpointError, IncompleteCheckpointError, ZeroError
 
 LATEST = "latest"
@@ -403,7 +403,7 @@ def remove_tag(save_dir: Location, tag: str) -> None:
         if others:
             write_latest(save_dir, others[0].name)
         else:
-            (save_dir / LATEST).unlink()
+            remove_file(save_dir / LATEST)
             _sync_directory(save_dir, True)
     if is_remote(save_dir):
         remote.remove_all(save_dir / tag, names_in(path))

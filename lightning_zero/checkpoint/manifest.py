@@ -161,8 +161,8 @@ class FileEntry:
         values: the optimizer states of this rank's segments that are no tensors.
         rank: who wrote it.
         step: of training, as that rank saw it.
-        frozen: it holds this rank's part of the frozen parameters, and nothing else. Nothing in it has changed since it
-            was written, which may have been by an earlier save, at that `step`.
+        frozen: it holds this rank's part of the parameters that weren't trained, and nothing else. Nothing in it has
+            changed since it was written, which may have been by an earlier save, at that `step`.
     """
 
     name: str
@@ -578,7 +578,7 @@ def _check_frozen(file: FileEntry, entries: Mapping[str, Entry], world_size: int
         raise CorruptCheckpointError(f"{file.name} is of rank {file.rank}, and there were {world_size}")
     for tensor in file.tensors:
         entry = entries.get(tensor.name)
-        if tensor.kind != "model" or entry is None or entry.role != "frozen":
+        if tensor.kind != "model" or entry is None or entry.role not in ("frozen", "parameter"):
             raise CorruptCheckpointError(
                 f"{file.name}: {tensor.key!r} is no frozen parameter, in a file of those alone"
             )

@@ -23,7 +23,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME
-from lightning_zero.checkpoint.storage import create_file, names_in
+from lightning_zero.checkpoint.storage import create_file, names_in, remove_file
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -38,7 +38,7 @@ def write_whole(url: UPath, content: bytes) -> None:
 def remove_all(directory: UPath, names: Collection[str]) -> None:
     """Remove objects under a URL, the manifest before all others: without it the rest is nothing."""
     for name in sorted(names, key=lambda name: name != MANIFEST_NAME):
-        (directory / name).unlink(missing_ok=True)
+        remove_file(directory / name)
 
 
 def remove_what_nothing_names(directory: UPath, named: Collection[str]) -> None:

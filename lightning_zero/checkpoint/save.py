@@ -353,7 +353,7 @@ def prepare(
 
     def do() -> _Prepared:
         linked = _link_frozen(plan, content, frozen_before)
-        rest = replace(content, frozen=()) if linked is not None else content
+        rest = replace(content, unchanging=()) if linked is not None else content
         rest = snapshot.take(rest) if snapshot is not None else rest
         trainer = None
         if plan.rank == 0:
@@ -367,11 +367,11 @@ def prepare(
 
 def _link_frozen(plan: Plan, content: RankContent, before: StoredFile | None) -> FileEntry | None:
     """Have an earlier file stand for the frozen parameters, if it holds just them, as they are now."""
-    if before is None or not content.frozen:
+    if before is None or not content.unchanging:
         return None
     entry = before.entry
     stored = {(tensor.name, tensor.start, tensor.stop, tensor.dtype): tensor.xxh3 for tensor in entry.tensors}
-    live = {(item.name, item.start, item.stop, code_of(item.tensor, item.name)): item for item in content.frozen}
+    live = {(item.name, item.start, item.stop, code_of(item.tensor, item.name)): item for item in content.unchanging}
     if stored.keys() != live.keys() or any(check_header(before.path, entry)):
         return None
     # Not by a version counter: what is written through `.data` doesn't count
@@ -439,8 +439,8 @@ def _write(plan: Plan, prepared: _Prepared, fsync: bool) -> _Written:
         state = memoryview(content.rank_state)
         items.append(Item("rank", RANK_STATE, 0, len(state), "U8", (len(state),), lambda: [state]))
     files = [_write_file(plan, items, content.values, fsync)]
-    if content.frozen:
-        files.append(_write_file(plan, [_item(tensor) for tensor in content.frozen], (), fsync, frozen=True))
+    if content.unchanging:
+        files.append(_write_file(plan, [_item(tensor) for tensor in content.unchanging], (), fsync, frozen=True))
     nbytes = sum(file.nbytes for file in files)
     if prepared.linked is not None:
         files.append(prepared.linked)

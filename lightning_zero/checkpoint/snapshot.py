@@ -31,7 +31,7 @@ class Snapshot:
 
     def take(self, content: RankContent) -> RankContent:
         """Copy every tensor, and give the same content with the copies."""
-        items = [*content.tensors, *content.frozen]
+        items = [*content.tensors, *content.unchanging]
         offsets, end = [], 0
         for item in items:
             offsets.append(end)
@@ -48,7 +48,7 @@ class Snapshot:
         copies = [self._copy(item, offset) for item, offset in zip(items, offsets, strict=True)]
         self._events = [torch.cuda.current_stream(device).record_event() for device in devices]
         trained = len(content.tensors)
-        return replace(content, tensors=copies[:trained], frozen=copies[trained:])
+        return replace(content, tensors=copies[:trained], unchanging=copies[trained:])
 
     def _copy(self, item: TensorToSave, offset: int) -> TensorToSave:
         source = item.tensor.detach()

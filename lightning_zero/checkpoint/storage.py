@@ -69,6 +69,17 @@ def names_in(directory: Location) -> list[str]:
         return []
 
 
+def remove_file(location: Location) -> None:
+    """Remove one file; that it isn't there is no error."""
+    try:
+        if is_remote(location):
+            location.fs.rm_file(location.path)  # not `unlink`: for fsspec's `rm` a name may be a pattern
+        else:
+            location.unlink()
+    except FileNotFoundError:
+        pass
+
+
 def link(source: Location, new: Location) -> bool:
     """Give a file that never changes a second name, which outlives the first; or say that it can't be done here.
 

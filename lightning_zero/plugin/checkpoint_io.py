@@ -20,7 +20,7 @@ from lightning_zero.checkpoint.integrity import Depth, read_manifest
 from lightning_zero.checkpoint.load import Checkpoint, is_checkpoint, resolve
 from lightning_zero.checkpoint.save import SaveReport, StoredFile, TagValidation, begin_save
 from lightning_zero.checkpoint.snapshot import Snapshot
-from lightning_zero.checkpoint.storage import Location, is_remote, locate
+from lightning_zero.checkpoint.storage import Location, locate, remove_file
 from lightning_zero.errors import ZeroError
 
 PREPARED = "lightning_zero_prepared_save"
@@ -119,7 +119,9 @@ class ZeroCheckpointIO(TorchCheckpointIO):
             return
         self.join()
         directory = locate(path)
-        before = (self._frozen or _frozen_of_latest(directory.parent, prepared)) if prepared.content.frozen else None
+        before = (
+            (self._frozen or _frozen_of_latest(directory.parent, prepared)) if prepared.content.unchanging else None
+        )
         rest = begin_save(
             directory,
             prepared.content,
@@ -219,15 +221,10 @@ class ZeroCheckpointIO(TorchCheckpointIO):
 
 
 def _remove(where: Location) -> None:
-    if is_remote(where):
-        if where.is_dir():
-            commit.remove_tag(where.parent, where.name)
-        elif where.exists():
-            where.unlink()
-    elif where.is_dir() and not where.is_symlink():
+    if where.is_dir() and not where.is_symlink():
         commit.remove_tag(where.parent, where.name)
-    elif where.is_symlink() or where.exists():
-        where.unlink()
+    else:
+        remove_file(where)
 
 
 def _frozen_of_latest(save_dir: Location, prepared: PreparedSave) -> StoredFile | None:

@@ -61,6 +61,7 @@ def contents(
     frozen: list[tuple[str, Tensor]] = []
     untrained: list[tuple[str, Tensor]] = []
     tensors: list[TensorToSave] = []
+    unchanging: list[TensorToSave] = []
     for name, value in state_dict.items():
         if not isinstance(value, Tensor):
             continue
@@ -83,6 +84,7 @@ def contents(
             flat = value.detach().reshape(-1)
             tensors.append(TensorToSave("model", name, 0, value.numel(), flat, steady=False))
     tensors += _share_of(untrained, rank, world_size)
+    unchanging += _share_of(frozen, rank, world_size)
 
     values: list[StoredValue] = []
     optimizers: list[OptimizerEntry] = []
@@ -96,17 +98,12 @@ def contents(
         }
         for bucket in partition.buckets:
             for piece in bucket.pieces:
-                if piece.slot.parameter in stored_names and piece.segment.numel:
-                    segment = piece.segment
-                    tensors.append(
-                        TensorToSave(
-                            "model",
-                            names[piece.slot.parameter],
-                            segment.start,
-                            segment.stop,
-                            piece.master.view(-1),
-                        )
-                    )
+                parameter, segment = piece.slot.parameter, piece.segment
+                if parameter in stored_names and segment.numel:
+                    # One that an optimizer holds, and that isn't trained, has a master too: it may be trained later
+                    place = tensors if parameter.requires_grad else unchanging
+                    flat = piece.master.view(-1)
+                    place.append(TensorToSave("model", names[parameter], segment.start, segment.stop, flat))
         if "optimizer_states" in checkpoint:
             _add_optimizer_states(partition, names, stored_names, tensors, values, optimizers, world_size)
             trainer["optimizer_states"] = [
@@ -122,7 +119,7 @@ def contents(
             values,
             rank_state.getvalue(),
             step=checkpoint["global_step"],
-            frozen=_share_of(frozen, rank, world_size),
+            unchanging=unchanging,
         ),
         SharedContent(checkpoint["epoch"], stage, entries, aliases, optimizers, trainer),
     )

@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import time
+import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,14 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroStrategy
-from lightning_zero.errors import CheckpointMismatchError, CheckpointNotFoundError, TagMismatchError
+from lightning_zero.checkpoint.commit import InvalidTagError
+from lightning_zero.errors import (
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    CheckpointWriteError,
+    TagMismatchError,
+    UnreachableRankError,
+)
 from tests.launch import distributed, run_ranks
 from tests.models import Data, Model, fit, quiet_trainer
 
@@ -437,3 +447,70 @@ def test_a_checkpoint_that_was_validated_leaves_the_next_fits_random_numbers_alo
     model = Model()
     trainer.fit(model, datamodule=Data())
     assert model.losses == plain.losses
+
+
+class DifferentTags(Callback):
+    def __init__(self, directory):
+        self.directory = directory
+
+    def on_train_batch_end(self, trainer, module, *args):
+        strategy, mine = trainer.strategy, f"mine{trainer.global_rank}"
+        with pytest.raises(TagMismatchError):
+            strategy.save_zero_checkpoint(self.directory, mine)
+        with pytest.warns(UserWarning, match="rank 0's tag is saved.*rank 1: 'mine1'"):
+            strategy.save_zero_checkpoint(self.directory / "warn", mine, tag_validation="warn")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            strategy.save_zero_checkpoint(self.directory / "ignore", mine, tag_validation="ignore")
+        with pytest.raises(ValueError, match="tag_validation"):
+            strategy.save_zero_checkpoint(self.directory, "tag", tag_validation="Fail")
+        for tag in ("", "../out", "a/b", "latest"):
+            with pytest.raises(InvalidTagError):
+                strategy.save_zero_checkpoint(self.directory, tag)
+
+
+@distributed(world_size=2, process_group=False)
+def test_different_tags_are_an_error_or_the_first_ranks_is_taken(tmp_path):
+    fit(strategy=ZeroStrategy(), world_size=2, max_steps=1, callbacks=[DifferentTags(tmp_path)])
+    assert sorted(os.listdir(tmp_path)) == ["ignore", "warn"]
+    for name in ("ignore", "warn"):
+        assert sorted(os.listdir(tmp_path / name)) == ["latest", "mine0"]
+    with pytest.raises(ValueError, match="tag_validation"):
+        ZeroStrategy(tag_validation="strict")
+
+
+class SaveAlone(Callback):
+    def __init__(self, directory, rank, method):
+        self.directory, self.rank, self.method, self.seconds = directory, rank, method, None
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.global_step == 2 and trainer.global_rank == self.rank:
+            began = time.monotonic()
+            try:
+                if self.method == "trainer":
+                    trainer.save_checkpoint(self.directory / "tag")
+                else:
+                    getattr(trainer.strategy, f"{self.method}_zero_checkpoint")(self.directory)
+            finally:
+                self.seconds = time.monotonic() - began
+
+
+@pytest.mark.parametrize(("rank", "method"), [(0, "save"), (1, "save"), (0, "load"), (1, "load"), (0, "trainer")])
+def test_a_rank_that_saves_or_loads_alone_gets_an_error_within_the_time_out(tmp_path, rank, method):
+    run_ranks(alone, 2, tmp_path, rank, method, process_group=False)
+    assert (tmp_path / "latest").read_text() == "before"
+    assert sorted(os.listdir(tmp_path)) == ["before", "latest"]
+
+
+def alone(directory, rank, method):
+    _, trainer = fit(strategy=ZeroStrategy(), world_size=2, max_steps=1)
+    trainer.save_checkpoint(directory / "before")
+    callback = SaveAlone(directory, rank, method)
+    strategy = ZeroStrategy(timeout=timedelta(seconds=3))
+    error = UnreachableRankError if method == "load" else CheckpointWriteError
+    with pytest.raises((error, RuntimeError), match="waited in vain|imed out|timeout|closed") as caught:
+        fit(strategy=strategy, world_size=2, max_steps=3, callbacks=[callback])
+    if trainer.global_rank == rank:
+        assert isinstance(caught.value, error)
+        assert "has to be called on every rank" in str(caught.value)
+        assert callback.seconds < 10

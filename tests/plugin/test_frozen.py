@@ -1,0 +1,138 @@
+"""Parameters that aren't trained are written once, and are whole in every tag."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+
+from lightning_zero import ZeroCheckpoint
+from lightning_zero.checkpoint import storage
+from lightning_zero.checkpoint.load import Checkpoint
+from tests.launch import distributed, run_ranks
+from tests.models import Data, Model, fit
+
+
+class Adapted(Model):
+    """A large frozen backbone and small adapters, as LoRA has them."""
+
+    def __init__(self, all_in_optimizer=False):
+        super().__init__()
+        self.all_in_optimizer = all_in_optimizer
+        self.backbone = nn.Linear(8, 20_000, bias=False).requires_grad_(False)
+        self.down = nn.Linear(20_000, 8, bias=False).requires_grad_(False)
+
+    def forward(self, x):
+        return super().forward(x + self.down(self.backbone(x)) / 20_000)
+
+    def configure_optimizers(self):
+        parameters = [p for p in self.parameters() if p.requires_grad or self.all_in_optimizer]
+        return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+BACKBONE_BYTES = 2 * 8 * 20_000 * 4
+
+
+def bytes_on_disk(directory):
+    """What all files take, one with several names counted once."""
+    found = {path.stat().st_ino: path.stat().st_size for path in Path(directory).rglob("*") if path.is_file()}
+    return sum(found.values())
+
+
+def train(directory, world_size, max_steps, model, **options):
+    callback = ZeroCheckpoint(directory, every_n_train_steps=1, save_top_k=-1, **options)
+    fit(model(), world_size=world_size, max_steps=max_steps, callbacks=[callback], ckpt_path="last", data=Data())
+    return callback
+
+
+def adapted():
+    return Adapted()
+
+
+def all_in_optimizer():
+    return Adapted(all_in_optimizer=True)
+
+
+@pytest.mark.parametrize("model", [adapted, all_in_optimizer])
+@pytest.mark.parametrize("behind", [False, True])
+def test_what_is_frozen_is_on_disk_once_after_resumes_too_and_every_tag_is_whole(tmp_path, model, behind):
+    options = {"process_group": False, "async_save": behind}
+    run_ranks(train, 2, tmp_path, 2, 3, model, **options)
+    run_ranks(train, 2, tmp_path, 2, 6, model, **options)
+    tags = sorted(path for path in tmp_path.iterdir() if path.is_dir())
+    assert len(tags) == 6
+    adapters = sum(len(list(tag.glob("rank-*"))) for tag in tags)
+    assert adapters == 12
+    beside = sum(path.stat().st_size for path in tmp_path.rglob("*") if not path.name.startswith("frozen-"))
+    assert bytes_on_disk(tmp_path) <= beside + 1.1 * BACKBONE_BYTES
+    for tag in tags[:-1]:
+        shutil.rmtree(tag)
+    last = Checkpoint(tags[-1], verify="full").state_dict()
+    assert torch.equal(last["backbone.weight"], model().backbone.weight)
+    shutil.copytree(tags[-1], tmp_path / "elsewhere" / "tag")
+    assert torch.equal(
+        Checkpoint(tmp_path / "elsewhere" / "tag", verify="full").state_dict()["down.weight"], last["down.weight"]
+    )
+
+
+class WriteUnseen(Callback):
+    """Changes a frozen parameter in a way that no version counter sees."""
+
+    def on_train_batch_start(self, trainer, module, *args):
+        if trainer.global_step == 2:
+            version = module.backbone.weight._version
+            module.backbone.weight.data[-1, -1] = 7.0
+            assert module.backbone.weight._version == version
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_frozen_parameter_that_was_written_is_saved_anew(tmp_path):
+    callback = ZeroCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+    fit(Adapted(), world_size=2, max_steps=4, callbacks=[WriteUnseen(), callback])
+    values = [
+        Checkpoint(tmp_path / f"step={step}.ckpt", "full").state_dict()["backbone.weight"][-1, -1]
+        for step in (1, 2, 3, 4)
+    ]
+    assert [float(value) == 7.0 for value in values] == [False, False, True, True]
+    inodes = [(tmp_path / f"step={s}.ckpt" / "frozen-00000-of-00002.safetensors").stat().st_ino for s in (1, 2, 3, 4)]
+    assert inodes[0] == inodes[1]
+    # rank 0's half hasn't changed
+    inodes = [(tmp_path / f"step={s}.ckpt" / "frozen-00001-of-00002.safetensors").stat().st_ino for s in (1, 2, 3, 4)]
+    assert inodes[0] == inodes[1] != inodes[2] == inodes[3]
+
+
+@distributed(world_size=1, process_group=False)
+def test_where_there_are_no_links_everything_is_written(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+
+        def refuse(*args, **kwargs):
+            raise PermissionError(1, "Operation not permitted")
+
+        patch.setattr(storage.os, "link", refuse)
+        train(tmp_path, 1, 2, adapted)
+    inodes = {path.stat().st_ino for path in tmp_path.rglob("frozen-*")}
+    assert len(inodes) == 2
+    for step in (1, 2):
+        Checkpoint(tmp_path / f"step={step}.ckpt", verify="full")
+
+
+@distributed(world_size=1, process_group=False)
+def test_a_layer_that_is_unfrozen_later_is_in_the_shards_from_then_on(tmp_path):
+    class Unfreeze(Callback):
+        def on_train_batch_start(self, trainer, module, *args):
+            if trainer.global_step == 1:
+                module.backbone.requires_grad_(True)
+
+    callback = ZeroCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+    fit(all_in_optimizer(), world_size=1, max_steps=3, callbacks=[Unfreeze(), callback])
+    sizes = [
+        os.stat(tmp_path / f"step={step}.ckpt" / "frozen-00000-of-00001.safetensors").st_size for step in (1, 2, 3)
+    ]
+    assert sizes[1] == sizes[2] < 0.6 * sizes[0]
+    before, after = (
+        Checkpoint(tmp_path / f"step={step}.ckpt", "full").state_dict()["backbone.weight"] for step in (1, 3)
+    )
+    assert not torch.equal(before, after)

@@ -1,0 +1,261 @@
+"""Save directories behind URLs: a real server on loopback that speaks S3, and fsspec's own memory."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import boto3
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from moto.server import ThreadedMotoServer
+
+from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroCheckpointIO, ZeroStrategy
+from lightning_zero import get_fp32_state_dict_from_zero_checkpoint as get_fp32
+from lightning_zero.checkpoint import commit, remote
+from lightning_zero.checkpoint import save as saving
+from lightning_zero.checkpoint.load import Checkpoint, resolve
+from lightning_zero.checkpoint.storage import locate
+from lightning_zero.cli import main
+from lightning_zero.errors import CheckpointNotFoundError, CheckpointWriteError, IncompleteCheckpointError
+from tests.checkpoint.sample import Sample
+from tests.launch import distributed, run_ranks
+from tests.models import fit
+from tests.plugin.test_checkpoints import assert_same, train
+
+ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {**ENVIRONMENT, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        yield environment
+    server.stop()
+
+
+@pytest.fixture
+def url(server, request):
+    return f"s3://bucket/{abs(hash(request.node.name))}"
+
+
+@pytest.fixture(params=["s3", "memory"])
+def any_url(request, url):
+    return url if request.param == "s3" else f"memory://{request.node.name}"
+
+
+def keys(url):
+    prefix = url.removeprefix("s3://bucket/")
+    listed = boto3.client("s3").list_objects_v2(Bucket="bucket", Prefix=prefix).get("Contents", [])
+    return sorted(item["Key"].removeprefix(prefix).lstrip("/") for item in listed)
+
+
+def with_environment(body, environment, *args, **kwargs):
+    os.environ |= environment
+    return body(*args, **kwargs)
+
+
+def train_there(environment, *args, **kwargs):
+    os.environ |= environment
+    return train(*args, **kwargs)
+
+
+def test_a_run_on_s3_is_resumed_exactly_and_on_another_number_of_ranks(server, url):
+    options = {"process_group": False, "timeout_seconds": 240}
+    whole = run_ranks(train_there, 2, server, f"{url}/whole", 2, max_steps=6, every=100, **options)
+    run_ranks(train_there, 2, server, f"{url}/cut", 2, max_steps=3, every=3, **options)
+    assert get_fp32(f"{url}/cut")["into.weight"].dtype == torch.float32
+    resumed = run_ranks(train_there, 2, server, f"{url}/cut", 2, max_steps=6, every=2, resume=True, **options)
+    for a, b in zip(whole, resumed, strict=True):
+        assert a["losses"][3:] == b["losses"]
+        assert_same(a["state_dict"], b["state_dict"])
+    alone = run_ranks(train_there, 1, server, f"{url}/cut", 1, max_steps=8, every=100, resume=True, **options)[0]
+    assert len(alone["losses"]) == 2
+    assert {key.split("/")[0] for key in keys(f"{url}/cut")} == {"latest", "step=3.ckpt", "step=4.ckpt", "step=6.ckpt"}
+
+
+def keep_and_export(environment, url, file, behind):
+    os.environ |= environment
+    callback = ZeroCheckpoint(url, every_n_train_steps=1, keep_last=2, async_save=behind)
+    top = ModelCheckpoint(f"{url}/top", monitor="val_loss", save_top_k=1, filename="{epoch}")
+    io = ZeroCheckpointIO(verify="full")
+    fit(
+        strategy=ZeroStrategy(checkpoint_io=io),
+        world_size=2,
+        max_steps=9,
+        callbacks=[callback, top, Fp32Export(file)],
+    )
+    model, trainer = fit(
+        strategy=ZeroStrategy(checkpoint_io=io), world_size=2, max_steps=10, ckpt_path=f"{url}/step=9.ckpt"
+    )
+    assert trainer.global_step == 10
+    assert len(model.losses) == 1
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_retention_and_top_k_and_the_command_work_on_s3(server, url, tmp_path, behind, capsys):
+    file = tmp_path / "model.ckpt"
+    run_ranks(keep_and_export, 2, server, url, file, behind, process_group=False, timeout_seconds=240)
+    there = keys(url)
+    assert {key.split("/")[0] for key in there} == {"latest", "step=8.ckpt", "step=9.ckpt", "top"}
+    assert len({key.split("/")[1] for key in there if key.startswith("top/")} - {"latest"}) == 1
+    assert len([key for key in there if key.startswith("step=9.ckpt/rank-")]) == 2
+    assert file.exists()
+    assert main(["ls", url]) == 0
+    assert main(["verify", url]) == 0
+    assert main(["export", url, str(tmp_path / "other.ckpt")]) == 0
+    assert "step=9.ckpt" in capsys.readouterr().out
+    a, b = (torch.load(path, weights_only=True)["state_dict"] for path in (file, tmp_path / "other.ckpt"))
+    assert_same(a, b)
+
+
+def save(url, tag, **options):
+    sample = Sample(**options)
+    sample.save(locate(url) / tag)
+    return sample
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_tag_is_replaced_by_its_manifest_and_what_nothing_names_goes(any_url):
+    first = save(any_url, "tag", step=1)
+    before = names(locate(any_url) / "tag")
+    second = save(any_url, "tag", step=2)
+    after = names(locate(any_url) / "tag")
+    assert set(before) & set(after) == {"manifest.json"}
+    loaded = Checkpoint(resolve(any_url), verify="full").state_dict()
+    for name, tensor in second.state_dict.items():
+        assert torch.equal(loaded[name], tensor)
+    assert not torch.equal(loaded["bias"], first.state_dict["bias"])
+
+
+@pytest.mark.parametrize("at", ["write_shard", "manifest", "latest", "sweep"])
+def test_a_save_that_ends_anywhere_leaves_the_checkpoint_before_or_the_new_one(any_url, at):
+    save(any_url, "one", step=1)
+    save(any_url, "tag", step=2)
+
+    class Stopped(BaseException):
+        """As good as a kill: nothing of ours handles it."""
+
+    def stop(*args, **kwargs):
+        raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        if at == "write_shard":
+            patch.setattr(saving, "_write_trainer", stop)
+        elif at == "manifest":
+            patch.setattr(saving, "_commit", stop)
+        elif at == "latest":
+            patch.setattr(remote, "write_whole", stop)
+        else:
+            patch.setattr(remote, "remove_what_nothing_names", stop)
+        with pytest.raises(Stopped):
+            save(any_url, "tag", step=3)
+    checkpoint = Checkpoint(resolve(any_url), verify="full")
+    assert checkpoint.manifest.step == (2 if at in ("write_shard", "manifest") else 3)
+    assert [tag.name for tag in commit.list_tags(locate(any_url)) if tag.complete] == ["tag", "one"]
+    save(any_url, "tag", step=4)
+    assert Checkpoint(resolve(any_url), verify="full").manifest.step == 4
+    assert len(names(locate(any_url) / "tag")) == 4
+
+
+def test_a_failed_save_takes_its_objects_away_and_a_dead_ones_go_after_a_day(any_url):
+    save(any_url, "one", step=1)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(saving, "_write_trainer", full)
+        with pytest.raises(CheckpointWriteError, match="No space left"):
+            save(any_url, "two", step=2)
+    assert names(locate(any_url)) == ["latest", "one"]
+    torn = locate(any_url) / "torn"
+    (torn / "rank-00000-of-00001-0123.safetensors").write_bytes(b"half")
+    remote.remove_stale(locate(any_url), 3600)
+    assert (torn / "rank-00000-of-00001-0123.safetensors").exists()
+    assert [tag.complete for tag in commit.list_tags(locate(any_url)) if tag.name == "torn"] == [False]
+    time.sleep(1.1)  # S3 knows whole seconds
+    remote.remove_stale(locate(any_url), 0.05)
+    assert names(locate(any_url)) == ["latest", "one"]
+    assert Checkpoint(resolve(any_url), verify="full").manifest.step == 1
+
+
+def test_what_is_damaged_there_is_found_and_passed_over(any_url):
+    save(any_url, "one", step=1, world_size=2)
+    save(any_url, "two", step=2, world_size=2)
+    shard = next(path for path in (locate(any_url) / "two").iterdir() if path.name.startswith("rank-00001"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(IncompleteCheckpointError, match="rank-00001"):
+        Checkpoint(locate(any_url) / "two")
+    with pytest.warns(UserWarning, match="newest sound checkpoint is taken instead"):
+        assert resolve(any_url).name == "one"
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.warns(UserWarning, match="newest sound checkpoint is taken instead"):
+        assert resolve(any_url, verify="full").name == "one"
+    assert main(["verify", any_url]) == 1
+    with pytest.raises(CheckpointNotFoundError, match="three"):
+        resolve(any_url, "three")
+    with pytest.raises(CheckpointNotFoundError, match="nowhere"):
+        resolve(f"{any_url}/nowhere")
+
+
+class Kill(Callback):
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.global_step == 4:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(saving, "_commit", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+                trainer.save_checkpoint(f"{trainer.checkpoint_callback.dirpath}/step=2.ckpt")
+
+
+SCRIPT = """
+import sys
+from lightning_zero import ZeroCheckpoint, ZeroStrategy
+from tests.models import fit
+from tests.plugin.test_urls import Kill
+callbacks = [ZeroCheckpoint(sys.argv[1], every_n_train_steps=2, save_top_k=-1)]
+callbacks += [Kill()] if sys.argv[2] == "kill" else []
+model, _ = fit(strategy=ZeroStrategy(), world_size=1, max_steps=6, callbacks=callbacks, ckpt_path="last")
+print(len(model.losses))
+"""
+
+
+def test_a_killed_run_is_resumed_from_what_latest_names(server, url):
+    def run(mode):
+        command = [sys.executable, "-c", SCRIPT, url, mode]
+        return subprocess.run(command, env={**os.environ, **server}, capture_output=True, text=True, timeout=120)
+
+    assert run("kill").returncode == -signal.SIGKILL
+    done = run("resume")
+    assert done.stdout.split()[-1] == "4", done.stderr
+    assert (locate(url) / "latest").read_text() == "step=6.ckpt"
+
+
+@distributed(world_size=1, process_group=False)
+def test_frozen_parameters_are_copied_by_the_store_itself():
+    from tests.plugin.test_frozen import Adapted
+
+    url = "memory://frozen"
+    written = []
+    with pytest.MonkeyPatch.context() as patch:
+        write_shard = saving.write_shard
+        patch.setattr(
+            saving, "write_shard", lambda path, *a, **k: written.append(path.name) or write_shard(path, *a, **k)
+        )
+        callback = ZeroCheckpoint(url, every_n_train_steps=1, save_top_k=-1)
+        fit(Adapted(), world_size=1, max_steps=3, callbacks=[callback])
+    assert len([name for name in written if name.startswith("frozen-")]) == 1
+    for step in (1, 2, 3):
+        Checkpoint(f"{url}/step={step}.ckpt", verify="full")
