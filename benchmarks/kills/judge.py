@@ -1,0 +1,101 @@
+"""What must hold in a save directory, whatever was killed when: judged from outside, by what a user can call.
+
+| what is looked at | by |
+|---|---|
+| which tags there are, which are complete | `lightning-zero ls --json` |
+| whether every byte is as it was written | `lightning-zero verify --json` |
+| whether every element is of the step that the manifest says | [Note: the ledger] |
+| whether `latest` went backwards | [Note: the journal] |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.kills.training import LEDGER_SIZES, ledger_values
+from lightning_zero import cli
+from lightning_zero.checkpoint.load import Checkpoint
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What lies in a save directory.
+
+    Attributes:
+        latest: the tag that `latest` names; empty where there is no such file.
+        resumes_at: the step from which the next run has to go on.
+        tags: how many there are, complete or not.
+        leftovers: names of staging and trash.
+        problems: what must not be.
+    """
+
+    latest: str
+    resumes_at: int
+    tags: int
+    leftovers: frozenset[str]
+    problems: tuple[str, ...]
+
+
+def judge(save_dir: Path, committed_step: int) -> Verdict:
+    """Judge a save directory that nobody writes to.
+
+    Args:
+        save_dir: the directory.
+        committed_step: the newest step that was known to be committed; 0: none was.
+    """
+    names = os.listdir(save_dir) if save_dir.is_dir() else []
+    leftovers = frozenset(name for name in names if name.startswith("."))
+    rows = command("ls", save_dir) if names else []
+    steps = {row["tag"]: row["step"] for row in rows}
+    problems = [f"{row['tag']} is not complete, and has a name" for row in rows if not row["complete"]]
+    problems += [text for row in rows if row["complete"] for text in look_into(save_dir / row["tag"], row["step"])]
+    latest = (save_dir / "latest").read_text() if "latest" in names else ""
+    resumes_at = steps.get(latest) or max((row["step"] or 0 for row in rows if row["complete"]), default=0)
+    if latest and latest not in steps:
+        problems.append(f"latest names {latest!r}, which is not there: there are {sorted(steps)}")
+    if not latest and committed_step:
+        problems.append(f"there is no latest, and step {committed_step} was committed")
+    if latest and (steps.get(latest) or 0) < committed_step:
+        problems.append(f"latest names step {steps.get(latest)}, and step {committed_step} was committed")
+    if latest and (found := command("verify", save_dir)["problems"]):
+        problems.append(f"latest is not sound: {found}")
+    return Verdict(latest, resumes_at, len(rows), leftovers, tuple(problems))
+
+
+def command(name: str, directory: Path) -> Any:
+    """What `lightning-zero NAME DIRECTORY --json` prints."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        cli.main([name, str(directory), "--json"])
+    return json.loads(output.getvalue())
+
+
+def look_into(tag: Path, step: int) -> list[str]:
+    """What is wrong with a tag that calls itself complete, and of this step."""
+    problems = [f"{tag.name}: {found}" for found in command("verify", tag)["problems"]]
+    if problems:
+        return problems
+    parameter, momentum = ledger_values(step)
+    checkpoint = Checkpoint(tag)
+    state_dict, states = checkpoint.state_dict(), checkpoint.optimizer_state(0)["state"].values()
+    found = [(name, state_dict[name], parameter) for name in state_dict if name.startswith("ledger.")]
+    found += [
+        (f"a momentum of {state['momentum_buffer'].numel()} elements", state["momentum_buffer"], momentum)
+        for state in states
+        if state["momentum_buffer"].numel() in LEDGER_SIZES
+    ]
+    if len(found) != 2 * len(LEDGER_SIZES):
+        problems.append(f"{tag.name}: there are {[name for name, *_ in found]}")
+    for name, tensor, expected in (*found, ("the buffer", state_dict["steps"], step)):
+        values = torch.unique(tensor.contiguous()).tolist()
+        if values != [expected]:
+            problems.append(f"{tag.name}, of step {step}: {name} holds {values[:5]} and not {expected}")
+    return problems
