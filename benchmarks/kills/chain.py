@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -145,7 +146,7 @@ def _kill_once(chain: _Chain, run: int, chooser: random.Random) -> Kill:
         _wait_for_the_moment(chain, settings, ranks, moment, chooser)
         kill.phase, stubborn = _kill(settings, ranks, victims, chooser)
         kill.had_to_be_killed = len(stubborn)
-        kill.stuck = "\n".join(settings.log(rank).read_text()[-3000:] for rank in stubborn)
+        kill.stuck = "; ".join(_where(settings.log(rank)) for rank in stubborn)
     except _Failed as failure:
         kill.problems.append(str(failure))
     finally:
@@ -233,7 +234,7 @@ def _run_rank(settings: Settings, rank: int, port: int) -> None:
         "WORLD_SIZE": str(settings.world_size),
     }
     torch.set_num_threads(1)
-    faulthandler.register(signal.SIGUSR1)  # says where a rank is that doesn't end
+    faulthandler.register(signal.SIGUSR1, all_threads=False)  # says where a rank is that doesn't end
     try:
         train(settings, rank)
     except BaseException:
@@ -296,6 +297,12 @@ def _wait(
 def _logs(settings: Settings) -> str:
     logs = [settings.log(rank) for rank in range(settings.world_size)]
     return "".join(f"\n--- {log.name}\n{log.read_text()[-3000:]}" for log in logs if log.exists())
+
+
+def _where(log: Path) -> str:
+    """The innermost functions of the main thread when a rank was asked where it is."""
+    *_, dump = log.read_text().split("(most recent call first)")
+    return " < ".join(re.findall(r'File ".*", line \d+ in (\S+)', dump)[:6])
 
 
 def _staging(settings: Settings) -> list[str]:
