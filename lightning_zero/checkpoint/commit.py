@@ -182,7 +182,7 @@ class Staging:
     def abandon(self) -> None:
         """Take away whatever the save has written, and let go."""
         if is_remote(self._path):
-            remote.remove_all(self._path, [name for name in names_in(self._path) if self._save_id in name])
+            remote.remove_uncommitted(self._path, self._save_id)
         else:
             shutil.rmtree(self._path, ignore_errors=True)
         self.release()

@@ -38,8 +38,8 @@ class RankContent:
         values: the optimizer states that are no tensors.
         rank_state: what this rank alone needs to go on (the state of its random numbers); given back as it is.
         step: of training, as this rank sees it.
-        unchanging: its part of the parameters that aren't trained at present: what an earlier save has written may stand
-            for it.
+        unchanging: its part of the parameters that aren't trained at present: what an earlier save has written may
+            stand for it.
     """
 
     tensors: Sequence[TensorToSave]

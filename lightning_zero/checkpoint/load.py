@@ -163,15 +163,16 @@ class Checkpoint:
     Args:
         directory: the tag's, as `resolve` gives it.
         verify: what is checked at once: see `integrity`.
+        manifest: of that directory, where it has been read already.
 
     Raises:
         IncompleteCheckpointError: something is missing, cut short, or another save's.
         CorruptCheckpointError: the manifest can't be believed, or (`full`) a checksum doesn't match.
     """
 
-    def __init__(self, directory: PathOrUrl, verify: Depth = "sizes") -> None:
+    def __init__(self, directory: PathOrUrl, verify: Depth = "sizes", manifest: Manifest | None = None) -> None:
         self.directory = locate(directory)
-        self.manifest: Manifest = read_manifest(self.directory)
+        self.manifest: Manifest = read_manifest(self.directory) if manifest is None else manifest
         require_sound(self.directory, self.manifest, verify)
         self._open = functools.lru_cache(maxsize=_OPEN_FILES)(open_file)
 
@@ -263,8 +264,8 @@ class Checkpoint:
             offending = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(content)) or "an unknown class"
             where = self.directory / self.manifest.trainer.name
             raise UntrustedContentError(
-                f"{where} holds objects of {offending}, in the hyper-parameters or the state of a callback. If you trust "
-                "whoever wrote it, pass weights_only=False (Trainer.fit takes it too): it then runs what the file says"
+                f"{where} holds objects of {offending}, in the hyper-parameters or the state of a callback. If you "
+                "trust whoever wrote it, pass weights_only=False (Trainer.fit takes it too): it then runs what it says"
             ) from error
         return loaded
 

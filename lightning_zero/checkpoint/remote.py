@@ -23,7 +23,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME
-from lightning_zero.checkpoint.storage import create_file, names_in, remove_file
+from lightning_zero.checkpoint.storage import create_file, names_in, read_file, remove_file
+from lightning_zero.errors import IncompleteCheckpointError
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -39,6 +40,16 @@ def remove_all(directory: UPath, names: Collection[str]) -> None:
     """Remove objects under a URL, the manifest before all others: without it the rest is nothing."""
     for name in sorted(names, key=lambda name: name != MANIFEST_NAME):
         remove_file(directory / name)
+
+
+def remove_uncommitted(directory: UPath, save_id: str) -> None:
+    """Remove what a failed save has written under a tag; nothing, if what failed came after its commit."""
+    try:
+        committed = save_id.encode() in read_file(directory / MANIFEST_NAME)
+    except IncompleteCheckpointError:
+        committed = False
+    if not committed:
+        remove_all(directory, [name for name in names_in(directory) if save_id in name])
 
 
 def remove_what_nothing_names(directory: UPath, named: Collection[str]) -> None:

@@ -30,7 +30,7 @@ import secrets
 import socket
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -42,7 +42,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
-from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint import commit, nodes
 from lightning_zero.checkpoint.content import RankContent, SharedContent, TensorToSave
 from lightning_zero.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -53,6 +53,7 @@ from lightning_zero.checkpoint.manifest import (
     StoredValue,
     TrainerFile,
 )
+from lightning_zero.checkpoint.nodes import Place
 from lightning_zero.checkpoint.shards import Item, check_header, shard_name, write_shard
 from lightning_zero.checkpoint.snapshot import Snapshot
 from lightning_zero.checkpoint.storage import Location, absolute, create_file, is_remote, link
@@ -156,12 +157,13 @@ class _Written:
 
 @dataclass(frozen=True, slots=True)
 class _Committed:
-    """What rank 0 tells the others of a checkpoint that is there."""
+    """What rank 0 tells the others of a checkpoint that is there; with its manifest, if they have to commit it too."""
 
     nbytes: int
     written_bytes: int
     stall_seconds: float
     rank_seconds: tuple[float, ...]
+    manifest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,9 @@ class Plan:
         rank: this one.
         world_size: of how many.
         group: they, or None for a single process.
-        staged: on rank 0, its hold on the staging directory.
+        staged: on rank 0, and on every node's leader where each has its own disk, its hold on the staging directory.
+        nodes: each rank's node; all of them 0 where storage is shared.
+        leaders: the ranks that have a hold on one.
         began: when the save did, by `time.perf_counter()`.
     """
 
@@ -188,6 +192,8 @@ class Plan:
     world_size: int
     group: dist.ProcessGroup | None
     staged: commit.Staging | None
+    nodes: tuple[int, ...] = (0,)
+    leaders: tuple[int, ...] = (0,)
     began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -221,6 +227,7 @@ def begin_save(
     update_latest: bool = True,
     fsync: bool = True,
     tag_validation: TagValidation = "fail",
+    place: Place | None = None,
     frozen_before: StoredFile | None = None,
     snapshot: Snapshot | None = None,
     group_behind: dist.ProcessGroup | None = None,
@@ -236,6 +243,7 @@ def begin_save(
         update_latest: have `latest` name the tag.
         fsync: make everything durable before it takes its name.
         tag_validation: what to do where the ranks were given different tags: see `agree`.
+        place: where this rank is, if every node has its own disk: see [Note: a checkpoint on every node].
         frozen_before: this rank's frozen parameters in an earlier save, for `prepare`.
         snapshot: where to copy what is to be saved, so that training may go on before the rest is done.
         group_behind: the ranks again, for the rest, where training goes on.
@@ -245,7 +253,7 @@ def begin_save(
         TagMismatchError: the ranks were to save different tags or steps.
         CheckpointWriteError: a rank failed. Both are raised on every rank alike: see [Note: all ranks fail together].
     """
-    plan = agree(directory, content.step, group, tag_validation=tag_validation, clean=snapshot is None)
+    plan = agree(directory, content.step, group, tag_validation=tag_validation, place=place, clean=snapshot is None)
     plan = plan if began is None else replace(plan, began=began)
     prepared = prepare(plan, content, shared, frozen_before=frozen_before, snapshot=snapshot)
 
@@ -255,7 +263,7 @@ def begin_save(
         written = write(plan, prepared, fsync=fsync)
         then = plan if snapshot is None else replace(plan, group=group_behind)
         report = finish(then, written, shared, update_latest=update_latest, fsync=fsync)
-        if snapshot is not None and plan.rank == 0:
+        if snapshot is not None and plan.staged is not None:
             commit.clean_leftovers(plan.directory.parent)  # `agree` hasn't, so that training needn't wait for it
         return report
 
@@ -271,6 +279,7 @@ def agree(
     group: dist.ProcessGroup | None,
     *,
     tag_validation: TagValidation = "fail",
+    place: Place | None = None,
     clean: bool = True,
 ) -> Plan:
     """Make sure that all ranks save the same, and make the staging directory. Collective.
@@ -281,6 +290,7 @@ def agree(
         group: the ranks; None for a single process.
         tag_validation: what to do where the ranks were given different tags: `fail`; or take rank 0's, and `warn` of
             it, or `ignore` it. The steps have to be the same in any case.
+        place: where this rank is, if every node has its own disk.
         clean: remove what dead saves have left, first.
 
     Raises:
@@ -289,18 +299,27 @@ def agree(
     """
     directory = absolute(directory)
     rank, world_size = (group.rank(), group.size()) if group is not None else (0, 1)
-    save_id = secrets.token_hex(8) if rank == 0 else ""
-    staged = _attempt(rank, directory, partial(_prepare_directory, directory, rank, save_id, clean))
+    place = Place(0, rank == 0) if place is None else place
+    token = secrets.token_hex(8) if place.leads else ""
+    staged = _attempt(rank, directory, partial(_prepare_directory, directory, token, clean))
     failure = staged if isinstance(staged, _Failure) else None
-    answers = _all_gather(group, (directory.name, step, save_id, failure))
+    try:
+        answers = _all_gather(group, (directory.name, step, place.node, token, failure))
+    except RuntimeError as error:
+        if isinstance(staged, commit.Staging):
+            staged.abandon()
+        raise _unreachable(directory, error) from error
     wanted = [(tag, step) for tag, step, *_ in answers]
-    save_id = answers[0][2]
+    nodes, tokens = tuple(node for _, _, node, *_ in answers), [token for *_, token, _ in answers]
+    leaders = tuple(rank for rank, token in enumerate(tokens) if token)
     differ = len({tag for tag, _ in wanted}) > 1
     if differ and tag_validation != "fail":
         directory = directory.parent / wanted[0][0]
-    staging = commit.staging_directory(directory.parent, directory.name, save_id)
+    staging = commit.staging_directory(
+        directory.parent, directory.name, next(tokens[leader] for leader in leaders if nodes[leader] == place.node)
+    )
     staged = None if isinstance(staged, _Failure) else staged
-    plan = Plan(directory, staging, save_id, step, rank, world_size, group, staged)
+    plan = Plan(directory, staging, tokens[0], step, rank, world_size, group, staged, nodes, leaders)
     if (differ and tag_validation == "fail") or len({step for _, step in wanted}) > 1:
         _abandon(plan)
         raise TagMismatchError(
@@ -320,13 +339,13 @@ def _list_wanted(wanted: Sequence[tuple[str, int]]) -> str:
     return "; ".join(f"rank {rank}: {tag!r} at step {step}" for rank, (tag, step) in enumerate(wanted[:16]))
 
 
-def _prepare_directory(directory: Location, rank: int, save_id: str, clean: bool) -> commit.Staging | None:
+def _prepare_directory(directory: Location, token: str, clean: bool) -> commit.Staging | None:
     commit.validate_tag(directory.name, hidden=True)
-    if rank != 0:
+    if not token:
         return None
     if clean:
         commit.clean_leftovers(directory.parent)
-    return commit.Staging(commit.staging_directory(directory.parent, directory.name, save_id), save_id)
+    return commit.Staging(commit.staging_directory(directory.parent, directory.name, token), token)
 
 
 # ---------------------------------------------------------------------------------------------------- prepare
@@ -505,21 +524,25 @@ def finish(
         CheckpointWriteError: a rank failed; the staging directory is gone.
     """
     outcome: _Committed | _Failure | None = None  # rank 0's, which the others are sent
+    commit_all = _commit if len(set(plan.nodes)) == 1 else _prepare_manifest
     try:
         reports = _gather(plan.group, written)
         if plan.rank == 0:
             done = [report for report in reports if isinstance(report, _Written)]
             failed = next((report for report in reports if isinstance(report, _Failure)), None)
-            action = partial(_commit, plan, done, shared, update_latest, fsync)
+            action = partial(commit_all, plan, done, shared, update_latest, fsync)
             outcome = failed if failed is not None else _attempt(0, plan.directory, action)
             if isinstance(outcome, _Failure):
                 _abandon(plan)
         decided = _broadcast(plan.group, outcome)
-    except RuntimeError as error:  # what a group raises when a peer has died
-        _abandon(plan)
-        raise CheckpointWriteError(
-            f"{plan.directory} was not saved: a rank died, or can't be reached any more ({error})"
-        ) from error
+        if isinstance(decided, _Committed) and decided.manifest is not None:
+            decided = _commit_on_all_nodes(plan, decided, decided.manifest, update_latest, fsync)
+            if isinstance(decided, _Failure):
+                _abandon(plan)
+    except RuntimeError as error:
+        if not isinstance(outcome, _Committed):
+            _abandon(plan)
+        raise _unreachable(plan.directory, error) from error
     finally:
         if plan.staged is not None:
             plan.staged.release()
@@ -544,18 +567,81 @@ def finish(
 def _commit(
     plan: Plan, reports: Sequence[_Written], shared: SharedContent | None, update_latest: bool, fsync: bool
 ) -> _Committed:
+    """On storage that all ranks share: rank 0 does it alone."""
+    manifest = _manifest(plan, reports, shared)
+    _require_files(plan, manifest, range(plan.world_size))
+    content = _write_manifest(plan, manifest, fsync)
+    commit.commit(
+        plan.staging,
+        plan.directory.parent,
+        plan.directory.name,
+        update_latest=update_latest,
+        fsync=fsync,
+        files=[MANIFEST_NAME, manifest.trainer.name, *(file.name for file in manifest.files)],
+    )
+    return _committed(reports, manifest.nbytes + len(content), len(content))
+
+
+def _prepare_manifest(
+    plan: Plan, reports: Sequence[_Written], shared: SharedContent | None, update_latest: bool, fsync: bool
+) -> _Committed:
+    """Where each node has its own disk: what rank 0 tells all others, before any of them commits."""
+    manifest = _manifest(plan, reports, shared)
+    text = manifest.to_json()
+    return replace(_committed(reports, manifest.nbytes + len(text), len(text)), manifest=text)
+
+
+def _commit_on_all_nodes(
+    plan: Plan, committed: _Committed, text: str, update_latest: bool, fsync: bool
+) -> _Committed | _Failure:
+    """See [Note: a checkpoint on every node]."""
+    manifest = Manifest.from_json(text, MANIFEST_NAME)
+    group = plan.group
+    assert group is not None
+    own_node = [rank for rank, node in enumerate(plan.nodes) if node == plan.nodes[plan.rank]]
+
+    def exchange() -> None:
+        files = [
+            (manifest.trainer.name, manifest.trainer.nbytes, 0),
+            *((f.name, f.nbytes, f.rank) for f in manifest.files),
+        ]
+        nodes.exchange(
+            plan.staging,
+            [
+                nodes.Transfer(name, nbytes, rank, [to for to in plan.leaders if plan.nodes[to] != plan.nodes[rank]])
+                for name, nbytes, rank in files
+            ],
+            group,
+            fsync=fsync,
+        )
+
+    def write_manifest() -> None:
+        if plan.staged is not None:
+            _require_files(plan, manifest, own_node)
+            _write_manifest(plan, manifest, fsync)
+
+    def rename() -> None:
+        if plan.staged is not None:
+            save_dir, tag = plan.directory.parent, plan.directory.name
+            commit.commit(plan.staging, save_dir, tag, update_latest=False, fsync=fsync)
+
+    def name() -> None:
+        if plan.staged is not None and update_latest:
+            commit.write_latest(plan.directory.parent, plan.directory.name, fsync=fsync)
+
+    for step in (exchange, write_manifest, rename, name):
+        done = _attempt(plan.rank, plan.directory, step)
+        failures = _all_gather(group, done if isinstance(done, _Failure) else None)
+        failed = next((failure for failure in failures if failure is not None), None)
+        if failed is not None:
+            return failed
+    return committed
+
+
+def _manifest(plan: Plan, reports: Sequence[_Written], shared: SharedContent | None) -> Manifest:
     trainer = reports[0].trainer
     if shared is None or trainer is None:
         raise ValueError("rank 0 has to say what the ranks share")
-    sizes = _sizes(plan.staging)
-    for rank, report in enumerate(reports):
-        for file in report.files:
-            if sizes.get(file.name) != file.nbytes:
-                raise FileNotFoundError(
-                    f"rank {rank} has written {file.nbytes} bytes of {file.name}, and rank 0 sees "
-                    f"{sizes.get(file.name, 'no such file')}; all ranks have to save to one shared file system"
-                )
-    files = [file for report in reports for file in report.files]
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         save_id=plan.save_id,
@@ -568,26 +654,39 @@ def _commit(
         entries=tuple(shared.entries),
         aliases=dict(shared.aliases),
         optimizers=tuple(shared.optimizers),
-        files=tuple(sorted(files, key=lambda file: (file.frozen, file.rank))),
+        files=tuple(
+            sorted((file for report in reports for file in report.files), key=lambda file: (file.frozen, file.rank))
+        ),
         trainer=trainer,
     )
-    text = manifest.to_json()
-    Manifest.from_json(text, MANIFEST_NAME)  # what can't be loaded must not be committed
-    content = text.encode()
+    Manifest.from_json(manifest.to_json(), MANIFEST_NAME)  # what can't be loaded must not be committed
+    return manifest
+
+
+def _require_files(plan: Plan, manifest: Manifest, ranks: Container[int]) -> None:
+    """Whether this rank sees what those ranks have written."""
+    sizes = _sizes(plan.staging)
+    for file in manifest.files:
+        if file.rank in ranks and sizes.get(file.name) != file.nbytes:
+            raise FileNotFoundError(
+                f"rank {file.rank} has written {file.nbytes} bytes of {file.name}, and rank {plan.rank} sees "
+                f"{sizes.get(file.name, 'no such file')}; all ranks have to save to one shared file system "
+                "(or, with a disk of its own on every node, by ZeroCheckpointIO(node_local=True))"
+            )
+
+
+def _write_manifest(plan: Plan, manifest: Manifest, fsync: bool) -> bytes:
+    content = manifest.to_json().encode()
     # IMPORTANT: the manifest comes after every file that it lists is durable
     with create_file(plan.staging / MANIFEST_NAME, len(content), fsync=fsync) as new:
         new.write(content)
-    commit.commit(
-        plan.staging,
-        plan.directory.parent,
-        plan.directory.name,
-        update_latest=update_latest,
-        fsync=fsync,
-        files=[MANIFEST_NAME, trainer.name, *(file.name for file in files)],
-    )
+    return content
+
+
+def _committed(reports: Sequence[_Written], nbytes: int, manifest_nbytes: int) -> _Committed:
     return _Committed(
-        manifest.nbytes + len(content),
-        sum(report.nbytes for report in reports) + len(content),
+        nbytes,
+        sum(report.nbytes for report in reports) + manifest_nbytes,
         max(report.stall_seconds for report in reports),
         tuple(report.seconds for report in reports),
     )
@@ -630,6 +729,11 @@ def _error(plan: Plan, failure: _Failure) -> CheckpointWriteError:
     return CheckpointWriteError(
         f"the checkpoint {plan.directory.name!r} was not saved: {failure.text}. Earlier checkpoints are as they were"
     )
+
+
+def _unreachable(directory: Location, error: RuntimeError) -> CheckpointWriteError:
+    """What a group's RuntimeError means: a peer has died, or didn't come within the time-out."""
+    return CheckpointWriteError(f"{directory} was not saved: a rank died, or can't be reached any more ({error})")
 
 
 def _abandon(plan: Plan) -> None:

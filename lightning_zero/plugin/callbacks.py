@@ -139,7 +139,7 @@ class ZeroCheckpoint(ModelCheckpoint):
             return
         with strategy.saving_behind(self.async_save):
             super()._save_checkpoint(trainer, filepath)
-        if self._retains and trainer.is_global_zero:
+        if self._retains and strategy.tends_directory:
             strategy.after_commit(self._retention())
 
     @staticmethod
@@ -148,7 +148,7 @@ class ZeroCheckpoint(ModelCheckpoint):
         if not isinstance(trainer.strategy, ZeroStrategy):
             ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
             return
-        if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
+        if trainer.strategy.tends_directory and os.path.abspath(filepath) != os.path.abspath(linkpath):
             trainer.strategy.after_commit(partial(commit.link_tag, Path(filepath), Path(linkpath)))
         trainer.strategy.barrier()
 

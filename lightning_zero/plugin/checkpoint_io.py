@@ -18,6 +18,8 @@ from lightning_zero.checkpoint.background import BackgroundSave
 from lightning_zero.checkpoint.content import RankContent, SharedContent
 from lightning_zero.checkpoint.integrity import Depth, read_manifest
 from lightning_zero.checkpoint.load import Checkpoint, is_checkpoint, resolve
+from lightning_zero.checkpoint.manifest import Manifest
+from lightning_zero.checkpoint.nodes import Place
 from lightning_zero.checkpoint.save import SaveReport, StoredFile, TagValidation, begin_save
 from lightning_zero.checkpoint.snapshot import Snapshot
 from lightning_zero.checkpoint.storage import Location, locate, remove_file
@@ -37,6 +39,7 @@ class PreparedSave:
         update_latest: have `latest` name it.
         behind: go on with training while it is written; then `group_behind` is the thread's own.
         tag_validation: what to do where the ranks were given different tags.
+        place: where this rank is.
         began: when training began to wait, by `time.perf_counter()`.
     """
 
@@ -50,6 +53,7 @@ class PreparedSave:
         behind: bool,
         group_behind: dist.ProcessGroup | None,
         tag_validation: TagValidation,
+        place: Place | None,
         began: float,
     ) -> None:
         self.content = content
@@ -59,6 +63,7 @@ class PreparedSave:
         self.behind = behind
         self.group_behind = group_behind
         self.tag_validation: TagValidation = tag_validation
+        self.place = place
         self.began = began
 
 
@@ -81,20 +86,25 @@ class ZeroCheckpointIO(TorchCheckpointIO):
             (every byte against its checksum).
         fsync: make sure that a checkpoint has reached the disk before it takes its name. Turn it off only where a
             power cut doesn't matter.
+        node_local: every node has a disk of its own under the same path, and gets the whole checkpoint. So a resume
+            needs no shared storage, and no particular nodes; a node without the checkpoint is an error that says so.
     """
 
-    def __init__(self, *, async_save: bool = False, verify: Depth = "sizes", fsync: bool = True) -> None:
+    def __init__(
+        self, *, async_save: bool = False, verify: Depth = "sizes", fsync: bool = True, node_local: bool = False
+    ) -> None:
         super().__init__()
         if verify not in get_args(Depth):
             raise ValueError(f'verify must be "none", "sizes" or "full", not {verify!r}')
         self.async_save = async_save
         self.verify = verify
         self.fsync = fsync
+        self.node_local = node_local
         self.last_save: SaveReport | None = None
         """What the last save did that is done."""
         self._reports: list[SaveReport] = []
         self._frozen: StoredFile | None = None
-        self._verified = False
+        self._verified: Manifest | None = None
         self._prepare_process()
 
     def _prepare_process(self) -> None:
@@ -130,6 +140,7 @@ class ZeroCheckpointIO(TorchCheckpointIO):
             update_latest=prepared.update_latest,
             fsync=self.fsync,
             tag_validation=prepared.tag_validation,
+            place=prepared.place if self.node_local else None,
             frozen_before=before,
             snapshot=self._snapshot if prepared.behind else None,
             group_behind=prepared.group_behind,
@@ -198,18 +209,20 @@ class ZeroCheckpointIO(TorchCheckpointIO):
                 {} if weights_only is None else {"weights_only": weights_only}
             )  # Lightning 2.5 knows no such thing
             return super().load_checkpoint(path, map_location or (lambda storage, _: storage), **options)
-        verify = "none" if self._verified else self.verify
-        source = Checkpoint(resolve(path, verify=verify), verify=verify)
+        if self._verified is not None:
+            source = Checkpoint(resolve(path, verify="none"), verify="none", manifest=self._verified)
+        else:
+            source = Checkpoint(resolve(path, verify=self.verify), verify=self.verify)
         return LoadedCheckpoint(source.lightning_checkpoint(weights_only=weights_only is not False), source)
 
     @contextmanager
-    def loading_verified(self) -> Iterator[None]:
-        """What is loaded within has been looked at, as deep as `verify` says."""
-        self._verified = True
+    def loading_verified(self, manifest: Manifest | None) -> Iterator[None]:
+        """What is loaded within has been looked at, as deep as `verify` says; here is its manifest."""
+        self._verified = manifest
         try:
             yield
         finally:
-            self._verified = False
+            self._verified = None
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:

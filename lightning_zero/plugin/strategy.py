@@ -6,6 +6,7 @@ import inspect
 import itertools
 import os
 import shutil
+import socket
 import time
 import warnings
 from collections.abc import Callable, Collection, Generator, Mapping
@@ -41,6 +42,8 @@ from lightning_zero.checkpoint.content import RankContent, SharedContent
 from lightning_zero.checkpoint.export import convert_zero_checkpoint_to_fp32_state_dict
 from lightning_zero.checkpoint.integrity import Depth, find_problems, problems_as_error, read_manifest
 from lightning_zero.checkpoint.load import is_checkpoint, resolve
+from lightning_zero.checkpoint.manifest import Manifest
+from lightning_zero.checkpoint.nodes import Place
 from lightning_zero.checkpoint.save import TagValidation
 from lightning_zero.checkpoint.storage import Location, locate
 from lightning_zero.engine.optimizer import OwnedSegment
@@ -158,6 +161,7 @@ class ZeroStrategy(DDPStrategy):
         self._tag_validation: TagValidation = tag_validation
         self._behind: bool | None = None
         self._telemetry = SaveTelemetry()
+        self._manifest: Manifest | None = None
         self._partition: Partition | None = None
         self._ranks = Ranks(timeout)
         self._resume: Resume | None = None
@@ -195,6 +199,16 @@ class ZeroStrategy(DDPStrategy):
         """The one that writes directories, whatever is wrapped around it; None if the user's own writes files."""
         innermost = self._innermost_io
         return innermost if isinstance(innermost, ZeroCheckpointIO) else None
+
+    @property
+    def _node_local(self) -> bool:
+        """Whether every node has a save directory of its own."""
+        return self._own_io is not None and self._own_io.node_local
+
+    @property
+    def tends_directory(self) -> bool:
+        """Whether this rank removes and renames what is in its node's save directory."""
+        return self.is_global_zero or (self._node_local and self.local_rank == 0)
 
     @property
     def _verify(self) -> Depth:
@@ -499,6 +513,7 @@ class ZeroStrategy(DDPStrategy):
             behind=behind,
             group_behind=self._ranks.behind if behind and group is not None else None,
             tag_validation=tag_validation or self._tag_validation,
+            place=Place(self.node_rank, self.local_rank == 0) if group is not None else None,
             began=began,
         )
         io = io or self.checkpoint_io
@@ -551,6 +566,12 @@ class ZeroStrategy(DDPStrategy):
         for report in self._own_io.take_reports() if self._own_io is not None else ():
             if self.is_global_zero and trainer is not None:
                 self._telemetry.log(report, trainer.loggers)
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        """Remove a checkpoint; while a newer one is being saved, after that one's commit."""
+        if self.tends_directory:
+            self.checkpoint_io.remove_checkpoint(filepath)
 
     def _save_by_rank_zero(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None) -> None:
         """Save as DDP does, by a `CheckpointIO` that knows no shards: put together, and written by one rank."""
@@ -688,13 +709,11 @@ class ZeroStrategy(DDPStrategy):
         shards = path.parent / f".{path.name}.shards" / "weights"
         self._save(weights, shards, None, update_latest=False, io=self._sharded_io, behind=False)
 
-        def convert() -> None:
-            try:
-                convert_zero_checkpoint_to_fp32_state_dict(shards, path)
-            finally:
+        try:
+            self._ranks.decided_by_first(lambda: convert_zero_checkpoint_to_fp32_state_dict(shards, path))
+        finally:
+            if self.tends_directory:
                 shutil.rmtree(shards.parent, ignore_errors=True)
-
-        self._ranks.decided_by_first(convert)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
@@ -741,7 +760,10 @@ class ZeroStrategy(DDPStrategy):
 
         while (chosen := self._ranks.decided_by_first(choose)) is not None:
             directory = locate(chosen)
-            problems = self._ranks.everyones(partial(self._look, directory))
+            seen = self._ranks.everyones(partial(self._look, directory))
+            problems = [problem for _, problem in seen if problem]
+            if not problems and len({save_id for save_id, _ in seen}) > 1:
+                problems = [f"the ranks see checkpoints of different saves in {directory}"]
             if not problems:
                 return chosen
             if tag is not None or directory.parent != locate(path):
@@ -751,16 +773,21 @@ class ZeroStrategy(DDPStrategy):
 
     def _verified(self) -> AbstractContextManager[None]:
         """All ranks have looked at what is loaded within: none has to look at all of it."""
-        return self._own_io.loading_verified() if self._own_io is not None else nullcontext()
+        manifest, self._manifest = self._manifest, None
+        return self._own_io.loading_verified(manifest) if self._own_io is not None else nullcontext()
 
-    def _look(self, directory: Location) -> list[str]:
-        """What is wrong with this rank's part of a checkpoint's files."""
-        share = self._ranks.rank, self._ranks.count
+    def _look(self, directory: Location) -> list[tuple[str, str]]:
+        """Which save this rank sees, and what is wrong with its part of the files."""
+        where, share = f"rank {self._ranks.rank}", (self._ranks.rank, self._ranks.count)
+        if self._node_local:
+            where += f" on {socket.gethostname()}, which needs the directory whole (another node has it)"
+            share = self.local_rank, self.num_processes
         try:
-            found = find_problems(directory, read_manifest(directory), self._verify, share=share)
-            return [str(problem) for problem in found]
+            self._manifest = manifest = read_manifest(directory)
+            found = [str(problem) for problem in find_problems(directory, manifest, self._verify, share=share)]
         except ZeroError as error:
-            return [f"rank {self._ranks.rank}: {error}"]
+            return [("", f"{where}: {error}")]
+        return [(manifest.save_id, ""), *((manifest.save_id, f"{where}: {problem}") for problem in found)]
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -457,7 +457,7 @@ class DifferentTags(Callback):
         strategy, mine = trainer.strategy, f"mine{trainer.global_rank}"
         with pytest.raises(TagMismatchError):
             strategy.save_zero_checkpoint(self.directory, mine)
-        with pytest.warns(UserWarning, match="rank 0's tag is saved.*rank 1: 'mine1'"):
+        with pytest.warns(UserWarning, match=r"rank 0's tag is saved.*rank 1: 'mine1'"):
             strategy.save_zero_checkpoint(self.directory / "warn", mine, tag_validation="warn")
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
@@ -508,7 +508,7 @@ def alone(directory, rank, method):
     callback = SaveAlone(directory, rank, method)
     strategy = ZeroStrategy(timeout=timedelta(seconds=3))
     error = UnreachableRankError if method == "load" else CheckpointWriteError
-    with pytest.raises((error, RuntimeError), match="waited in vain|imed out|timeout|closed") as caught:
+    with pytest.raises((error, RuntimeError), match=r"waited in vain|imed out|timeout|closed") as caught:
         fit(strategy=strategy, world_size=2, max_steps=3, callbacks=[callback])
     if trainer.global_rank == rank:
         assert isinstance(caught.value, error)

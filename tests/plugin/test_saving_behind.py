@@ -160,7 +160,7 @@ def test_what_fails_behind_training_is_raised_on_all_ranks_at_fits_end_and_delet
     fit(strategy=ZeroStrategy(), world_size=2, max_steps=3, callbacks=[callback()])
     with pytest.MonkeyPatch.context() as patch:
         Fail(patch, rank=1, times=100)
-        with pytest.raises(CheckpointWriteError, match="rank 1 .*No space left on device"):
+        with pytest.raises(CheckpointWriteError, match=r"rank 1 .*No space left on device"):
             fit(strategy=ZeroStrategy(), world_size=2, max_steps=5, callbacks=[callback()], ckpt_path="last")
     assert tags(tmp_path) == ["step=2.ckpt"]
     assert sorted(os.listdir(tmp_path)) == ["latest", "step=2.ckpt"]

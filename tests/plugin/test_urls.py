@@ -212,6 +212,19 @@ def test_what_is_damaged_there_is_found_and_passed_over(any_url):
         resolve(f"{any_url}/nowhere")
 
 
+def test_what_fails_after_the_commit_takes_nothing_away(any_url):
+    save(any_url, "tag", step=1)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def refuse(*args, **kwargs):
+            raise OSError(5, "Input/output error")
+
+        patch.setattr(remote, "write_whole", refuse)
+        with pytest.raises(CheckpointWriteError, match="Input/output error"):
+            save(any_url, "tag", step=2)
+    assert Checkpoint(resolve(any_url), verify="full").manifest.step == 2
+
+
 class Kill(Callback):
     def on_train_batch_end(self, trainer, module, *args):
         if trainer.global_step == 4:
