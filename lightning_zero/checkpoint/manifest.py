@@ -68,6 +68,7 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 _ITEM_BYTES = dict(DTYPES.values())
 _MASTER_CODES = frozenset(("F32", "F64", "C64", "C128"))
 _LARGEST = 2**63 - 1
+_LARGEST_HEADER = 8 + 100_000_000  # safetensors' own limit; a header is read into memory
 _XXH3 = re.compile(r"[0-9a-f]{16}")
 _TRAINER = re.compile(r"trainer(-[0-9a-f]{16})?\.pt")
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]{0,199}")
@@ -591,6 +592,8 @@ def _check_layout(file: FileEntry) -> None:
     ranks_own = [tensor.name for tensor in file.tensors if tensor.kind == "rank"]
     if len(set(ranks_own)) != len(ranks_own):
         raise CorruptCheckpointError(f"{file.name}: a tensor of the rank's own is listed twice")
+    if file.header_nbytes > _LARGEST_HEADER:
+        raise CorruptCheckpointError(f"{file.name}: a header of {file.header_nbytes} bytes is larger than any")
     position = file.header_nbytes
     for tensor in file.tensors:
         if tensor.offset != position:
