@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 from typing_extensions import TypeIs
 
 from lightning_zero.checkpoint import kernel
-from lightning_zero.errors import IncompleteCheckpointError
+from lightning_zero.errors import CorruptCheckpointError, IncompleteCheckpointError
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -134,9 +134,13 @@ def read_file(location: Location, limit: int | None = None) -> bytes:
 
     Raises:
         IncompleteCheckpointError: see `open_file`.
+        CorruptCheckpointError: it is larger than this machine's memory.
     """
     file = open_file(location)
-    content = bytearray(file.nbytes if limit is None else min(file.nbytes, limit))
+    try:
+        content = bytearray(file.nbytes if limit is None else min(file.nbytes, limit))
+    except MemoryError:  # it may be sparse
+        raise CorruptCheckpointError(f"{location} has {file.nbytes} bytes, for which there is no memory") from None
     file.read_into(0, memoryview(content))
     return bytes(content)
 
