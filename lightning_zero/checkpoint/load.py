@@ -44,7 +44,12 @@ from lightning_zero.checkpoint.manifest import (
 )
 from lightning_zero.checkpoint.storage import Location, PathOrUrl, ReadableFile, locate, open_file
 from lightning_zero.checkpoint.tensors import DTYPES_BY_CODE, LazyTensor
-from lightning_zero.errors import CheckpointNotFoundError, CorruptCheckpointError, ZeroError
+from lightning_zero.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    IncompleteCheckpointError,
+    ZeroError,
+)
 from lightning_zero.segments import Segment, SegmentIndex
 
 _OPEN_FILES = 64
@@ -147,6 +152,11 @@ class _Elements:
         self._of = of
         self.dtype = dtype
 
+    def require(self) -> None:
+        """Make sure that the files are as large as the manifest claims, before anybody makes room for a tensor."""
+        for file, _ in self._index.payloads(self._of):
+            self._checkpoint.open(file)
+
     def read(self, start: int, stop: int, target: memoryview) -> None:
         """Fill `target` with the elements `[start, stop)`."""
         item_bytes, filled = self.dtype.itemsize, 0
@@ -174,12 +184,25 @@ class Checkpoint:
         self.directory = locate(directory)
         self.manifest: Manifest = read_manifest(self.directory) if manifest is None else manifest
         require_sound(self.directory, self.manifest, verify)
+        self._nbytes = {file.name: file.nbytes for file in self.manifest.files}
         self._open = functools.lru_cache(maxsize=_OPEN_FILES)(open_file)
+
+    def open(self, file: str) -> ReadableFile:
+        """A shard file, by its name.
+
+        Raises:
+            IncompleteCheckpointError: it is missing, or smaller than the manifest says.
+        """
+        opened: ReadableFile = self._open(self.directory / file)
+        if opened.nbytes < self._nbytes[file]:
+            raise IncompleteCheckpointError(
+                f"{self.directory / file} was cut short: it has {opened.nbytes} bytes of {self._nbytes[file]}"
+            )
+        return opened
 
     def read(self, file: str, offset: int, target: memoryview) -> None:
         """Fill `target` from a shard file, by its name."""
-        opened: ReadableFile = self._open(self.directory / file)
-        opened.read_into(offset, target)
+        self.open(file).read_into(offset, target)
 
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The module's state dict, unread; tied tensors are one object, their other names at the end.
@@ -274,6 +297,7 @@ class Checkpoint:
         for file in self.manifest.files:
             for stored in file.tensors:
                 if file.rank == rank and stored.kind == "rank":
+                    self.open(file.name)  # before there is room for what it is said to hold
                     content = bytearray(stored.nbytes)
                     self.read(file.name, stored.offset, memoryview(content))
                     if xxhash.xxh3_64_hexdigest(content) != stored.xxh3:

@@ -68,6 +68,7 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 _ITEM_BYTES = dict(DTYPES.values())
 _MASTER_CODES = frozenset(("F32", "F64", "C64", "C128"))
 _LARGEST = 2**63 - 1
+_LARGEST_NUMEL = _LARGEST // 16  # so the bytes fit in 63 bits in every dtype, stored or asked for
 _LARGEST_HEADER = 8 + 100_000_000  # safetensors' own limit; a header is read into memory
 _XXH3 = re.compile(r"[0-9a-f]{16}")
 _TRAINER = re.compile(r"trainer(-[0-9a-f]{16})?\.pt")
@@ -437,7 +438,7 @@ def _shape(value: list[object], where: str) -> tuple[int, ...]:
         if type(size) is not int or not 0 <= size <= _LARGEST:
             raise CorruptCheckpointError(f"{where}: the shape {value!r:.80} is not a list of sizes")
         numel *= size or 1
-        if numel > _LARGEST:
+        if numel > _LARGEST_NUMEL:
             raise CorruptCheckpointError(f"{where}: the shape {value!r:.80} is larger than any tensor")
     return tuple(cast("list[int]", value))
 
