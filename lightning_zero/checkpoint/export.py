@@ -36,7 +36,7 @@ from lightning_zero.checkpoint import kernel
 from lightning_zero.checkpoint.load import Checkpoint, resolve
 from lightning_zero.checkpoint.storage import PathOrUrl
 from lightning_zero.checkpoint.tensors import CODES, LazyTensor, tensor_chunks
-from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError
+from lightning_zero.errors import CheckpointMismatchError, CorruptCheckpointError, UnsupportedModelError
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _HEADER_ALIGNMENT = 64
@@ -137,11 +137,17 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         with _appears(output) as path:
             _write_safetensors(path, _untie(tensors), progress)
     else:
-        trainer = {key: value for key, value in checkpoint.trainer(weights_only).items() if not key.startswith(_OURS)}
+        trainer = {
+            key: value for key, value in checkpoint.trainer(weights_only).items() if not str(key).startswith(_OURS)
+        }
         trainer.pop("optimizer_states", None)
         trainer["state_dict"] = tensors | trainer.get("state_dict", {})
         with _appears(output) as path:
-            _write_torch(path, trainer, progress)
+            try:
+                _write_torch(path, trainer, progress)
+            except RecursionError as error:
+                where = checkpoint.directory / checkpoint.manifest.trainer.name
+                raise CorruptCheckpointError(f"{where} holds what is too deep to be written again") from error
 
 
 def parse_size(size: int | str) -> int:
