@@ -20,10 +20,12 @@ that flips in a place that still reads as JSON (a step, a version) is found as w
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -307,8 +309,9 @@ class Manifest:
             IncompleteCheckpointError: elements of a tensor, or a rank's shard, are missing.
         """
         try:
-            manifest = cls(**_manifest_fields(_unseal(text)))
-            _check(manifest)
+            with _without_collector():
+                manifest = cls(**_manifest_fields(_unseal(text)))
+                _check(manifest)
         except (CorruptCheckpointError, IncompleteCheckpointError) as error:
             raise type(error)(f"{where}: {error}") from None
         return manifest
@@ -344,6 +347,18 @@ def _file_text(file: FileEntry) -> str:
 
 
 # -------------------------------------------------------------------------------------------------- from JSON
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """So many new objects, none of them garbage, would have it walk over all that the process has, again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _unseal(text: str) -> object:
