@@ -762,7 +762,7 @@ class ZeroStrategy(DDPStrategy):
         def choose() -> str | None:
             if tag is None and not is_checkpoint(path) and not (required and locate(path).is_dir()):
                 return None
-            return str(resolve(path, tag, verify="none", rejected=rejected))
+            return str(resolve(path, tag, verify=None, rejected=rejected))
 
         while (chosen := self._ranks.decided_by_first(choose)) is not None:
             directory = locate(chosen)
