@@ -44,7 +44,7 @@ from lightning_zero.checkpoint.integrity import Depth, find_problems, problems_a
 from lightning_zero.checkpoint.load import is_checkpoint, resolve
 from lightning_zero.checkpoint.manifest import Manifest
 from lightning_zero.checkpoint.nodes import Place
-from lightning_zero.checkpoint.save import TagValidation
+from lightning_zero.checkpoint.plan import TagValidation
 from lightning_zero.checkpoint.storage import Location, locate
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition

@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torchmetrics import MaxMetric, Metric, SumMetric
 
-from lightning_zero.checkpoint.save import SaveReport
+from lightning_zero.checkpoint.report import SaveReport
 
 
 class SaveTelemetry:
