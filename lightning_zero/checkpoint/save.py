@@ -112,13 +112,12 @@ def begin_save(
 
     def rest() -> SaveReport:
         if snapshot is not None:
+            if plan.staged is not None:
+                commit.clean_leftovers(plan.directory.parent)  # `agree` hasn't: training would have waited for it
             snapshot.wait()
         written = write(plan, prepared, fsync=fsync, direct=snapshot is not None)
         then = plan if snapshot is None else replace(plan, group=group_behind)
-        report = finish(then, written, shared, update_latest=update_latest, fsync=fsync)
-        if snapshot is not None and plan.staged is not None:
-            commit.clean_leftovers(plan.directory.parent)  # `agree` hasn't, so that training needn't wait for it
-        return report
+        return finish(then, written, shared, update_latest=update_latest, fsync=fsync)
 
     return rest
 
