@@ -130,6 +130,11 @@ class GradientReducer:
         self._buffers.clear()
         self._pool.clear()
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Of the buffers in which whole gradients travel, in use or kept for the next."""
+        return self._pool.nbytes
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """At stage 1, let gradients accumulate without communication; at stage 2 they are reduced all the same."""

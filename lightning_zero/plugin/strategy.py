@@ -9,7 +9,7 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -445,6 +445,17 @@ class ZeroStrategy(DDPStrategy):
             The norm before clipping, as `torch.nn.utils.clip_grad_norm_` does.
         """
         return self._partitioned.clip_grad_norm_(max_norm, norm_type=norm_type)
+
+    def memory_bytes(self) -> dict[str, float]:
+        """What this rank holds, in bytes and by kind: parameters, masters, optimizer states, gradients, buckets."""
+        assert self.model is not None
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}
+        return {"parameters": sum(storages.values()), **self._partitioned.memory_bytes()}
+
+    @property
+    def save_history(self) -> Sequence[Mapping[str, float]]:
+        """On rank 0: what each save of this process cost, as it was logged: see `SaveTelemetry`."""
+        return self._telemetry.history
 
     # --- checkpoints ---
 
