@@ -78,7 +78,8 @@ def test_a_path_that_is_no_page_is_refused():
 
 
 @pytest.mark.parametrize(
-    "line", [[], [(1, 2.0)], [(1, 2.0), (2, 2.0)], [(0, -5.0), (9, 1e12)], [(1, float("nan")), (2, 1e-9)], [(0, 0.0)] * 5]
+    "line",
+    [[], [(1, 2.0)], [(1, 2.0), (2, 2.0)], [(0, -5.0), (9, 1e12)], [(1, float("nan")), (2, 1e-9)], [(0, 0.0)] * 5],
 )
 def test_any_curve_makes_a_chart_within_its_frame(line):
     chart = line_chart({"<a>": line, "b": []}, x_label="step", unit="s")
