@@ -4,7 +4,8 @@
 |---|---|
 | another save begins | it waits for this one: memory never grows, and commits keep their order |
 | a deletion is asked for | it waits for this one's commit, and is dropped if there is none: it may be the only copy |
-| this one fails | its error is raised by the next `join`: at the next save, a load, or the end of fit |
+| this one fails | its error is given by the next `join`: at the next save, a load, or the end of fit |
+| a deletion fails | a warning: the checkpoint is there, and no rank may be left alone with an error |
 | the process ends in order | Python waits for the thread |
 | it is killed | what a synchronous save would leave: see [Note: the commit, step by step] |
 """
@@ -12,9 +13,13 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
+from typing import Literal
 
 from lightning_zero.checkpoint.report import SaveReport
+
+_State = Literal["idle", "running", "failed"]
 
 
 class BackgroundSave:
@@ -23,60 +28,78 @@ class BackgroundSave:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._afterwards: list[Callable[[], object]] | None = None  # None: nothing is under way
+        self._state: _State = "idle"
+        self._afterwards: list[Callable[[], object]] = []
         self._error: BaseException | None = None
-        self._report: SaveReport | None = None
+        self._reports: list[SaveReport] = []
 
     def begin(self, save: Callable[[], SaveReport]) -> None:
         """Begin a save in a thread; the one before has been joined."""
-        if self._thread is not None:
-            raise RuntimeError("a save is under way; join it first")
-        self._afterwards = []
+        if self._state != "idle":
+            raise RuntimeError("a save is under way, or has failed; join it first")
+        self._state = "running"
         # Not a daemon: a process that ends in order finishes what it has begun to save
-        self._thread = threading.Thread(target=self._run, args=(save,), name="lightning_zero-save", daemon=False)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(save,), name="lightning_zero-save", daemon=False)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads: the other ranks wait for this one
+            self._run(save)
+        else:
+            self._thread = thread
 
     def _run(self, save: Callable[[], SaveReport]) -> None:
         try:
             report = save()
-            while (action := self._next()) is not None:
-                action()
         except BaseException as error:
             with self._lock:
-                self._error, self._afterwards = error, None
-        else:
-            self._report = report
+                self._state, self._error, self._afterwards = "failed", error, []
+            return
+        with self._lock:
+            self._reports.append(report)
+        while (action := self._next()) is not None:
+            _quietly(action)
 
     def _next(self) -> Callable[[], object] | None:
         with self._lock:
-            assert self._afterwards is not None
             if self._afterwards:
                 return self._afterwards.pop(0)
-            self._afterwards = None
+            self._state = "idle"
             return None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether one is under way that hasn't been committed yet."""
+        return self._state == "running"
+
     def after_commit(self, action: Callable[[], object]) -> None:
-        """Do something when what is being saved is there; at once, if nothing is."""
+        """Do something when what is being saved is there; at once, if nothing is; not at all, if it has failed."""
         with self._lock:
-            if self._afterwards is not None:
+            if self._state == "running":
                 self._afterwards.append(action)
+            if self._state != "idle":
                 return
-        action()
+        _quietly(action)
 
-    def take_report(self) -> SaveReport | None:
-        """What the last save did, once it is done, and once only."""
-        report, self._report = self._report, None
-        return report
+    def take_reports(self) -> list[SaveReport]:
+        """What the saves did that were done since this was last asked."""
+        with self._lock:
+            reports, self._reports = self._reports, []
+        return reports
 
-    def join(self) -> None:
-        """Wait for the save that is under way.
-
-        Raises:
-            CheckpointWriteError: it failed; a second call doesn't raise it again.
-        """
+    def join(self) -> BaseException | None:
+        """Wait for the save that is under way; its error, if it failed, and only once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        with self._lock:
+            error, self._error = self._error, None
+            self._state = "idle"
+        return error
+
+
+def _quietly(action: Callable[[], object]) -> None:
+    """One rank alone does this: an error of its own would have the others wait for it."""
+    try:
+        action()
+    except Exception as error:
+        warnings.warn(f"after a checkpoint was saved: {type(error).__name__}: {error}", stacklevel=2)

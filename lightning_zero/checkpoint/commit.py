@@ -46,14 +46,16 @@ import os
 import secrets
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_zero.checkpoint import kernel, remote
 from lightning_zero.checkpoint.integrity import read_manifest, require_sound
-from lightning_zero.checkpoint.manifest import MANIFEST_NAME, TRAINER_NAME, Manifest
-from lightning_zero.checkpoint.shards import is_shard_name
+from lightning_zero.checkpoint.manifest import MANIFEST_NAME, Manifest
+from lightning_zero.checkpoint.shards import is_ours, is_shard_name
 from lightning_zero.checkpoint.storage import Location, is_remote, names_in, read_file, remove_file
 from lightning_zero.errors import CheckpointWriteError, CorruptCheckpointError, IncompleteCheckpointError, ZeroError
 
@@ -112,6 +114,20 @@ def read_latest(save_dir: Location) -> str | None:
         return validate_tag(content.decode().strip())
     except (UnicodeDecodeError, InvalidTagError) as error:
         raise CorruptCheckpointError(f"{path} is damaged: {error}") from None
+
+
+def require_own_latest(save_dir: Location) -> None:
+    """Make sure that `latest` isn't somebody else's: a link to another run, or a directory.
+
+    Raises:
+        CheckpointWriteError: it is.
+    """
+    path = save_dir / LATEST
+    if not is_remote(path) and (path.is_symlink() or path.is_dir()):
+        raise CheckpointWriteError(
+            f"{path} is a {'link' if path.is_symlink() else 'directory'} and none of our files; it was left as it is. "
+            "Save into another directory, or give it another name"
+        )
 
 
 def _names(save_dir: Location, tag: str) -> bool:
@@ -238,14 +254,7 @@ def _require_replaceable(target: Location) -> None:
     """A directory goes only if it is a checkpoint of ours, whole or torn: not if it is somebody's source code."""
     if target.is_symlink() or not target.is_dir():
         return
-    trainer, ending = TRAINER_NAME.split(".")
-    foreign = [
-        name
-        for name in sorted(names_in(target))
-        if name != MANIFEST_NAME
-        and not is_shard_name(name)
-        and not (name.startswith(trainer) and name.endswith(ending))
-    ]
+    foreign = [name for name in sorted(names_in(target)) if name != MANIFEST_NAME and not is_ours(name)]
     if foreign and not (target / MANIFEST_NAME).is_file():
         raise CheckpointWriteError(
             f"{target} exists and is not a checkpoint (it holds {foreign[0]!r}); "
@@ -320,18 +329,30 @@ class TagInfo:
         return self.manifest.step if self.manifest else -1
 
     @property
+    def created(self) -> str:
+        """When it was made, as its manifest says it; empty where nothing says."""
+        return self.manifest.created if self.manifest else ""
+
+    @property
+    def resumable(self) -> bool:
+        """Whether it holds more than weights."""
+        return self.manifest is not None and bool(self.manifest.optimizers)
+
+    @property
     def complete(self) -> bool:
         """Whether every file is there with its size and header."""
         return not self.problem
 
 
 def list_tags(save_dir: Location) -> list[TagInfo]:
-    """Everything that is a checkpoint or looks like one, the newest first: by step, then by time.
+    """Everything that is a checkpoint or looks like one, the newest first: by the time when it was made.
+
+    Not by its step: a run that went back to an earlier one has the newer checkpoints.
 
     A directory with neither a manifest nor a shard is somebody else's and is left out.
     """
     tags = [_inspect(save_dir, name) for name in names_in(save_dir) if _looks_like_tag(save_dir / name)]
-    return sorted(tags, key=lambda tag: (tag.step, tag.modified, tag.name), reverse=True)
+    return sorted(tags, key=lambda tag: (tag.created, tag.step, tag.modified, tag.name), reverse=True)
 
 
 def _looks_like_tag(path: Location) -> bool:
@@ -392,6 +413,8 @@ def link_tag(target: Path, link: Path) -> None:
 def remove_tag(save_dir: Location, tag: str) -> None:
     """Remove a tag. If `latest` names it, `latest` names the newest other complete one first, or goes.
 
+    One of weights alone is never named.
+
     A tag that isn't there is no error. A crash in between leaves either the tag or some trash.
     """
     path = save_dir / validate_tag(tag, hidden=True)
@@ -399,14 +422,15 @@ def remove_tag(save_dir: Location, tag: str) -> None:
         return
     if _names(save_dir, tag):
         real = _real(path)
-        others = [other for other in list_tags(save_dir) if other.complete and _real(other.path) != real]
+        others = [other for other in list_tags(save_dir) if other.complete and other.resumable]
+        others = [other for other in others if _real(other.path) != real]
         if others:
             write_latest(save_dir, others[0].name)
         else:
             remove_file(save_dir / LATEST)
             _sync_directory(save_dir, True)
     if is_remote(save_dir):
-        remote.remove_all(save_dir / tag, names_in(path))
+        remote.remove_what_nothing_names(save_dir / tag, ())
         return
     assert not is_remote(path)
     trash = save_dir / f"{_TRASH}{secrets.token_hex(4)}"
@@ -479,13 +503,16 @@ def superseded(
 
 def clean_leftovers(save_dir: Location) -> None:
     """Remove what dead saves left behind: see [Note: what is stale]. Whatever resists is left for the next time."""
-    if is_remote(save_dir):
-        remote.remove_stale(save_dir, _IDLE_SECONDS)
-        return
-    for name in names_in(save_dir):
-        path = save_dir / name
-        if name.startswith(_TRASH) or (name.startswith(_STAGING) and _is_dead(path)):
-            _remove(path)
+    try:
+        if is_remote(save_dir):
+            remote.remove_stale(save_dir, _IDLE_SECONDS)
+            return
+        for name in names_in(save_dir):
+            path = save_dir / name
+            if name.startswith(_TRASH) or (name.startswith(_STAGING) and _is_dead(path)):
+                _remove(path)
+    except Exception as error:  # a store's own kinds too: nothing that a save has to fail for
+        warnings.warn(f"what dead saves have left in {save_dir} couldn't be removed: {error}", stacklevel=2)
 
 
 def _is_dead(staging: Path) -> bool:
@@ -519,7 +546,8 @@ def _lock(fd: int) -> bool | None:
 def _remove(path: Path) -> None:
     """Remove something that no name leads to any more. What resists is left: the next save tries again."""
     if path.is_symlink() or not path.is_dir():  # rmtree would open a pipe, and wait for ever
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
 

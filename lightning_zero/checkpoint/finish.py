@@ -82,7 +82,7 @@ def finish(
         time.perf_counter() - plan.began,
         decided.stall_seconds,
         decided.rank_seconds,
-        None if frozen is None else StoredFile(plan.directory / frozen.name, frozen),
+        None if frozen is None else StoredFile(plan.directory / frozen.name, frozen, written.links),
     )
 
 
@@ -171,7 +171,7 @@ def _manifest(plan: Plan, reports: Sequence[Written], shared: SharedContent | No
         epoch=shared.epoch,
         world_size=plan.world_size,
         stage=shared.stage,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
         versions=_versions(),
         entries=tuple(shared.entries),
         aliases=dict(shared.aliases),

@@ -63,9 +63,15 @@ class UntrustedContentError(ZeroError, pickle.UnpicklingError):
 def is_checkpoint(path: PathOrUrl) -> bool:
     """Whether `resolve` is worth a try: a tag's directory, a file of one, or a save directory with a tag in it."""
     where = locate(path)
+    where = where.parent if where.name == commit.LATEST and where.is_file() else where
     if _tag_directory(where) is not None or (where / commit.LATEST).is_file():
         return True
     return where.is_dir() and any((child / MANIFEST_NAME).is_file() for child in where.iterdir())
+
+
+def is_tag(path: PathOrUrl) -> bool:
+    """Whether it names one checkpoint: a tag's directory, or a file in it."""
+    return _tag_directory(locate(path)) is not None
 
 
 def resolve(
@@ -88,6 +94,8 @@ def resolve(
         CorruptCheckpointError: the tag that was asked for is a link that leaves the save directory.
     """
     where, rejected = locate(path), rejected or {}
+    if where.name == commit.LATEST and where.is_file():
+        where = where.parent
     if tag is not None:
         return _named(where, tag)
     if (directory := _tag_directory(where)) is not None:
@@ -113,7 +121,7 @@ def resolve(
         problem = f"the checkpoint that {where / commit.LATEST} names can't be used: {error}"
     found = commit.list_tags(where)
     problems = {candidate.name: rejected.get(candidate.name) or candidate.problem for candidate in found}
-    for candidate in found:
+    for candidate in sorted(found, key=lambda tag: not tag.resumable):  # weights alone only where there is no other
         if problems[candidate.name] or candidate.manifest is None:
             continue
         if verify == "full" and (wrong := next(find_problems(candidate.path, candidate.manifest, verify), None)):

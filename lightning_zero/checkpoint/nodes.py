@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from lightning_zero.checkpoint.storage import Location, create_file, open_file
 from lightning_zero.checkpoint.tensors import tensor_bytes
+from lightning_zero.errors import ZeroError
 
 _CHUNK_BYTES = 16 << 20
 
@@ -66,7 +67,7 @@ def exchange(directory: Location, transfers: Iterable[Transfer], group: dist.Pro
                 _send(directory / transfer.name, transfer, buffer, group)
             elif rank in transfer.receivers:
                 _receive(directory / transfer.name, transfer, buffer, group, fsync=fsync)
-        except OSError as error:
+        except (OSError, ZeroError) as error:
             failure = error
     if failure is not None:
         raise failure
@@ -78,11 +79,12 @@ def _chunks(transfer: Transfer, buffer: torch.Tensor) -> Iterator[tuple[int, tor
 
 
 def _send(path: Location, transfer: Transfer, buffer: torch.Tensor, group: dist.ProcessGroup) -> None:
-    file, failure = open_file(path), None
+    file, failure = None, None
     for offset, chunk in _chunks(transfer, buffer):
         try:
+            file = open_file(path) if file is None else file
             file.read_into(offset, tensor_bytes(chunk))
-        except OSError as error:
+        except (OSError, ZeroError) as error:  # something has to be sent, all the same
             failure = error
         for receiver in transfer.receivers:
             dist.send(chunk, group=group, group_dst=receiver)

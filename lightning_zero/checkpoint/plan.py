@@ -113,9 +113,9 @@ def agree(
     differ = len({tag for tag, _ in wanted}) > 1
     if differ and tag_validation != "fail":
         directory = directory.parent / wanted[0][0]
-    staging = commit.staging_directory(
-        directory.parent, directory.name, next(tokens[leader] for leader in leaders if nodes[leader] == place.node)
-    )
+    leader = next(leader for leader in leaders if nodes[leader] == place.node)
+    # Named after the tag that the leader was given, whatever they have agreed on
+    staging = commit.staging_directory(directory.parent, wanted[leader][0], tokens[leader])
     staged = None if isinstance(staged, Failure) else staged
     plan = Plan(directory, staging, tokens[0], step, rank, world_size, group, staged, nodes, leaders)
     failed = next((found for *_, found in answers if found is not None), None)
@@ -145,6 +145,7 @@ def _prepare_directory(
     commit.validate_tag(directory.name, hidden=True)
     if not token:
         return None
+    commit.require_own_latest(directory.parent)
     if clean:
         commit.clean_leftovers(directory.parent)
     return commit.Staging(commit.staging_directory(directory.parent, directory.name, token), token)

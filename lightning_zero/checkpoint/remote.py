@@ -23,6 +23,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME
+from lightning_zero.checkpoint.shards import is_ours
 from lightning_zero.checkpoint.storage import create_file, names_in, read_file, remove_file
 from lightning_zero.errors import IncompleteCheckpointError
 
@@ -53,8 +54,9 @@ def remove_uncommitted(directory: UPath, save_id: str) -> None:
 
 
 def remove_what_nothing_names(directory: UPath, named: Collection[str]) -> None:
-    """Remove what a replaced checkpoint, or a dead save, has left under a tag."""
-    remove_all(directory, [name for name in names_in(directory) if name not in named])
+    """Remove what a replaced checkpoint, or a dead save, has left under a tag; nobody else's objects."""
+    there = [name for name in names_in(directory) if name not in named]
+    remove_all(directory, [name for name in there if name == MANIFEST_NAME or is_ours(name)])
 
 
 def remove_stale(save_dir: UPath, idle_seconds: float) -> None:
@@ -74,7 +76,9 @@ def remove_stale(save_dir: UPath, idle_seconds: float) -> None:
         by_tag.setdefault(parent.rpartition("/")[2], {})[name] = _written(about)
     by_tag.pop(save_dir.name, None)  # what lies beside the tags
     for tag, written in by_tag.items():
-        if MANIFEST_NAME not in written and time.time() - max(written.values()) > idle_seconds:
+        # Whatever else lies there is somebody's data
+        ours = all(is_ours(name, with_save_id=True) for name in written)
+        if ours and time.time() - max(written.values()) > idle_seconds:
             remove_all(save_dir / tag, written)
 
 

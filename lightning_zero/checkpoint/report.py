@@ -7,13 +7,23 @@ from dataclasses import dataclass
 from lightning_zero.checkpoint.manifest import FileEntry, TrainerFile
 from lightning_zero.checkpoint.storage import Location
 
+MOST_LINKS = 10
+"""So often a file is linked before it is read again: links share what happens to it on the disk."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file of frozen parameters that this rank has written, or linked, in an earlier save."""
+    """A file of frozen parameters that this rank has written, or linked, in an earlier save.
+
+    Attributes:
+        path: of the file.
+        entry: what is in it.
+        links: how often it was linked since its bytes were last written, or compared with their checksums.
+    """
 
     path: Location
     entry: FileEntry
+    links: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +75,4 @@ class Written:
     nbytes: int
     seconds: float
     stall_seconds: float
+    links: int = 0

@@ -25,14 +25,16 @@ from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.content import RankContent, SharedContent, TensorToSave
 from lightning_zero.checkpoint.failures import Failure, attempt
 from lightning_zero.checkpoint.finish import finish
+from lightning_zero.checkpoint.integrity import read_manifest
 from lightning_zero.checkpoint.manifest import TRAINER_NAME, FileEntry, StoredValue, TrainerFile
 from lightning_zero.checkpoint.nodes import Place
 from lightning_zero.checkpoint.plan import Plan, TagValidation, agree
-from lightning_zero.checkpoint.report import SaveReport, StoredFile, Written
-from lightning_zero.checkpoint.shards import Item, check_header, shard_name, write_shard
+from lightning_zero.checkpoint.report import MOST_LINKS, SaveReport, StoredFile, Written
+from lightning_zero.checkpoint.shards import Item, check_header, shard_name, verify_tensors, write_shard
 from lightning_zero.checkpoint.snapshot import Snapshot
-from lightning_zero.checkpoint.storage import Location, create_file, is_remote, link
+from lightning_zero.checkpoint.storage import Location, create_file, is_remote, link, open_file, remove_file
 from lightning_zero.checkpoint.tensors import code_of, tensor_chunks
+from lightning_zero.errors import CheckpointWriteError, ZeroError
 
 RANK_STATE = "state"
 
@@ -43,13 +45,17 @@ class _Prepared:
 
     Attributes:
         content: with the frozen parameters only if they have to be written.
-        linked: their file, if an earlier save's stands for it.
+        linked: their file, if an earlier save's stands for them.
+        links: how often it has been linked; 0 if its bytes are to be compared first.
+        live: what it stands for: to be written if the file is not what it was.
         trainer: on rank 0, the bytes of `trainer.pt`.
         stall_seconds: how long training has waited till here.
     """
 
     content: RankContent
     linked: FileEntry | None
+    links: int
+    live: Sequence[TensorToSave]
     trainer: memoryview | None
     stall_seconds: float
 
@@ -105,6 +111,8 @@ def begin_save(
         TagMismatchError: the ranks were to save different tags or steps.
         CheckpointWriteError: a rank failed. Both are raised on every rank alike: see [Note: all ranks fail together].
     """
+    if shared is not None and not update_latest and not isinstance(content, Exception):
+        content = _refuse_to_leave_latest_without_states(directory, content, shared)
     plan = agree(directory, content, group, tag_validation=tag_validation, place=place, clean=snapshot is None)
     assert not isinstance(content, Exception)
     plan = plan if began is None else replace(plan, began=began)
@@ -120,6 +128,22 @@ def begin_save(
         return finish(then, written, shared, update_latest=update_latest, fsync=fsync)
 
     return rest
+
+
+def _refuse_to_leave_latest_without_states(
+    directory: Location, content: RankContent, shared: SharedContent
+) -> RankContent | Exception:
+    try:
+        if shared.optimizers or commit.read_latest(directory.parent) != directory.name:
+            return content
+        if not read_manifest(directory).optimizers:
+            return content
+    except ZeroError:
+        return content
+    return CheckpointWriteError(
+        f"`latest` names {directory.name!r}, which training can resume from, and it was to be replaced by weights "
+        "alone: save them under another name"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- prepare
@@ -153,7 +177,8 @@ def prepare(
             if shared is None:
                 raise ValueError("rank 0 has to say what the ranks share")
             trainer = _serialize(shared.trainer)
-        return _Prepared(rest, linked, trainer, time.perf_counter() - plan.began)
+        links = 0 if frozen_before is None or frozen_before.links >= MOST_LINKS else frozen_before.links + 1
+        return _Prepared(rest, linked, links, content.unchanging, trainer, time.perf_counter() - plan.began)
 
     return attempt(plan.rank, plan.staging, do)
 
@@ -242,13 +267,21 @@ def _write(plan: Plan, prepared: _Prepared, fsync: bool, direct: bool) -> Writte
         files.append(write_file([_item(tensor) for tensor in content.unchanging], (), frozen=True))
     nbytes = sum(file.nbytes for file in files)
     if prepared.linked is not None:
-        files.append(prepared.linked)
+        linked, damaged = prepared.linked, False
+        if prepared.links == 0:
+            damaged = any(verify_tensors(open_file(plan.staging / linked.name), linked, linked.tensors))
+        if damaged:
+            remove_file(plan.staging / linked.name)
+            linked = write_file([_item(tensor) for tensor in prepared.live], (), frozen=True)
+            nbytes += linked.nbytes
+        files.append(linked)
     trainer = None
     if prepared.trainer is not None:
         _warn_of_unsafe_globals(prepared.trainer)
         trainer = _write_trainer(plan, prepared.trainer, fsync)
         nbytes += trainer.nbytes
-    return Written(tuple(files), trainer, nbytes, time.perf_counter() - began, prepared.stall_seconds)
+    seconds = time.perf_counter() - began
+    return Written(tuple(files), trainer, nbytes, seconds, prepared.stall_seconds, prepared.links)
 
 
 def _write_file(

@@ -77,6 +77,13 @@ def is_shard_name(name: str) -> bool:
     return re.fullmatch(r"(rank|frozen)-\d+-of-\d+(-[0-9a-f]+)?\.safetensors", name) is not None
 
 
+def is_ours(name: str, *, with_save_id: bool = False) -> bool:
+    """Whether a checkpoint's files, but for its manifest, have such names; with the save's id in them, if so asked."""
+    has_id = re.search(r"-[0-9a-f]{16}\.(safetensors|pt)$", name) is not None
+    named = is_shard_name(name) or re.fullmatch(r"trainer(-[0-9a-f]{16})?\.pt", name) is not None
+    return named and (has_id or not with_save_id)
+
+
 def write_shard(
     path: Location,
     items: Iterable[Item],

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import secrets
 import stat
 import threading
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ WRITEBACK_BYTES = 8 << 20
 _BUFFER_BYTES = 1 << 20
 _BLOCK_BYTES = 8 << 20
 _DIRECT_ALIGNMENT = 4096
+_OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory", "hf"))
+"""Where an object is there as a whole or not at all; elsewhere a file is renamed when it is complete."""
 _PARTS = 9000
 """S3 takes no more than 10000 parts of one object."""
 
@@ -231,14 +234,7 @@ def create_file(location: Location, nbytes: int, *, fsync: bool = True, direct: 
         OSError: the disk is full, or otherwise refuses.
     """
     if is_remote(location):
-        block_bytes = max(2 * _BLOCK_BYTES, nbytes // _PARTS)
-        file: Any = location.fs.open(location.path, "wb", block_size=block_bytes)
-        try:
-            yield file
-        except BaseException:
-            file.discard()
-            raise
-        file.close()
+        yield from _write_remote(location, nbytes)
         return
     with open(location, "xb", buffering=_BUFFER_BYTES) as mounted:
         kernel.reserve(mounted.fileno(), nbytes)
@@ -251,6 +247,24 @@ def create_file(location: Location, nbytes: int, *, fsync: bool = True, direct: 
             mounted.flush()
         if fsync:
             os.fsync(mounted.fileno())
+
+
+def _write_remote(url: UPath, nbytes: int) -> Iterator[WritableFile]:
+    in_one_step = not _OBJECT_STORES.isdisjoint(
+        [url.fs.protocol] if isinstance(url.fs.protocol, str) else url.fs.protocol
+    )
+    path = url.path if in_one_step else f"{url.path}.{secrets.token_hex(4)}.tmp"
+    file: Any = url.fs.open(path, "wb", block_size=max(2 * _BLOCK_BYTES, nbytes // _PARTS))
+    try:
+        yield file
+        file.close()
+        if not in_one_step:
+            url.fs.mv(path, url.path)
+    except BaseException:
+        if hasattr(file, "discard"):
+            file.discard()
+        file.closed = True  # or it would be uploaded, as far as it goes, when it is collected
+        raise
 
 
 class _WrittenBack:

@@ -164,6 +164,7 @@ class SegmentedOptimizer:
         buckets: those with this optimizer's parameters.
         reducer: brings the gradients.
         take_in_new_parameters: partitions those parameters of the groups that aren't yet.
+        before_change: called before masters or states change, after the closure.
     """
 
     def __init__(
@@ -172,8 +173,10 @@ class SegmentedOptimizer:
         buckets: Sequence[ParameterBucket],
         reducer: GradientReducer,
         take_in_new_parameters: Callable[[], None],
+        before_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.optimizer = optimizer
+        self._before_change = before_change
         self._reducer = reducer
         self._take_in_new_parameters = take_in_new_parameters
         self.is_stepping = False
@@ -382,6 +385,7 @@ class SegmentedOptimizer:
 
     def _begin(self) -> None:
         """Bring parameters and gradients to the segments: from here on, what the ranks hold changes."""
+        self._before_change()
         self._take_in_new_parameters()
         self._reducer.finish()
         self._active = [bucket for bucket in self.buckets if not bucket.is_idle]

@@ -50,6 +50,7 @@ class Partition:
         bucket_bytes: int,
         reduce_dtype: torch.dtype | None = None,
         find_unused_parameters: bool = False,
+        before_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._module = module
         self._collectives = collectives
@@ -69,7 +70,8 @@ class Partition:
             find_unused_parameters=find_unused_parameters,
         )
         self._segmented = [
-            SegmentedOptimizer(optimizer, [], self.reducer, self.take_in_new_parameters) for optimizer in optimizers
+            SegmentedOptimizer(optimizer, [], self.reducer, self.take_in_new_parameters, before_change)
+            for optimizer in optimizers
         ]
         self._unowned = [p for p in module.parameters() if p.requires_grad]
         self.take_in_new_parameters()

@@ -69,6 +69,12 @@ class ZeroCheckpoint(ModelCheckpoint):
         self.keep_last = keep_last
         self.keep_every_n_steps = keep_every_n_steps
         self.async_save = async_save
+        name = filename or ""
+        if "/" in (name if kwargs.get("auto_insert_metric_name", True) else re.sub(r"{[^}]*}", "", name)):
+            raise ValueError(
+                f"the filename {filename!r} would make a directory in a directory: a tag is one plain name. For a "
+                "metric with a slash: auto_insert_metric_name=False, and a filename such as 'loss={val/loss:.2f}'"
+            )
         if save_top_k is None:
             save_top_k = -1 if self._retains and monitor is None else 1
         super().__init__(
@@ -91,6 +97,11 @@ class ZeroCheckpoint(ModelCheckpoint):
                 f"ZeroCheckpoint(async_save=True) needs Trainer(strategy=ZeroStrategy()), not "
                 f"{type(trainer.strategy).__name__}"
             )
+        if self._retains and not (isinstance(trainer.strategy, ZeroStrategy) and trainer.strategy.writes_directories):
+            raise UnsupportedModelError(
+                "keep_last and keep_every_n_steps count checkpoint directories, which ZeroStrategy writes by its "
+                "ZeroCheckpointIO; use save_top_k with another strategy or CheckpointIO"
+            )
         self.dirpath = self._save_directory(trainer)
         super().setup(trainer, pl_module, stage)
 
@@ -99,6 +110,18 @@ class ZeroCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         if self.async_save and isinstance(trainer.strategy, ZeroStrategy):
             trainer.strategy.expect_saves_behind()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if isinstance(trainer.strategy, ZeroStrategy):
+            trainer.strategy.wait_for_saves()  # whoever comes next finds what this one has saved
+
+    @override
+    def file_exists(self, filepath: str | Path, trainer: Trainer) -> bool:
+        """Whether there is such a checkpoint, or is going to be."""
+        behind = isinstance(trainer.strategy, ZeroStrategy) and trainer.strategy.is_being_saved(filepath)
+        return trainer.strategy.reduce_boolean_decision(behind, all=False) or super().file_exists(filepath, trainer)
 
     def _save_directory(self, trainer: Trainer) -> str:
         return str(self.dirpath or locate(trainer.default_root_dir) / "checkpoints")
@@ -124,11 +147,14 @@ class ZeroCheckpoint(ModelCheckpoint):
                     )
             return found
         newest = resolve(directory)
-        if self.save_weights_only and not read_manifest(newest).optimizers:
+        if not read_manifest(newest).optimizers:
             rank_zero_warn(f"{newest} holds weights alone, which no training can resume from: it starts afresh")
             return found
+        if not is_remote(save_dir):
+            return {directory, *found}  # which tag, all ranks decide together
         # Lightning asks when it was written, and what has no directories knows that of files alone
-        return {str(newest / MANIFEST_NAME if is_remote(newest) else newest), *found}
+        latest = save_dir / commit.LATEST
+        return {str(latest if latest.is_file() else newest / MANIFEST_NAME), *found}
 
     @override
     def _save_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
@@ -146,7 +172,7 @@ class ZeroCheckpoint(ModelCheckpoint):
         with strategy.saving_behind(self.async_save):
             super()._save_checkpoint(trainer, filepath)
         if self._retains and strategy.tends_directory:
-            strategy.after_commit(self._retention())
+            strategy.after_commit(self._retention(trainer))
 
     @staticmethod
     @override
@@ -174,10 +200,13 @@ class ZeroCheckpoint(ModelCheckpoint):
         if not self._retains:
             super()._remove_checkpoint(trainer, filepath)
 
-    def _retention(self) -> Callable[[], object]:
+    def _retention(self, trainer: Trainer) -> Callable[[], object]:
         """What removes the tags that needn't be kept after this save: it may have to wait for the commit."""
         assert self.dirpath is not None
-        kept = {self.best_model_path, self.last_model_path, *self.best_k_models} if self.monitor else set()
+        kept: set[str] = set()
+        for callback in trainer.checkpoint_callbacks:  # another one may keep its best in the same directory
+            if isinstance(callback, ModelCheckpoint) and (callback.monitor or callback is not self):
+                kept |= {callback.best_model_path, callback.last_model_path, *callback.best_k_models}
         directory = locate(self.dirpath)
         last = directory / locate(self.last_model_path).name if self.last_model_path else None
         pattern = self._tag_pattern()

@@ -21,7 +21,7 @@ from lightning_zero.checkpoint.load import Checkpoint, is_checkpoint, resolve
 from lightning_zero.checkpoint.manifest import Manifest
 from lightning_zero.checkpoint.nodes import Place
 from lightning_zero.checkpoint.plan import TagValidation
-from lightning_zero.checkpoint.report import SaveReport, StoredFile
+from lightning_zero.checkpoint.report import MOST_LINKS, SaveReport, StoredFile
 from lightning_zero.checkpoint.save import begin_save
 from lightning_zero.checkpoint.snapshot import Snapshot
 from lightning_zero.checkpoint.storage import Location, locate, remove_file
@@ -106,6 +106,7 @@ class ZeroCheckpointIO(TorchCheckpointIO):
         """What the last save did that is done."""
         self._reports: list[SaveReport] = []
         self._frozen: StoredFile | None = None
+        self._path_behind: Location | None = None
         self._verified: Manifest | None = None
         self._prepare_process()
 
@@ -129,8 +130,15 @@ class ZeroCheckpointIO(TorchCheckpointIO):
         if prepared is None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        self.join()
-        directory = locate(path)
+        pending = self._background.join()
+        try:
+            self._save(prepared, locate(path))
+        finally:
+            # Raised only now: the failure of one save doesn't cost the next, and all ranks have met
+            if pending is not None:
+                raise pending
+
+    def _save(self, prepared: PreparedSave, directory: Location) -> None:
         before = None
         if not isinstance(prepared.content, Exception) and prepared.content.unchanging:
             before = self._frozen or _frozen_of_latest(directory.parent, prepared)
@@ -148,16 +156,24 @@ class ZeroCheckpointIO(TorchCheckpointIO):
             group_behind=prepared.group_behind,
             began=prepared.began,
         )
-        if prepared.behind:
-            self._background.begin(rest)
-        else:
-            report = rest()
-            self._done(replace(report, stall_seconds=report.seconds))
 
-    def _done(self, report: SaveReport) -> None:
-        self.last_save = report
-        self._frozen = report.frozen or self._frozen
-        self._reports.append(report)
+        def save() -> SaveReport:
+            report = rest()
+            self.last_save = report
+            if prepared.update_latest and report.frozen is not None:  # others may be removed at once
+                self._frozen = report.frozen
+            return report
+
+        self._path_behind = directory if prepared.behind else None
+        if prepared.behind:
+            self._background.begin(save)
+        else:
+            report = save()
+            self._reports.append(replace(report, stall_seconds=report.seconds))
+
+    def is_being_saved(self, path: str | Path) -> bool:
+        """Whether a save of this very path is under way behind training."""
+        return self._path_behind is not None and self._path_behind == locate(path) and self._background.is_running
 
     def join(self) -> None:
         """Wait for the save that is under way, if there is one.
@@ -165,20 +181,13 @@ class ZeroCheckpointIO(TorchCheckpointIO):
         Raises:
             CheckpointWriteError: it failed. It isn't raised a second time.
         """
-        try:
-            self._background.join()
-        finally:
-            self._collect()
-
-    def _collect(self) -> None:
-        report = self._background.take_report()
-        if report is not None:
-            self._done(report)
+        error = self._background.join()
+        if error is not None:
+            raise error
 
     def take_reports(self) -> list[SaveReport]:
         """What the saves did that were done since this was last asked."""
-        self._collect()
-        reports, self._reports = self._reports, []
+        reports, self._reports = [*self._reports, *self._background.take_reports()], []
         return reports
 
     def reserve(self, nbytes: int, *, pinned: bool) -> None:
@@ -256,4 +265,5 @@ def _frozen_of_latest(save_dir: Location, prepared: PreparedSave) -> StoredFile 
         files = read_manifest(save_dir / latest).files
     except (ZeroError, OSError):
         return None
-    return next((StoredFile(save_dir / latest / f.name, f) for f in files if f.frozen and f.rank == rank), None)
+    found = (StoredFile(save_dir / latest / f.name, f, links=MOST_LINKS) for f in files if f.frozen and f.rank == rank)
+    return next(found, None)

@@ -145,7 +145,8 @@ def _share_of(whole: list[tuple[str, Tensor]], rank: int, world_size: int) -> li
         for bucket in plan_buckets(specs, world_size, "element", total):
             for segment, _ in bucket.owned(rank):
                 part = flat[segment.name][segment.start : segment.stop]
-                shares.append(TensorToSave("model", segment.name, segment.start, segment.stop, part))
+                # A teacher's weights aren't trained, and change all the same
+                shares.append(TensorToSave("model", segment.name, segment.start, segment.stop, part, steady=False))
     return shares
 
 

@@ -41,7 +41,7 @@ from lightning_zero.checkpoint.commit import validate_tag
 from lightning_zero.checkpoint.content import RankContent, SharedContent
 from lightning_zero.checkpoint.export import convert_zero_checkpoint_to_fp32_state_dict
 from lightning_zero.checkpoint.integrity import Depth, find_problems, problems_as_error, read_manifest
-from lightning_zero.checkpoint.load import is_checkpoint, resolve
+from lightning_zero.checkpoint.load import is_checkpoint, is_tag, resolve
 from lightning_zero.checkpoint.manifest import Manifest
 from lightning_zero.checkpoint.nodes import Place
 from lightning_zero.checkpoint.plan import TagValidation
@@ -50,6 +50,7 @@ from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import (
     CheckpointMismatchError,
+    CheckpointNotFoundError,
     CheckpointWriteError,
     UnsupportedModelError,
     ZeroError,
@@ -207,6 +208,11 @@ class ZeroStrategy(DDPStrategy):
         return self._own_io is not None and self._own_io.node_local
 
     @property
+    def writes_directories(self) -> bool:
+        """Whether checkpoints are directories, and not whole files by a CheckpointIO of the user's."""
+        return self._own_io is not None
+
+    @property
     def tends_directory(self) -> bool:
         """Whether this rank removes and renames what is in its node's save directory."""
         return self.is_global_zero or (self._node_local and self.local_rank == 0)
@@ -245,6 +251,22 @@ class ZeroStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         self._ranks.device = self.root_device
+        self._require_same_start()
+
+    def _require_same_start(self) -> None:
+        """Each rank has looked for itself whether there is a checkpoint to resume from: they have to see the same."""
+        trainer = self._trainer_if_any
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING or self.world_size == 1:
+            return
+        path = trainer.ckpt_path
+        seen = self._ranks.everyones(lambda: [(path, f"rank {self._ranks.rank} on {socket.gethostname()}")])
+        without = [where for path, where in seen if not path]
+        if without and len(without) < len(seen):
+            found = next(path for path, _ in seen if path)
+            raise CheckpointNotFoundError(
+                f"some ranks found {found} to resume from, and there is nothing for {', '.join(without[:8])}: copy the "
+                "directory there, or give every rank the same ckpt_path"
+            )
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -278,6 +300,7 @@ class ZeroStrategy(DDPStrategy):
                 bucket_bytes=self._bucket_bytes,
                 reduce_dtype=self._reduce_dtype,
                 find_unused_parameters=self._find_unused_parameters,
+                before_change=self._before_step,
             )
             if self.world_size > 1:
                 for optimizer, cut in zip(self.optimizers, self._partition.cuts, strict=True):
@@ -467,6 +490,7 @@ class ZeroStrategy(DDPStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         """Save a directory, all ranks together. A checkpoint of weights alone doesn't become `latest`."""
+        self._met = False
         if not self.all_ranks_are_here():
             warnings.warn(
                 f"{filepath} is not saved: training was interrupted on rank {self.global_rank}, and a sharded "
@@ -479,11 +503,17 @@ class ZeroStrategy(DDPStrategy):
             return
         passing = locate(filepath).name.startswith(".")  # `lr_find` saves one, and removes it
         full = "optimizer_states" in checkpoint and self._partition is not None
-        self._save(checkpoint, filepath, storage_options, update_latest=full and not passing)
+        try:
+            self._save(checkpoint, filepath, storage_options, update_latest=full and not passing)
+        except CheckpointWriteError as error:
+            if not self._interrupted:
+                raise
+            warnings.warn(f"while training was interrupted: {error}", stacklevel=2)
+        self._met = True
 
     def _save(
         self,
-        checkpoint: dict[str, Any],
+        checkpoint: dict[str, Any] | Callable[[], dict[str, Any]],
         path: _PATH,
         storage_options: Any | None,
         *,
@@ -495,25 +525,29 @@ class ZeroStrategy(DDPStrategy):
         assert self.lightning_module is not None
         began = time.perf_counter()
         if behind is None:
-            behind = self._saves_behind
+            behind = self._saves_behind and "hpc_ckpt_" not in os.fspath(path)  # the job is requeued right after it
         # After a fit in spawned processes, the one that is left has the weights, and no process group.
         group = self._ranks.control if dist.is_initialized() else None
         module, partition = self.lightning_module, self._partition
         if io is None and self._own_io is None:
+            assert not callable(checkpoint)
             self._save_by_rank_zero(checkpoint, path, storage_options)
             return
+        dumped: dict[str, Any] = {}
 
         def describe() -> tuple[RankContent, SharedContent]:
+            dumped.update(checkpoint() if callable(checkpoint) else checkpoint)
             if partition is not None and partition.is_stepping:
                 raise CheckpointWriteError(_BROKEN_OFF.format(os.fspath(path)))
             if partition is not None:
                 partition.take_in_new_parameters()
+                self._before_step()
                 partition.take_over_outside_writes()
-            loops = checkpoint.get("loops", {})
+            loops = dumped.get("loops", {})
             metrics = get_metric_states(module, without=finished_metrics(module, loops)) if partition else {}
             rank, world_size = self._ranks.rank, self._ranks.count
             return contents(
-                checkpoint, module, partition, rank=rank, world_size=world_size, stage=self.stage, metrics=metrics
+                dumped, module, partition, rank=rank, world_size=world_size, stage=self.stage, metrics=metrics
             )
 
         content: RankContent | Exception
@@ -533,9 +567,8 @@ class ZeroStrategy(DDPStrategy):
             began=began,
         )
         io = io or self.checkpoint_io
-        io.save_checkpoint({**checkpoint, PREPARED: prepared}, path, storage_options=storage_options)
+        io.save_checkpoint({**dumped, PREPARED: prepared}, path, storage_options=storage_options)
         self._wait_for_threads()
-        self._met = True
         self._log_saves()
 
     @property
@@ -562,6 +595,23 @@ class ZeroStrategy(DDPStrategy):
             self._own_io.after_commit(action)
         else:
             action()
+
+    def _before_step(self) -> None:
+        """Before anything changes what a snapshot may still be copying: see `Snapshot.fence`."""
+        if self._own_io is not None:
+            self._own_io.before_step()
+
+    def wait_for_saves(self) -> None:
+        """Wait until the save that is under way is committed. Called on every rank.
+
+        Raises:
+            CheckpointWriteError: it failed.
+        """
+        self._ranks.all_or_none(self._join_save)
+
+    def is_being_saved(self, path: _PATH) -> bool:
+        """Whether a save of this very path is under way behind training."""
+        return self._own_io is not None and self._own_io.is_being_saved(path)
 
     def _join_save(self) -> None:
         """Wait for the save that is under way, and raise what went wrong with it."""
@@ -642,15 +692,21 @@ class ZeroStrategy(DDPStrategy):
         if tag_validation is not None:
             _require_tag_validation(tag_validation)
         trainer = self._trainer
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        checkpoint[_CLIENT_STATE] = dict(client_state or {})
-        if exclude_frozen_parameters:
-            frozen = {name for name, p in trainer.lightning_module.named_parameters() if not p.requires_grad}
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
-        directory = locate(save_dir)
+        tag = f"global_step{trainer.global_step}" if tag is None else tag
+
+        def dump() -> dict[str, Any]:
+            validate_tag(tag)
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            checkpoint[_CLIENT_STATE] = dict(client_state or {})
+            if exclude_frozen_parameters:
+                parameters = trainer.lightning_module.named_parameters(remove_duplicate=False)
+                frozen = {name for name, p in parameters if not p.requires_grad}
+                checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+            return checkpoint
+
         self._save(
-            checkpoint,
-            str(directory / validate_tag(f"global_step{trainer.global_step}" if tag is None else tag)),
+            dump,
+            str(locate(save_dir) / tag),
             None,
             update_latest=save_latest,
             io=self._sharded_io,
@@ -770,12 +826,14 @@ class ZeroStrategy(DDPStrategy):
         """
         rejected: dict[str, str] = {}
 
-        def choose() -> str | None:
+        def choose() -> tuple[str, bool] | None:
             if tag is None and not is_checkpoint(path) and not (required and locate(path).is_dir()):
                 return None
-            return str(resolve(path, tag, verify=None, rejected=rejected))
+            found = resolve(path, tag, verify=None, rejected=rejected)
+            return str(found), tag is None and not is_tag(path)
 
-        while (chosen := self._ranks.decided_by_first(choose)) is not None:
+        while (choice := self._ranks.decided_by_first(choose)) is not None:
+            chosen, by_latest = choice
             directory = locate(chosen)
             seen = self._ranks.everyones(partial(self._look, directory))
             problems = [problem for _, problem in seen if problem]
@@ -783,7 +841,7 @@ class ZeroStrategy(DDPStrategy):
                 problems = [f"the ranks see checkpoints of different saves in {directory}"]
             if not problems:
                 return chosen
-            if tag is not None or directory.parent != locate(path):
+            if not by_latest:
                 raise problems_as_error(directory, problems, self._verify)
             rejected[directory.name] = "; ".join(problems)
         return None
@@ -845,8 +903,6 @@ class ZeroStrategy(DDPStrategy):
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Let the optimizer change what a snapshot may still be copying, once it is copied."""
-        if self._own_io is not None:
-            self._own_io.before_step()
         result = super().optimizer_step(*args, **kwargs)
         if self._reserve_due:
             self._reserve_due = False
@@ -873,12 +929,13 @@ class ZeroStrategy(DDPStrategy):
     def on_train_end(self) -> None:
         """Wait for the last commit: what failed is raised before fit says that all went well."""
         super().on_train_end()
-        self._ranks.all_or_none(self._join_save)
+        self.wait_for_saves()
 
     @override
     def on_train_start(self) -> None:
         """Called when the iterators are there: see [Note: when random states are restored]."""
         super().on_train_start()
+        self._telemetry = SaveTelemetry()
         if self._signals is not None:
             self._signals.watch_interrupts()
         if self._own_io is not None and self._own_io.async_save:

@@ -159,7 +159,7 @@ def test_removing_what_latest_names_points_latest_at_the_newest_other(tmp_path: 
 
 
 def test_tags_are_listed_newest_first_with_what_is_wrong(tmp_path: Path) -> None:
-    for step in (1, 10, 2):
+    for step in (1, 2, 10):
         Sample(step=step, world_size=2).save(tmp_path / f"s{step}")
     (tmp_path / "s2" / "rank-00001-of-00002.safetensors").unlink()
     (tmp_path / "notes").mkdir()
@@ -170,13 +170,31 @@ def test_tags_are_listed_newest_first_with_what_is_wrong(tmp_path: Path) -> None
 
 
 def test_pruning_keeps_the_newest_the_protected_the_linked_and_the_latest(tmp_path: Path) -> None:
-    for step in (6, 1, 2, 3, 4, 5):
+    for step in (1, 2, 3, 4, 5, 6):
         Sample(step=step).save(tmp_path / f"s{step}", update_latest=step == 1)
     (tmp_path / "last").symlink_to("s2")
     assert sorted(commit.prune(tmp_path, 2, protect=["s3"])) == ["s4"]
     assert sorted(os.listdir(tmp_path)) == ["last", "latest", "s1", "s2", "s3", "s5", "s6"]
     with pytest.raises(ValueError, match="at least 1"):
         commit.prune(tmp_path, 0)
+
+
+def test_after_going_back_the_newer_checkpoints_are_those_of_the_new_run(tmp_path: Path) -> None:
+    for step, run in ((2, "a"), (4, "a"), (6, "a"), (3, "b"), (4, "b")):
+        Sample(step=step).save(tmp_path / f"{run}{step}")
+    assert commit.prune(tmp_path, 3) == ["a4", "a2"]
+    (tmp_path / "latest").unlink()
+    (tmp_path / "b4" / "trainer.pt").unlink()
+    with pytest.warns(UserWarning, match="newest sound checkpoint is taken instead"):
+        assert resolve(tmp_path).name == "b3"
+
+
+@pytest.mark.parametrize("make", [os.mkdir, lambda path: os.symlink("run", path)])
+def test_somebody_elses_latest_is_left_as_it_is(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "latest")
+    with pytest.raises(CheckpointWriteError, match="none of our files"):
+        Sample().save(tmp_path / "tag")
+    assert os.listdir(tmp_path) == ["latest"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroStrategy
-from lightning_zero.checkpoint.commit import InvalidTagError
 from lightning_zero.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
@@ -465,8 +464,10 @@ class DifferentTags(Callback):
         with pytest.raises(ValueError, match="tag_validation"):
             strategy.save_zero_checkpoint(self.directory, "tag", tag_validation="Fail")
         for tag in ("", "../out", "a/b", "latest"):
-            with pytest.raises(InvalidTagError):
+            with pytest.raises(CheckpointWriteError, match="can't be a tag"):
                 strategy.save_zero_checkpoint(self.directory, tag)
+        with pytest.raises(CheckpointWriteError, match=r"rank 1 .*can't be a tag"):
+            strategy.save_zero_checkpoint(self.directory, "a/b" if trainer.global_rank else "good")
 
 
 @distributed(world_size=2, process_group=False)

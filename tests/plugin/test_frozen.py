@@ -104,6 +104,16 @@ def test_a_frozen_parameter_that_was_written_is_saved_anew(tmp_path):
     assert inodes[0] == inodes[1] != inodes[2] == inodes[3]
 
 
+def test_a_file_that_was_damaged_is_not_linked_by_the_next_run(tmp_path):
+    run_ranks(train, 2, tmp_path, 2, 2, adapted, process_group=False)
+    file = tmp_path / "step=2.ckpt" / "frozen-00001-of-00002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)  # in place: every tag that shares it is damaged
+    run_ranks(train, 2, tmp_path, 2, 4, adapted, process_group=False)
+    Checkpoint(tmp_path / "step=4.ckpt", verify="full")
+
+
 @distributed(world_size=1, process_group=False)
 def test_where_there_are_no_links_everything_is_written(tmp_path):
     with pytest.MonkeyPatch.context() as patch:

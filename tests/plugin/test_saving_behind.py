@@ -2,7 +2,10 @@
 
 import csv
 import os
+import signal
 import threading
+import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,10 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_zero import ZeroCheckpoint, ZeroCheckpointIO, ZeroStrategy
+from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint import save as saving
 from lightning_zero.checkpoint.integrity import find_problems, read_manifest
 from lightning_zero.checkpoint.load import Checkpoint, resolve
@@ -190,7 +195,7 @@ def test_what_fails_behind_training_is_raised_at_the_next_save_and_training_can_
         fit(strategy=strategy, world_size=2, max_steps=4, callbacks=[callback])
     assert list(callback.errors) == [2]
     assert "'tag1'" in callback.errors[2]
-    assert tags(tmp_path) == ["tag3", "tag4"]
+    assert tags(tmp_path) == ["tag2", "tag3", "tag4"]  # the failure of one costs no other
 
 
 class Break(Callback):
@@ -250,3 +255,104 @@ def test_the_memory_of_a_snapshot_is_used_again():
     assert not torch.equal(before[0], tensors[0])
     after = [item.tensor for item in snapshot.take(RankContent(items, [], b"", 2)).tensors]
     assert [copy.data_ptr() for copy in before] == [copy.data_ptr() for copy in after]
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_save_that_fails_at_once_deletes_nothing(tmp_path, stock):
+    fails_at_once(tmp_path, stock)
+
+
+@distributed(world_size=1, process_group=False)
+def fails_at_once(directory, stock):
+    class Wait(CSVLogger):
+        def after_save_checkpoint(self, checkpoint_callback):
+            time.sleep(0.3)  # by now the save has failed, and its deletion comes after this
+
+    def train(max_steps, resume):
+        strategy = ZeroStrategy(checkpoint_io=ZeroCheckpointIO(async_save=True))
+        kind = ModelCheckpoint if stock else ZeroCheckpoint
+        callback = kind(directory / "c", "{step}", every_n_train_steps=2, save_top_k=1)
+        fit(
+            strategy=strategy,
+            world_size=1,
+            max_steps=max_steps,
+            callbacks=[callback],
+            logger=Wait(directory / "logs"),
+            ckpt_path=directory / "c" if resume else None,
+        )
+
+    train(3, False)
+    with pytest.MonkeyPatch.context() as patch:
+        Fail(patch, rank=0, times=100)
+        with pytest.raises(CheckpointWriteError, match="No space left"):
+            train(5, True)
+    assert tags(directory / "c") == ["step=2.ckpt"]
+    assert (directory / "c" / "latest").read_text() == "step=2.ckpt"
+
+
+@distributed(world_size=2, process_group=False)
+def test_what_comes_after_a_commit_never_leaves_one_rank_alone_with_an_error(tmp_path):
+    for behind in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+
+            def refuse(*args, **kwargs):
+                raise OSError(5, "Input/output error")
+
+            patch.setattr(commit, "prune", refuse)
+            directory = tmp_path / str(behind)
+            callback = ZeroCheckpoint(directory, every_n_train_steps=1, keep_last=1, async_save=behind)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                fit(strategy=ZeroStrategy(), world_size=2, max_steps=3, callbacks=[callback])
+        assert tags(directory) == ["step=1.ckpt", "step=2.ckpt", "step=3.ckpt"]
+
+
+class Terminate(Callback):
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@distributed(world_size=2, process_group=False)
+def test_sigterm_saves_even_if_the_save_before_has_failed(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        Fail(patch, rank=1, times=1)
+        callback = ZeroCheckpoint(tmp_path, every_n_train_steps=4, async_save=True)
+        with pytest.raises(SIGTERMException):
+            fit(strategy=ZeroStrategy(), world_size=2, max_steps=12, callbacks=[Terminate(), callback])
+    (tag,) = tags(tmp_path)
+    assert int(tag.removeprefix("step=").removesuffix(".ckpt")) in (5, 6, 7)
+    assert (tmp_path / "latest").read_text() == tag
+
+
+@distributed(world_size=2, process_group=False)
+def test_weights_alone_never_take_the_place_of_what_training_resumes_from(tmp_path):
+    _, trainer = fit(strategy=ZeroStrategy(), world_size=2, max_steps=2)
+    trainer.save_checkpoint(tmp_path / "full")
+    with pytest.raises(CheckpointWriteError, match="weights alone"):
+        trainer.save_checkpoint(tmp_path / "full", weights_only=True)
+    trainer.save_checkpoint(tmp_path / "older")
+    trainer.save_checkpoint(tmp_path / "weights", weights_only=True)
+    trainer.strategy.barrier()
+    trainer.strategy.remove_checkpoint(tmp_path / "older")
+    trainer.strategy.barrier()
+    assert (tmp_path / "latest").read_text() == "full"
+    if trainer.is_global_zero:
+        (tmp_path / "latest").unlink()
+        with pytest.warns(UserWarning, match="is missing"):
+            assert resolve(tmp_path).name == "full"
+
+
+@distributed(world_size=2, process_group=False)
+def test_two_callbacks_in_one_directory_leave_each_others_best(tmp_path):
+    best = ZeroCheckpoint(tmp_path, monitor="val_loss", save_top_k=1, every_n_epochs=1)
+    last = ZeroCheckpoint(tmp_path, every_n_train_steps=3, keep_last=1)
+    fit(strategy=ZeroStrategy(), world_size=2, max_epochs=4, callbacks=[best, last])
+    assert Path(best.best_model_path).is_dir()
+
+
+def test_what_would_make_directories_in_directories_is_refused():
+    for name in ("{val/loss:.2f}", "a/{step}"):
+        with pytest.raises(ValueError, match="a tag is one plain name"):
+            ZeroCheckpoint("ckpts", name)
+    ZeroCheckpoint("ckpts", "loss={val/loss:.2f}", auto_insert_metric_name=False)

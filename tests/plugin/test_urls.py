@@ -182,13 +182,18 @@ def test_a_failed_save_takes_its_objects_away_and_a_dead_ones_go_after_a_day(any
             save(any_url, "two", step=2)
     assert names(locate(any_url)) == ["latest", "one"]
     torn = locate(any_url) / "torn"
-    (torn / "rank-00000-of-00001-0123.safetensors").write_bytes(b"half")
+    (torn / "rank-00000-of-00001-0123456789abcdef.safetensors").write_bytes(b"half")
+    for data in ("data/rank-00000-of-00001-0123456789abcdef.safetensors", "data/mine.txt", "one/notes.txt"):
+        (locate(any_url) / data).write_bytes(b"precious")
     remote.remove_stale(locate(any_url), 3600)
-    assert (torn / "rank-00000-of-00001-0123.safetensors").exists()
+    assert (torn / "rank-00000-of-00001-0123456789abcdef.safetensors").exists()
     assert [tag.complete for tag in commit.list_tags(locate(any_url)) if tag.name == "torn"] == [False]
     time.sleep(1.1)  # S3 knows whole seconds
     remote.remove_stale(locate(any_url), 0.05)
-    assert names(locate(any_url)) == ["latest", "one"]
+    assert names(locate(any_url)) == ["data", "latest", "one"]
+    assert len(names(locate(any_url) / "data")) == 2
+    save(any_url, "one", step=1)
+    assert "notes.txt" in names(locate(any_url) / "one")
     assert Checkpoint(resolve(any_url), verify="full").manifest.step == 1
 
 
