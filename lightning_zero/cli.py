@@ -58,10 +58,15 @@ def _parser() -> argparse.ArgumentParser:
 
     add("ls", _ls, "List the checkpoints: step, epoch, world size, stage, bytes, age, and which is the latest.")
     verify = add("verify", _verify, "Read every byte against its checksum. Exits with 1 if something is wrong.")
-    export = add("export", _export, "Write the fp32 model, as a Lightning checkpoint or .safetensors.")
+    export = add("export", _export, "Write the model, as a Lightning checkpoint or .safetensors, in fp32 or narrower.")
     export.add_argument("out", type=Path, metavar="OUT", help="a .ckpt, a .safetensors, or a folder for several")
     export.add_argument("--max-shard-size", metavar="SIZE", help='write a folder of files of this size, such as "5GB"')
     export.add_argument("--exclude-frozen", action="store_true", help="leave out parameters that were not trained")
+    export.add_argument("--dtype", metavar="D", help="of the parameters: bf16, fp16 or fp32; buffers keep their own")
+    export.add_argument("--submodule", metavar="NAME", default="", help="write this part of the module alone")
+    export.add_argument(
+        "--with-optimizer", action="store_true", help="write a .ckpt from which any other strategy resumes training"
+    )
     export.add_argument(
         "--unsafe", action="store_true", help="load hyper-parameters of any class: runs what the checkpoint says"
     )
@@ -198,27 +203,27 @@ def _export(options: argparse.Namespace) -> int:
     from lightning_zero.checkpoint import export
     from lightning_zero.checkpoint.load import Checkpoint, resolve
 
-    size = None
-    if options.max_shard_size is not None:
-        try:
-            size = export.parse_size(options.max_shard_size)
-        except ValueError as error:
-            _parser().error(str(error))
-    directory = resolve(options.dir, options.tag)
-    nbytes = export.exported_bytes(Checkpoint(directory), options.exclude_frozen)
-    with _progress("exporting", nbytes, quiet=options.json) as progress:
-        export.convert_zero_checkpoint_to_fp32_state_dict(
-            directory,
-            options.out,
+    try:
+        size = None if options.max_shard_size is None else export.parse_size(options.max_shard_size)
+        wanted = export.Wanted(
             exclude_frozen_parameters=options.exclude_frozen,
-            max_shard_size=size,
-            progress=progress,
-            weights_only=not options.unsafe,
+            dtype=export.parse_dtype(options.dtype),
+            with_optimizer=options.with_optimizer,
+            submodule=options.submodule,
+        )
+        export.require_suitable(options.out, wanted, size)
+    except ValueError as error:
+        _parser().error(str(error))
+    checkpoint = Checkpoint(resolve(options.dir, options.tag))
+    nbytes = export.exported_bytes(checkpoint, wanted)
+    with _progress("exporting", nbytes, quiet=options.json) as progress:
+        export.export(
+            checkpoint, options.out, wanted, max_shard_bytes=size, progress=progress, weights_only=not options.unsafe
         )
     if options.json:
-        print(json.dumps({"checkpoint": str(directory), "output": str(options.out), "bytes": nbytes}))
+        print(json.dumps({"checkpoint": str(checkpoint.directory), "output": str(options.out), "bytes": nbytes}))
     else:
-        print(f"{directory} → {options.out}, {_bytes_text(nbytes)}")
+        print(f"{checkpoint.directory} → {options.out}, {_bytes_text(nbytes)}")
     return 0
 
 

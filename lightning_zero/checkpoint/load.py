@@ -205,6 +205,16 @@ class Checkpoint:
         """
         return self._optimizer_state(index, self.trainer(weights_only)["optimizer_states"][index])
 
+    def optimizer_states(self, trainer: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+        """Every optimizer's state, as `optimizer_state` gives one.
+
+        Args:
+            trainer: see the method of that name; None: the tensors alone, and no parameter groups.
+        """
+        count = len(self.manifest.optimizers)
+        in_trainer = [{"state": {}} for _ in range(count)] if trainer is None else trainer["optimizer_states"]
+        return [self._optimizer_state(index, in_trainer[index]) for index in range(count)]
+
     def _optimizer_state(self, index: int, in_trainer: dict[str, Any]) -> dict[str, Any]:
         names = (name for group in self.manifest.optimizers[index].parameters for name in group)
         stored = self._states[index]
@@ -291,9 +301,8 @@ class Checkpoint:
         """
         checkpoint = self.trainer(weights_only)
         checkpoint["state_dict"] = self.state_dict() | checkpoint.get("state_dict", {})
-        for index in range(len(self.manifest.optimizers)):
-            states = checkpoint["optimizer_states"]
-            states[index] = self._optimizer_state(index, states[index])
+        if self.manifest.optimizers:
+            checkpoint["optimizer_states"] = self.optimizer_states(checkpoint)
         return checkpoint
 
 

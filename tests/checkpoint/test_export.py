@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_zero.checkpoint import tensors
+from lightning_zero.checkpoint import read_ahead
 from lightning_zero.checkpoint.export import (
     convert_zero_checkpoint_to_fp32_state_dict,
     get_fp32_state_dict_from_zero_checkpoint,
@@ -87,8 +87,7 @@ def test_into_a_module(save_dir: Path, sample: Sample) -> None:
 def test_a_torch_file_is_a_whole_lightning_checkpoint(
     save_dir: Path, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensors, "BUFFER_BYTES", 1024)
-    tensors._buffers.__dict__.clear()
+    monkeypatch.setattr(read_ahead, "CHUNK_BYTES", 1024)
     written: list[int] = []
     convert_zero_checkpoint_to_fp32_state_dict(save_dir, tmp_path / "out" / "model.ckpt", progress=written.append)
     assert os.listdir(tmp_path / "out") == ["model.ckpt"]
@@ -104,7 +103,6 @@ def test_a_torch_file_is_a_whole_lightning_checkpoint(
         assert archive.testzip() is None
     stored = get_fp32_state_dict_from_zero_checkpoint(save_dir)
     assert sum(written) == sum({id(tensor): tensor.nbytes for tensor in stored.values()}.values())
-    tensors._buffers.__dict__.clear()
 
 
 def test_tensors_in_a_callbacks_state_are_kept(tmp_path: Path) -> None:
