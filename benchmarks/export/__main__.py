@@ -2,9 +2,9 @@
 
     python -m benchmarks.export [--gigabytes 1 4] [--rounds 3] [--directory DIR] [--json FILE]
 
-Two ranks save checkpoints of each size: one of a model alone, and one of a training with AdamW's moments. Then each kind
-of export runs in a fresh process, and before each the plain loop: `preadv` into a warm buffer of 4 MiB, `write`, and one
-`fsync`, of the same bytes. The checkpoint is in the page cache for both. Peak memory is the process's own (VmHWM),
+Two ranks save checkpoints of each size: one of a model alone, and one of a training with AdamW's moments. Then each
+kind of export runs in a fresh process, and before each the plain loop: `read` into a warm buffer of 4 MiB, `write`, and
+one `fsync`, of the same bytes. The checkpoint is in the page cache for both. Peak memory is the process's own (VmHWM),
 less what it was after `import torch`. Every export of the first round is read back and compared, element by element.
 """
 
@@ -137,7 +137,7 @@ def check(directory: Path, name: str) -> None:
     import torch
     from safetensors import safe_open
 
-    file, arguments, kind, _ = EXPORTS[name]
+    file, arguments, *_ = EXPORTS[name]
     path = directory / "out" / file
 
     def same(found: torch.Tensor, tensor_name: str, of: str = "model") -> bool:

@@ -474,7 +474,8 @@ def clean_leftovers(save_dir: Location) -> None:
 
 def _is_dead(staging: Path) -> bool:
     try:
-        fd = os.open(staging, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        # O_NONBLOCK: a pipe of that name would wait for somebody to write to it, and every save with it
+        fd = os.open(staging, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:
@@ -501,7 +502,7 @@ def _lock(fd: int) -> bool | None:
 
 def _remove(path: Path) -> None:
     """Remove something that no name leads to any more. What resists is left: the next save tries again."""
-    if path.is_symlink() or path.is_file():
+    if path.is_symlink() or not path.is_dir():  # rmtree would open a pipe, and wait for ever
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)

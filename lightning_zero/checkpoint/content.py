@@ -16,7 +16,8 @@ class TensorToSave:
     """A tensor on its way into a checkpoint: `StoredTensor` says what the fields mean.
 
     `tensor` is 1-D where it has one element for each of the segment's, and of any shape where it is whole. It is
-    `steady` if nothing but a step of the optimizer changes it: a forward may change buffers.
+    `steady` if nothing but a step of the optimizer changes it: a forward may change buffers, and a callback that swaps
+    in averaged weights the parameters themselves.
     """
 
     kind: Kind

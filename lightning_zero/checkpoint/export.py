@@ -34,7 +34,7 @@ from lightning_zero.checkpoint.read_ahead import Overflows
 from lightning_zero.checkpoint.storage import PathOrUrl
 from lightning_zero.checkpoint.tensors import LazyTensor
 from lightning_zero.checkpoint.torch_file import write_torch_file
-from lightning_zero.errors import CheckpointMismatchError
+from lightning_zero.errors import CheckpointMismatchError, CorruptCheckpointError
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _DTYPES = {
@@ -248,11 +248,14 @@ def export(
             if wanted.with_optimizer:
                 if states is None:
                     raise CheckpointMismatchError(f"{checkpoint.directory} holds weights alone: no optimizer's state")
-                states = checkpoint.optimizer_states({"optimizer_states": states})
-                content["optimizer_states"] = [_plain(state) for state in states]
+                content["optimizer_states"] = [_plain(state) for state in checkpoint.optimizer_states(states)]
             content["state_dict"] = tensors | content.get("state_dict", {})
-            content = {key: value for key, value in content.items() if not key.startswith(_OURS)}
-            write_torch_file(path, content, ("state_dict", "optimizer_states"), progress, overflows)
+            content = {key: value for key, value in content.items() if not str(key).startswith(_OURS)}
+            try:
+                write_torch_file(path, content, ("state_dict", "optimizer_states"), progress, overflows)
+            except RecursionError as error:
+                where = checkpoint.directory / checkpoint.manifest.trainer.name
+                raise CorruptCheckpointError(f"{where} holds what is too deep to be written again") from error
     names = [name for name, tensor in tensors.items() if tensor in overflows]
     if names:
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -286,7 +289,7 @@ def exported_bytes(checkpoint: Checkpoint, wanted: Wanted) -> int:
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """An optimizer's state without what only a ZeroStrategy looks for in it."""
     kept = {
-        index: {name: value for name, value in of.items() if not name.startswith(_OURS)}
+        index: {name: value for name, value in of.items() if not str(name).startswith(_OURS)}
         if isinstance(index, int)
         else of
         for index, of in state["state"].items()

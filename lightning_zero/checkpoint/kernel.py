@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import sys
 from functools import cache
@@ -53,6 +54,18 @@ def start_writeback(fd: int, offset: int, nbytes: int) -> None:
     """Have the disk begin on these bytes while the next are computed, so that fsync finds little left to do."""
     if sys.platform == "linux":
         _call("sync_file_range", fd, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
+
+
+def write_directly(fd: int, *, on: bool = True) -> bool:
+    """Have writes to an open file go past the page cache, or through it again; say whether the file system can."""
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    try:
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+    except OSError:
+        return False
+    return True
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -22,6 +22,7 @@ import io
 import math
 import pickle
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -44,7 +45,12 @@ from lightning_zero.checkpoint.manifest import (
 )
 from lightning_zero.checkpoint.storage import Location, PathOrUrl, ReadableFile, locate, open_file
 from lightning_zero.checkpoint.tensors import DTYPES_BY_CODE, LazyTensor
-from lightning_zero.errors import CheckpointNotFoundError, CorruptCheckpointError, ZeroError
+from lightning_zero.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    IncompleteCheckpointError,
+    ZeroError,
+)
 from lightning_zero.segments import Segment, SegmentIndex
 
 _OPEN_FILES = 64
@@ -147,6 +153,11 @@ class _Elements:
         self._of = of
         self.dtype = dtype
 
+    def require(self) -> None:
+        """Make sure that the files are as large as the manifest claims, before anybody makes room for a tensor."""
+        for file, _ in self._index.payloads(self._of):
+            self._checkpoint.open(file)
+
     def read(self, start: int, stop: int, target: memoryview) -> None:
         """Fill `target` with the elements `[start, stop)`."""
         item_bytes, filled = self.dtype.itemsize, 0
@@ -174,12 +185,25 @@ class Checkpoint:
         self.directory = locate(directory)
         self.manifest: Manifest = read_manifest(self.directory) if manifest is None else manifest
         require_sound(self.directory, self.manifest, verify)
+        self._nbytes = {file.name: file.nbytes for file in self.manifest.files}
         self._open = functools.lru_cache(maxsize=_OPEN_FILES)(open_file)
+
+    def open(self, file: str) -> ReadableFile:
+        """A shard file, by its name.
+
+        Raises:
+            IncompleteCheckpointError: it is missing, or smaller than the manifest says.
+        """
+        opened: ReadableFile = self._open(self.directory / file)
+        if opened.nbytes < self._nbytes[file]:
+            raise IncompleteCheckpointError(
+                f"{self.directory / file} was cut short: it has {opened.nbytes} bytes of {self._nbytes[file]}"
+            )
+        return opened
 
     def read(self, file: str, offset: int, target: memoryview) -> None:
         """Fill `target` from a shard file, by its name."""
-        opened: ReadableFile = self._open(self.directory / file)
-        opened.read_into(offset, target)
+        self.open(file).read_into(offset, target)
 
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The module's state dict, unread; tied tensors are one object, their other names at the end.
@@ -203,25 +227,33 @@ class Checkpoint:
             index: of the optimizer.
             weights_only: for `trainer`, where the parameter groups are.
         """
-        return self._optimizer_state(index, self.trainer(weights_only)["optimizer_states"][index])
+        return self._optimizer_state(index, self.trainer(weights_only).get("optimizer_states", []))
 
-    def optimizer_states(self, trainer: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    def optimizer_states(self, states: list[Any] | None) -> list[dict[str, Any]]:
         """Every optimizer's state, as `optimizer_state` gives one.
 
         Args:
-            trainer: see the method of that name; None: the tensors alone, and no parameter groups.
+            states: the `optimizer_states` of `trainer`; None: the tensors alone, and no parameter groups.
         """
         count = len(self.manifest.optimizers)
-        in_trainer = [{"state": {}} for _ in range(count)] if trainer is None else trainer["optimizer_states"]
-        return [self._optimizer_state(index, in_trainer[index]) for index in range(count)]
+        states = [{"state": {}} for _ in range(count)] if states is None else states
+        return [self._optimizer_state(index, states) for index in range(count)]
 
-    def _optimizer_state(self, index: int, in_trainer: dict[str, Any]) -> dict[str, Any]:
+    def _optimizer_state(self, index: int, states: list[Any]) -> dict[str, Any]:
+        in_trainer = states[index] if index < len(states) else None
+        if not isinstance(in_trainer, dict) or not isinstance(in_trainer.get("state"), dict):
+            raise CorruptCheckpointError(
+                f"{self.directory / self.manifest.trainer.name} holds no state of optimizer {index}"
+            )
         names = (name for group in self.manifest.optimizers[index].parameters for name in group)
         stored = self._states[index]
         state: dict[Any, Any] = dict(in_trainer["state"])
         for position, name in enumerate(names):
             if name in stored:
-                state[position] = self._state_of(stored[name]) | state.get(position, {})
+                others = _dict(
+                    state.get(position, {}), f"{self.manifest.trainer.name}: optimizer {index}'s state of {name!r}"
+                )
+                state[position] = self._state_of(stored[name]) | others
         return {**in_trainer, "state": state}
 
     @functools.cached_property
@@ -264,19 +296,13 @@ class Checkpoint:
         Raises:
             UntrustedContentError: there is such a thing in it.
             IncompleteCheckpointError: the file is missing, or cut short.
-            CorruptCheckpointError: its checksum doesn't match.
+            CorruptCheckpointError: its checksum doesn't match, or it is not what Lightning keeps there.
         """
-        content = io.BytesIO(read_trainer(self.directory, self.manifest.trainer))
-        try:
-            loaded: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=weights_only)
-        except pickle.UnpicklingError as error:
-            content.seek(0)
-            offending = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(content)) or "an unknown class"
-            where = self.directory / self.manifest.trainer.name
-            raise UntrustedContentError(
-                f"{where} holds objects of {offending}, in the hyper-parameters or the state of a callback. If you "
-                "trust whoever wrote it, pass weights_only=False (Trainer.fit takes it too): it then runs what it says"
-            ) from error
+        where = self.directory / self.manifest.trainer.name
+        loaded = unpickle(read_trainer(self.directory, self.manifest.trainer), str(where), weights_only)
+        _dict(loaded.get("state_dict", {}), f"{where}: the state dict")
+        if not isinstance(loaded.get("optimizer_states", []), list):
+            raise CorruptCheckpointError(f"{where}: the optimizers' states are no list")
         return loaded
 
     def rank_state(self, rank: int) -> bytes | None:
@@ -284,6 +310,7 @@ class Checkpoint:
         for file in self.manifest.files:
             for stored in file.tensors:
                 if file.rank == rank and stored.kind == "rank":
+                    self.open(file.name)  # before there is room for what it is said to hold
                     content = bytearray(stored.nbytes)
                     self.read(file.name, stored.offset, memoryview(content))
                     if xxhash.xxh3_64_hexdigest(content) != stored.xxh3:
@@ -302,8 +329,64 @@ class Checkpoint:
         checkpoint = self.trainer(weights_only)
         checkpoint["state_dict"] = self.state_dict() | checkpoint.get("state_dict", {})
         if self.manifest.optimizers:
-            checkpoint["optimizer_states"] = self.optimizer_states(checkpoint)
+            checkpoint["optimizer_states"] = self.optimizer_states(checkpoint.get("optimizer_states", []))
         return checkpoint
+
+
+def unpickle(content: bytes, where: str, weights_only: bool) -> dict[str, Any]:
+    """The dict that `torch.save` put into `content`.
+
+    Args:
+        content: its checksum says that it is what was written, and not who wrote it.
+        where: for the messages.
+        weights_only: refuse whatever would run code.
+
+    Raises:
+        UntrustedContentError: there is such a thing in it.
+        CorruptCheckpointError: it is something else.
+    """
+    if not weights_only:  # the file is trusted: what its classes raise is for whoever wrote them
+        return _dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=False), where)
+    # The names are looked for first: torch.load's own message about one that is a megabyte long takes it hours
+    offending, cause = _unsafe_globals(content, where), None
+    if not offending:
+        try:
+            loaded: object = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            cause = error
+        except Exception as error:
+            raise CorruptCheckpointError(
+                f"{where} can't be read: {type(error).__name__}, {str(error)!r:.200}"
+            ) from error
+        else:
+            return _dict(loaded, where)
+    raise UntrustedContentError(
+        f"{where} holds objects of {', '.join(offending) or 'an unknown class'}, in the hyper-parameters or the state "
+        "of a callback. If you trust whoever wrote it, pass weights_only=False (Trainer.fit takes it too): "
+        "it then runs what the file says"
+    ) from cause
+
+
+def _unsafe_globals(content: bytes, where: str) -> list[str]:
+    """The names that only run on request; each fit to be shown, whoever made it up."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if sum(record.file_size for record in archive.infolist()) > len(content):
+                raise CorruptCheckpointError(f"{where} would be larger when unpacked; torch.save doesn't compress")
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+    except ZeroError:
+        raise
+    except Exception as error:
+        raise CorruptCheckpointError(
+            f"{where} is not what torch.save writes: {type(error).__name__}, {str(error)!r:.200}"
+        ) from error
+    return [f"{name if name.isprintable() else ascii(name):.100}" for name in sorted(names)[:10]]
+
+
+def _dict(value: object, what: str) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise CorruptCheckpointError(f"{what} is no dict, but {type(value).__name__}")
+    return value
 
 
 def _dtype(stored: Stored) -> torch.dtype:

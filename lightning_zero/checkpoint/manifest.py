@@ -20,10 +20,12 @@ that flips in a place that still reads as JSON (a step, a version) is found as w
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -68,6 +70,8 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 _ITEM_BYTES = dict(DTYPES.values())
 _MASTER_CODES = frozenset(("F32", "F64", "C64", "C128"))
 _LARGEST = 2**63 - 1
+_LARGEST_NUMEL = _LARGEST // 16  # so the bytes fit in 63 bits in every dtype, stored or asked for
+_LARGEST_HEADER = 8 + 100_000_000  # safetensors' own limit; a header is read into memory
 _XXH3 = re.compile(r"[0-9a-f]{16}")
 _TRAINER = re.compile(r"trainer(-[0-9a-f]{16})?\.pt")
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]{0,199}")
@@ -305,8 +309,9 @@ class Manifest:
             IncompleteCheckpointError: elements of a tensor, or a rank's shard, are missing.
         """
         try:
-            manifest = cls(**_manifest_fields(_unseal(text)))
-            _check(manifest)
+            with _without_collector():
+                manifest = cls(**_manifest_fields(_unseal(text)))
+                _check(manifest)
         except (CorruptCheckpointError, IncompleteCheckpointError) as error:
             raise type(error)(f"{where}: {error}") from None
         return manifest
@@ -342,6 +347,18 @@ def _file_text(file: FileEntry) -> str:
 
 
 # -------------------------------------------------------------------------------------------------- from JSON
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """So many new objects, none of them garbage, would have it walk over all that the process has, again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _unseal(text: str) -> object:
@@ -436,7 +453,7 @@ def _shape(value: list[object], where: str) -> tuple[int, ...]:
         if type(size) is not int or not 0 <= size <= _LARGEST:
             raise CorruptCheckpointError(f"{where}: the shape {value!r:.80} is not a list of sizes")
         numel *= size or 1
-        if numel > _LARGEST:
+        if numel > _LARGEST_NUMEL:
             raise CorruptCheckpointError(f"{where}: the shape {value!r:.80} is larger than any tensor")
     return tuple(cast("list[int]", value))
 
@@ -591,6 +608,8 @@ def _check_layout(file: FileEntry) -> None:
     ranks_own = [tensor.name for tensor in file.tensors if tensor.kind == "rank"]
     if len(set(ranks_own)) != len(ranks_own):
         raise CorruptCheckpointError(f"{file.name}: a tensor of the rank's own is listed twice")
+    if file.header_nbytes > _LARGEST_HEADER:
+        raise CorruptCheckpointError(f"{file.name}: a header of {file.header_nbytes} bytes is larger than any")
     position = file.header_nbytes
     for tensor in file.tensors:
         if tensor.offset != position:

@@ -220,7 +220,7 @@ def save_checkpoint(
 
 def begin_save(
     directory: Location,
-    content: RankContent,
+    content: RankContent | Exception,
     shared: SharedContent | None,
     *,
     group: dist.ProcessGroup | None,
@@ -237,7 +237,7 @@ def begin_save(
 
     Args:
         directory: the tag's directory, on storage that all ranks share.
-        content: what this rank puts in.
+        content: what this rank puts in, or why it can't.
         shared: what the ranks have in common; needed on rank 0.
         group: the ranks; None for a single process.
         update_latest: have `latest` name the tag.
@@ -253,14 +253,15 @@ def begin_save(
         TagMismatchError: the ranks were to save different tags or steps.
         CheckpointWriteError: a rank failed. Both are raised on every rank alike: see [Note: all ranks fail together].
     """
-    plan = agree(directory, content.step, group, tag_validation=tag_validation, place=place, clean=snapshot is None)
+    plan = agree(directory, content, group, tag_validation=tag_validation, place=place, clean=snapshot is None)
+    assert not isinstance(content, Exception)
     plan = plan if began is None else replace(plan, began=began)
     prepared = prepare(plan, content, shared, frozen_before=frozen_before, snapshot=snapshot)
 
     def rest() -> SaveReport:
         if snapshot is not None:
             snapshot.wait()
-        written = write(plan, prepared, fsync=fsync)
+        written = write(plan, prepared, fsync=fsync, direct=snapshot is not None)
         then = plan if snapshot is None else replace(plan, group=group_behind)
         report = finish(then, written, shared, update_latest=update_latest, fsync=fsync)
         if snapshot is not None and plan.staged is not None:
@@ -275,7 +276,7 @@ def begin_save(
 
 def agree(
     directory: Location,
-    step: int,
+    content: RankContent | Exception,
     group: dist.ProcessGroup | None,
     *,
     tag_validation: TagValidation = "fail",
@@ -286,7 +287,7 @@ def agree(
 
     Args:
         directory: the tag's.
-        step: of training.
+        content: what this rank puts in, or why it can't.
         group: the ranks; None for a single process.
         tag_validation: what to do where the ranks were given different tags: `fail`; or take rank 0's, and `warn` of
             it, or `ignore` it. The steps have to be the same in any case.
@@ -295,14 +296,15 @@ def agree(
 
     Raises:
         TagMismatchError: they don't.
-        CheckpointWriteError: the directory can't be made.
+        CheckpointWriteError: the directory can't be made, or a rank has nothing to put in.
     """
     directory = absolute(directory)
     rank, world_size = (group.rank(), group.size()) if group is not None else (0, 1)
     place = Place(0, rank == 0) if place is None else place
     token = secrets.token_hex(8) if place.leads else ""
-    staged = _attempt(rank, directory, partial(_prepare_directory, directory, token, clean))
+    staged = _attempt(rank, directory, partial(_prepare_directory, directory, content, token, clean))
     failure = staged if isinstance(staged, _Failure) else None
+    step = -1 if isinstance(content, Exception) else content.step
     try:
         answers = _all_gather(group, (directory.name, step, place.node, token, failure))
     except RuntimeError as error:
@@ -320,6 +322,10 @@ def agree(
     )
     staged = None if isinstance(staged, _Failure) else staged
     plan = Plan(directory, staging, tokens[0], step, rank, world_size, group, staged, nodes, leaders)
+    failed = next((found for *_, found in answers if found is not None), None)
+    if failed is not None:
+        _abandon(plan)
+        raise _error(plan, failed) from (failure.error if failure is not None and failure == failed else None)
     if (differ and tag_validation == "fail") or len({step for _, step in wanted}) > 1:
         _abandon(plan)
         raise TagMismatchError(
@@ -328,10 +334,6 @@ def agree(
         )
     if differ and tag_validation == "warn":
         warnings.warn(f"rank 0's tag is saved, of different ones ({_list_wanted(wanted)})", stacklevel=2)
-    failed = next((found for *_, found in answers if found is not None), None)
-    if failed is not None:
-        _abandon(plan)
-        raise _error(plan, failed) from (failure.error if failure is not None and failure == failed else None)
     return plan
 
 
@@ -339,7 +341,11 @@ def _list_wanted(wanted: Sequence[tuple[str, int]]) -> str:
     return "; ".join(f"rank {rank}: {tag!r} at step {step}" for rank, (tag, step) in enumerate(wanted[:16]))
 
 
-def _prepare_directory(directory: Location, token: str, clean: bool) -> commit.Staging | None:
+def _prepare_directory(
+    directory: Location, content: RankContent | Exception, token: str, clean: bool
+) -> commit.Staging | None:
+    if isinstance(content, Exception):
+        raise content
     commit.validate_tag(directory.name, hidden=True)
     if not token:
         return None
@@ -412,14 +418,12 @@ def _digest(tensor: Tensor) -> str:
 def _serialize(trainer: dict[str, Any]) -> memoryview:
     stream = io.BytesIO()
     torch.save(trainer, stream)
-    content = stream.getbuffer()
-    _warn_of_unsafe_globals(stream)
-    return content
+    return stream.getbuffer()
 
 
-def _warn_of_unsafe_globals(stream: io.BytesIO) -> None:
+def _warn_of_unsafe_globals(content: memoryview) -> None:
     """Say it now, while it is easily mended, and not when somebody wants to resume."""
-    stream.seek(0)
+    stream = io.BytesIO(content)
     try:
         torch.load(stream, map_location="cpu", weights_only=True)
     except EOFError:
@@ -438,14 +442,23 @@ def _warn_of_unsafe_globals(stream: io.BytesIO) -> None:
 # ------------------------------------------------------------------------------------------------------ write
 
 
-def write(plan: Plan, prepared: _Prepared | _Failure, *, fsync: bool = True) -> _Written | _Failure:
-    """Write this rank's files into the staging directory. No collectives: safe in a thread of its own."""
+def write(
+    plan: Plan, prepared: _Prepared | _Failure, *, fsync: bool = True, direct: bool = False
+) -> _Written | _Failure:
+    """Write this rank's files into the staging directory. No collectives: safe in a thread of its own.
+
+    Args:
+        plan: of the save.
+        prepared: what to write.
+        fsync: make it durable.
+        direct: spare the processor rather than the disk: see `storage.create_file`.
+    """
     if isinstance(prepared, _Failure):
         return prepared
-    return _attempt(plan.rank, plan.staging, partial(_write, plan, prepared, fsync))
+    return _attempt(plan.rank, plan.staging, partial(_write, plan, prepared, fsync, direct))
 
 
-def _write(plan: Plan, prepared: _Prepared, fsync: bool) -> _Written:
+def _write(plan: Plan, prepared: _Prepared, fsync: bool, direct: bool) -> _Written:
     began = time.perf_counter()
     content = prepared.content
     if not (is_remote(plan.staging) or plan.staging.is_dir()):
@@ -457,21 +470,29 @@ def _write(plan: Plan, prepared: _Prepared, fsync: bool) -> _Written:
     if content.rank_state:
         state = memoryview(content.rank_state)
         items.append(Item("rank", RANK_STATE, 0, len(state), "U8", (len(state),), lambda: [state]))
-    files = [_write_file(plan, items, content.values, fsync)]
+    write_file = partial(_write_file, plan, fsync=fsync, direct=direct)
+    files = [write_file(items, content.values)]
     if content.unchanging:
-        files.append(_write_file(plan, [_item(tensor) for tensor in content.unchanging], (), fsync, frozen=True))
+        files.append(write_file([_item(tensor) for tensor in content.unchanging], (), frozen=True))
     nbytes = sum(file.nbytes for file in files)
     if prepared.linked is not None:
         files.append(prepared.linked)
     trainer = None
     if prepared.trainer is not None:
+        _warn_of_unsafe_globals(prepared.trainer)
         trainer = _write_trainer(plan, prepared.trainer, fsync)
         nbytes += trainer.nbytes
     return _Written(tuple(files), trainer, nbytes, time.perf_counter() - began, prepared.stall_seconds)
 
 
 def _write_file(
-    plan: Plan, items: Sequence[Item], values: Sequence[StoredValue], fsync: bool, *, frozen: bool = False
+    plan: Plan,
+    items: Sequence[Item],
+    values: Sequence[StoredValue],
+    *,
+    fsync: bool,
+    direct: bool,
+    frozen: bool = False,
 ) -> FileEntry:
     name = shard_name(plan.rank, plan.world_size, frozen=frozen, save_id=plan.id_in_names)
     return write_shard(
@@ -483,6 +504,7 @@ def _write_file(
         save_id=plan.save_id,
         frozen=frozen,
         fsync=fsync,
+        direct=direct,
     )
 
 
@@ -733,7 +755,10 @@ def _error(plan: Plan, failure: _Failure) -> CheckpointWriteError:
 
 def _unreachable(directory: Location, error: RuntimeError) -> CheckpointWriteError:
     """What a group's RuntimeError means: a peer has died, or didn't come within the time-out."""
-    return CheckpointWriteError(f"{directory} was not saved: a rank died, or can't be reached any more ({error})")
+    return CheckpointWriteError(
+        f"{directory} was not saved: this rank waited in vain for the others. A save has to be called on every rank "
+        f"(not under `if rank == 0`), at the same place; or a rank has died, or can't be reached any more ({error})"
+    )
 
 
 def _abandon(plan: Plan) -> None:

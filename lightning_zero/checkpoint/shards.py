@@ -87,8 +87,9 @@ def write_shard(
     save_id: str = "",
     frozen: bool = False,
     fsync: bool = True,
+    direct: bool = False,
 ) -> FileEntry:
-    """Write one rank's file, and say what is in it.
+    """Write one rank's file, and say what is in it; `fsync` and `direct` are `create_file`'s.
 
     Raises:
         OSError: the disk is full, or otherwise refuses.
@@ -98,7 +99,7 @@ def write_shard(
     ordered = sorted(items, key=lambda item: -_ITEM_BYTES[item.dtype])
     header = _header(ordered, {"rank": str(rank), "step": str(step), "save_id": save_id})
     tensors = []
-    with create_file(path, len(header) + sum(item.nbytes for item in ordered), fsync=fsync) as file:
+    with create_file(path, len(header) + sum(item.nbytes for item in ordered), fsync=fsync, direct=direct) as file:
         file.write(header)
         offset = len(header)
         for item in ordered:

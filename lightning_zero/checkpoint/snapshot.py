@@ -4,13 +4,13 @@ On the CPU the copy is there when `take` returns. On CUDA it is under way then, 
 its own beside the next forward and backward: `fence` has the device wait for it before the optimizer changes what is
 being copied, and `wait` the thread that writes it. What a forward may change is copied on the device's current stream.
 
-Memory that is touched for the first time costs five times as much as the copy itself, so the block is kept; the first
-time it comes in huge pages where the system has them.
+Memory that is touched for the first time costs five times as much as the copy itself, so the block is kept; and it is
+touched ahead of time, by a thread of its own (`reserve`).
 """
 
 from __future__ import annotations
 
-import mmap
+import threading
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 from lightning_zero.checkpoint.content import RankContent, TensorToSave
 
 _ALIGNMENT = 64
+_PAGE_BYTES = 4096
+_TOUCHED_BYTES = 16 << 20
 
 
 class Snapshot:
@@ -28,9 +30,29 @@ class Snapshot:
         self._memory = _nothing()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._events: list[torch.cuda.Event] = []
+        self._reserving: threading.Thread | None = None
+
+    def reserve(self, nbytes: int, *, pinned: bool) -> None:
+        """Get the memory for a snapshot of so many bytes, without making anybody wait."""
+
+        def get() -> None:
+            memory = _allocate(nbytes, pinned=pinned)
+            if not pinned:
+                _touch(memory)
+            self._memory = memory
+
+        if self._reserving is None and len(self._memory) < nbytes:
+            self._reserving = threading.Thread(target=get, name="lightning_zero-reserve", daemon=True)
+            self._reserving.start()
+
+    def _reserved(self) -> None:
+        reserving, self._reserving = self._reserving, None
+        if reserving is not None:
+            reserving.join()
 
     def take(self, content: RankContent) -> RankContent:
         """Copy every tensor, and give the same content with the copies."""
+        self._reserved()
         items = [*content.tensors, *content.unchanging]
         offsets, end = [], 0
         for item in items:
@@ -75,6 +97,7 @@ class Snapshot:
 
     def release(self) -> None:
         """Give the memory back."""
+        self._reserved()
         self._memory = _nothing()
 
 
@@ -83,10 +106,10 @@ def _nothing() -> Tensor:
 
 
 def _allocate(nbytes: int, *, pinned: bool) -> Tensor:
-    if pinned:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(nbytes, dtype=torch.uint8)
-    block = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(block, dtype=torch.uint8)
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+
+
+def _touch(memory: Tensor) -> None:
+    """Have the system give every page now; not in huge ones, which cost more where the machine is a virtual one."""
+    for begin in range(0, len(memory), _TOUCHED_BYTES):
+        memory[begin : begin + _TOUCHED_BYTES : _PAGE_BYTES].zero_()

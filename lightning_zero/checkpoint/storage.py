@@ -9,6 +9,8 @@ something was raised, torn (mounted) or not there at all (remote). It is read by
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import stat
 import threading
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 from typing_extensions import TypeIs
 
 from lightning_zero.checkpoint import kernel
-from lightning_zero.errors import IncompleteCheckpointError
+from lightning_zero.errors import CorruptCheckpointError, IncompleteCheckpointError
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -32,6 +34,7 @@ PathOrUrl: TypeAlias = "str | os.PathLike[str] | Path | UPath"
 WRITEBACK_BYTES = 8 << 20
 _BUFFER_BYTES = 1 << 20
 _BLOCK_BYTES = 8 << 20
+_DIRECT_ALIGNMENT = 4096
 _PARTS = 9000
 """S3 takes no more than 10000 parts of one object."""
 
@@ -134,9 +137,13 @@ def read_file(location: Location, limit: int | None = None) -> bytes:
 
     Raises:
         IncompleteCheckpointError: see `open_file`.
+        CorruptCheckpointError: it is larger than this machine's memory.
     """
     file = open_file(location)
-    content = bytearray(file.nbytes if limit is None else min(file.nbytes, limit))
+    try:
+        content = bytearray(file.nbytes if limit is None else min(file.nbytes, limit))
+    except MemoryError:  # it may be sparse
+        raise CorruptCheckpointError(f"{location} has {file.nbytes} bytes, for which there is no memory") from None
     file.read_into(0, memoryview(content))
     return bytes(content)
 
@@ -209,13 +216,15 @@ class WritableFile(Protocol):
 
 
 @contextmanager
-def create_file(location: Location, nbytes: int, *, fsync: bool = True) -> Iterator[WritableFile]:
+def create_file(location: Location, nbytes: int, *, fsync: bool = True, direct: bool = False) -> Iterator[WritableFile]:
     """Write a new file; it is whole, and durable, when the context is left.
 
     Args:
         location: of the file.
         nbytes: that it is going to have.
         fsync: make it durable. What is remote is so in any case.
+        direct: where it is to be durable, write past the page cache if the file system can. That takes a tenth of the
+            processor's time, and leaves what is in the cache there; a reader will have to go to the disk.
 
     Raises:
         FileExistsError: there is a mounted file of that name; none is ever overwritten in place.
@@ -233,8 +242,13 @@ def create_file(location: Location, nbytes: int, *, fsync: bool = True) -> Itera
         return
     with open(location, "xb", buffering=_BUFFER_BYTES) as mounted:
         kernel.reserve(mounted.fileno(), nbytes)
-        yield _WrittenBack(mounted) if fsync else mounted
-        mounted.flush()
+        if fsync and direct and kernel.write_directly(mounted.fileno()):
+            past_the_cache = _Direct(mounted.fileno())
+            yield past_the_cache
+            past_the_cache.finish()
+        else:
+            yield _WrittenBack(mounted) if fsync else mounted
+            mounted.flush()
         if fsync:
             os.fsync(mounted.fileno())
 
@@ -254,3 +268,59 @@ class _WrittenBack:
             self._file.flush()
             kernel.start_writeback(self._file.fileno(), self._begun, self._written - self._begun)
             self._begun = self._written
+
+
+class _Direct:
+    """Writes past the page cache, whole blocks from memory that is aligned to them."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._block = _direct_block()
+        self._filled = 0
+        self._offset = 0
+
+    def write(self, chunk: bytes | memoryview, /) -> None:
+        import numpy as np
+
+        source, block = np.frombuffer(chunk, np.uint8), np.frombuffer(self._block, np.uint8)
+        taken = 0
+        while taken < len(source):
+            count = min(len(source) - taken, len(block) - self._filled)
+            # Not by slices of a memoryview: NumPy lets go of the interpreter's lock while it copies
+            np.copyto(block[self._filled : self._filled + count], source[taken : taken + count])
+            taken += count
+            self._filled += count
+            if self._filled == len(block):
+                self._put(self._filled)
+                self._filled = 0
+
+    def _put(self, nbytes: int) -> None:
+        left = memoryview(self._block)[:nbytes]
+        while left:
+            try:
+                count = os.pwrite(self._fd, left, self._offset)
+            except OSError as error:
+                # Some file systems open a file for direct writing and then refuse
+                if error.errno != errno.EINVAL or not kernel.write_directly(self._fd, on=False):
+                    raise
+                continue
+            left = left[count:]
+            self._offset += count
+
+    def finish(self) -> None:
+        """Write the rest: padded to a block, and then cut off."""
+        nbytes = self._offset + self._filled
+        if self._filled:
+            self._put(self._filled + -self._filled % _DIRECT_ALIGNMENT)
+        os.ftruncate(self._fd, nbytes)
+
+
+_blocks = threading.local()
+
+
+def _direct_block() -> mmap.mmap:
+    """This thread's block of memory, aligned to a page."""
+    if not hasattr(_blocks, "block"):
+        _blocks.block = mmap.mmap(-1, _BLOCK_BYTES)
+    block: mmap.mmap = _blocks.block
+    return block

@@ -97,6 +97,10 @@ class Source(Protocol):
 
     dtype: torch.dtype
 
+    def require(self) -> None:
+        """Raise what `read` would, if it can be told before there is memory for the elements."""
+        ...
+
     def read(self, start: int, stop: int, target: memoryview) -> None:
         """Fill `target` with the elements `[start, stop)`."""
         ...
@@ -182,6 +186,7 @@ class LazyTensor(Tensor):
     def _read(self) -> Tensor:
         if self._kept is not None:
             return self._kept
+        self._source.require()
         read = torch.empty(self.shape, dtype=self.dtype)
         self.read_range(0, self.numel(), read.view(-1))
         return read

@@ -241,6 +241,15 @@ class Partition:
         """A step is under way, or was broken off: what the ranks hold may not belong together."""
         return any(segmented.is_stepping for segmented in self._segmented)
 
+    def owned_bytes(self) -> tuple[int, int]:
+        """The bytes of this rank's masters and of the optimizers' states, and in how many tensors they are."""
+        tensors: list[Tensor] = [piece.master for bucket in self.buckets for piece in bucket.pieces]
+        for segmented in self._segmented:
+            for state in segmented.optimizer.state.values():
+                if isinstance(state, dict):
+                    tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in tensors), len(tensors)
+
     def segments(self, optimizer: Optimizer) -> list[OwnedSegment]:
         """What this rank owns of an optimizer's parameters."""
         return self._of(optimizer).segments

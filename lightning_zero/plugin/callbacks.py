@@ -94,6 +94,12 @@ class ZeroCheckpoint(ModelCheckpoint):
         self.dirpath = self._save_directory(trainer)
         super().setup(trainer, pl_module, stage)
 
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self.async_save and isinstance(trainer.strategy, ZeroStrategy):
+            trainer.strategy.expect_saves_behind()
+
     def _save_directory(self, trainer: Trainer) -> str:
         return str(self.dirpath or locate(trainer.default_root_dir) / "checkpoints")
 

@@ -33,7 +33,7 @@ class PreparedSave:
     """What the ranks write into a directory, and how. No dataclass: Lightning would copy what is in it.
 
     Args:
-        content: what this rank puts in.
+        content: what this rank puts in, or why it can't.
         shared: what they have in common.
         group: the ranks; None for a single process.
         update_latest: have `latest` name it.
@@ -45,8 +45,8 @@ class PreparedSave:
 
     def __init__(
         self,
-        content: RankContent,
-        shared: SharedContent,
+        content: RankContent | Exception,
+        shared: SharedContent | None,
         group: dist.ProcessGroup | None,
         *,
         update_latest: bool,
@@ -129,9 +129,9 @@ class ZeroCheckpointIO(TorchCheckpointIO):
             return
         self.join()
         directory = locate(path)
-        before = (
-            (self._frozen or _frozen_of_latest(directory.parent, prepared)) if prepared.content.unchanging else None
-        )
+        before = None
+        if not isinstance(prepared.content, Exception) and prepared.content.unchanging:
+            before = self._frozen or _frozen_of_latest(directory.parent, prepared)
         rest = begin_save(
             directory,
             prepared.content,
@@ -178,6 +178,10 @@ class ZeroCheckpointIO(TorchCheckpointIO):
         self._collect()
         reports, self._reports = self._reports, []
         return reports
+
+    def reserve(self, nbytes: int, *, pinned: bool) -> None:
+        """Get the host memory of a save behind training, ahead of the first: see `Snapshot.reserve`."""
+        self._snapshot.reserve(nbytes, pinned=pinned)
 
     def before_step(self) -> None:
         """Before an optimizer changes what is being copied: see `Snapshot.fence`."""

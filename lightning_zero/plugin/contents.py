@@ -102,8 +102,10 @@ def contents(
                 if parameter in stored_names and segment.numel:
                     # One that an optimizer holds, and that isn't trained, has a master too: it may be trained later
                     place = tensors if parameter.requires_grad else unchanging
-                    flat = piece.master.view(-1)
-                    place.append(TensorToSave("model", names[parameter], segment.start, segment.stop, flat))
+                    flat, steady = piece.master.view(-1), piece.master.dtype != parameter.dtype
+                    place.append(
+                        TensorToSave("model", names[parameter], segment.start, segment.stop, flat, steady=steady)
+                    )
         if "optimizer_states" in checkpoint:
             _add_optimizer_states(partition, names, stored_names, tensors, values, optimizers, world_size)
             trainer["optimizer_states"] = [

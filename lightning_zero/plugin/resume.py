@@ -13,14 +13,13 @@ iterators anew on the way.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from torch.nn import Module
 
+from lightning_zero.checkpoint.load import unpickle
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint
 from lightning_zero.plugin.loader_state import Iterators, draw_once, finish_epochs, next_epoch
 from lightning_zero.plugin.metric_state import MetricState, set_metric_states
@@ -51,10 +50,10 @@ class Resume:
     ) -> None:
         def of(saved_by: int) -> dict[str, Any]:
             stored = checkpoint.source.rank_state(saved_by)
-            return {} if stored is None else torch.load(io.BytesIO(stored), weights_only=weights_only)
+            return {} if stored is None else unpickle(stored, f"the state of rank {saved_by}", weights_only)
 
         own, saved_by = of(rank), checkpoint.source.manifest.world_size
-        if own and saved_by == world_size and own["loops"] is not None:
+        if own and saved_by == world_size and own.get("loops") is not None:
             checkpoint["loops"] = own["loops"]
         self._random_state: dict[str, Any] | None = own.get("random") if fitting else None
         self._metrics: list[dict[str, MetricState]] = []

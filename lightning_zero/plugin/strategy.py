@@ -51,7 +51,6 @@ from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import (
     CheckpointMismatchError,
     CheckpointWriteError,
-    UnreachableRankError,
     UnsupportedModelError,
     ZeroError,
 )
@@ -161,6 +160,8 @@ class ZeroStrategy(DDPStrategy):
         self._tag_validation: TagValidation = tag_validation
         self._behind: bool | None = None
         self._telemetry = SaveTelemetry()
+        self._met = False
+        self._reserve_due = False
         self._manifest: Manifest | None = None
         self._partition: Partition | None = None
         self._ranks = Ranks(timeout)
@@ -327,6 +328,9 @@ class ZeroStrategy(DDPStrategy):
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
+        met, self._met = self._met, False
+        if met and args == ("Trainer.save_checkpoint",):
+            return  # all ranks have met in the save already
         if not self._interrupted:
             super().barrier(*args, **kwargs)
         elif self.all_ranks_are_here():
@@ -501,10 +505,11 @@ class ZeroStrategy(DDPStrategy):
                 checkpoint, module, partition, rank=rank, world_size=world_size, stage=self.stage, metrics=metrics
             )
 
+        content: RankContent | Exception
         try:
-            content, shared = describe() if group is None else self._ranks.all_or_none(describe)
-        except UnreachableRankError as error:
-            raise CheckpointWriteError(f"{os.fspath(path)} is not saved: {error}") from error
+            content, shared = describe()
+        except Exception as error:  # of this rank alone, perhaps: the others learn of it when they meet
+            content, shared = error, None
         prepared = PreparedSave(
             content,
             shared,
@@ -519,6 +524,7 @@ class ZeroStrategy(DDPStrategy):
         io = io or self.checkpoint_io
         io.save_checkpoint({**checkpoint, PREPARED: prepared}, path, storage_options=storage_options)
         self._wait_for_threads()
+        self._met = True
         self._log_saves()
 
     @property
@@ -830,7 +836,27 @@ class ZeroStrategy(DDPStrategy):
         """Let the optimizer change what a snapshot may still be copying, once it is copied."""
         if self._own_io is not None:
             self._own_io.before_step()
-        return super().optimizer_step(*args, **kwargs)
+        result = super().optimizer_step(*args, **kwargs)
+        if self._reserve_due:
+            self._reserve_due = False
+            self._reserve_snapshot()
+        return result
+
+    def expect_saves_behind(self) -> None:
+        """Get ready for saves behind training, so that the first needn't wait longer than the others. A collective."""
+        if self._own_io is not None and self._partition is not None:
+            if self.world_size > 1:
+                _ = self._ranks.behind
+            self._reserve_due = True  # when the optimizers have their states
+
+    def _reserve_snapshot(self) -> None:
+        assert self.model is not None
+        assert self._own_io is not None
+        frozen = sum(p.nbytes for p in self.model.parameters() if not p.requires_grad)
+        buffers = sum(buffer.nbytes for buffer in self.model.buffers())
+        owned, tensors = self._partitioned.owned_bytes()
+        nbytes = owned + frozen // self.world_size + (buffers if self.is_global_zero else 0) + 128 * tensors
+        self._own_io.reserve(int(1.01 * nbytes) + 2**20, pinned=self.root_device.type == "cuda")
 
     @override
     def on_train_end(self) -> None:
@@ -844,6 +870,8 @@ class ZeroStrategy(DDPStrategy):
         super().on_train_start()
         if self._signals is not None:
             self._signals.watch_interrupts()
+        if self._own_io is not None and self._own_io.async_save:
+            self.expect_saves_behind()
         resume, self._resume = self._resume, None
         if resume is not None:
             loader = self._trainer.fit_loop._combined_loader

@@ -1,5 +1,6 @@
 """One rank's file."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from lightning_zero.checkpoint import kernel
 from lightning_zero.checkpoint.integrity import find_problems, read_manifest
 from lightning_zero.checkpoint.shards import Item, verify_tensors, write_shard
-from lightning_zero.checkpoint.storage import WRITEBACK_BYTES, open_file
+from lightning_zero.checkpoint.storage import WRITEBACK_BYTES, create_file, open_file
 from lightning_zero.checkpoint.tensors import CODES, tensor_bytes, tensor_chunks
 from lightning_zero.errors import IncompleteCheckpointError
 from tests.checkpoint.sample import Sample
@@ -41,6 +42,30 @@ def test_safetensors_itself_reads_a_shard(tmp_path: Path) -> None:
     assert entry.header_nbytes % 64 == 0
     assert all(stored.offset % tensors[stored.name].dtype.itemsize == 0 for stored in entry.tensors)
     assert not list(verify_tensors(open_file(tmp_path / "s.safetensors"), entry, entry.tensors))
+
+
+@pytest.mark.parametrize("refuses", ["never", "at once", "when it writes"])
+@pytest.mark.parametrize("nbytes", [0, 1, 4096, 8 << 20, (8 << 20) + 4097, 20_000_001])
+def test_what_is_written_past_the_page_cache_is_the_same(
+    tmp_path: Path, nbytes: int, refuses: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if refuses == "at once":
+        monkeypatch.setattr(kernel, "write_directly", lambda fd, on=True: False)
+    elif refuses == "when it writes":
+        pwrite, refused = os.pwrite, []
+
+        def refuse(fd: int, data: memoryview, offset: int) -> int:
+            if not refused:
+                refused.append(True)
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return pwrite(fd, data, offset)
+
+        monkeypatch.setattr(os, "pwrite", refuse)
+    content = np.random.default_rng(nbytes).integers(0, 256, nbytes, np.uint8).tobytes()
+    with create_file(tmp_path / "file", nbytes, direct=True) as file:
+        for begin in range(0, nbytes, 3_000_001):
+            file.write(memoryview(content)[begin : begin + 3_000_001])
+    assert (tmp_path / "file").read_bytes() == content
 
 
 def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:

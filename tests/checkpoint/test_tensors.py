@@ -24,6 +24,9 @@ class Source:
         self.dtype = tensor.dtype
         self.elements = 0
 
+    def require(self) -> None:
+        pass
+
     def read(self, start: int, stop: int, target: memoryview) -> None:
         self.elements += stop - start
         target[:] = tensor_bytes(self.tensor.view(-1)[start:stop])

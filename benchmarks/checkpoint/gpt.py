@@ -1,0 +1,72 @@
+"""The model whose checkpoints are measured: a plain GPT-2, fp32, AdamW, in two sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import override
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a GPT is."""
+
+    layers: int
+    heads: int
+    width: int
+    vocabulary: int
+    context: int = 1024
+
+
+SIZES = {
+    "small": Size(layers=6, heads=6, width=384, vocabulary=32768),  # 24 M parameters
+    "124e6": Size(layers=12, heads=12, width=768, vocabulary=50257),  # GPT-2
+}
+
+
+class Block(nn.Module):
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.heads = size.heads
+        self.norm_1 = nn.LayerNorm(size.width)
+        self.query_key_value = nn.Linear(size.width, 3 * size.width)
+        self.projection = nn.Linear(size.width, size.width)
+        self.norm_2 = nn.LayerNorm(size.width)
+        self.widen = nn.Linear(size.width, 4 * size.width)
+        self.narrow = nn.Linear(4 * size.width, size.width)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        heads = self.query_key_value(self.norm_1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(*heads, is_causal=True)
+        x = x + self.projection(attended.transpose(1, 2).reshape(batch, length, width))
+        return x + self.narrow(functional.gelu(self.widen(self.norm_2(x))))
+
+
+class GPT(LightningModule):
+    """A causal language model on given token ids; the head is the embedding, transposed."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(size.vocabulary, size.width)
+        self.positions = nn.Embedding(size.context, size.width)
+        self.blocks = nn.Sequential(*(Block(size) for _ in range(size.layers)))
+        self.norm = nn.LayerNorm(size.width)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.uniform_(parameter, -0.03, 0.03)  # a normal distribution takes seconds
+
+    @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        x = self.tokens(batch) + self.positions.weight[: batch.shape[1]]
+        logits = self.norm(self.blocks(x)) @ self.tokens.weight.T
+        return functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-5)
