@@ -36,7 +36,9 @@ class Overflows:
         stored, shown = tensor.stored_dtype, read.dtype
         if tensor in self or stored == shown or not (stored.is_floating_point and shown.is_floating_point):
             return
-        if torch.finfo(stored).max > torch.finfo(shown).max and (infinite := read.isinf()).any():
+        if torch.finfo(stored).max <= torch.finfo(shown).max or all(map(torch.isfinite, torch.aminmax(read))):
+            return
+        if (infinite := read.isinf()).any():
             before = torch.empty(stop - start, dtype=stored)
             tensor.shown_in(stored).read_range(start, stop, before)
             if (infinite & before.isfinite()).any():

@@ -408,6 +408,23 @@ def _link_frozen(plan: Plan, content: RankContent, before: StoredFile | None) ->
     return replace(entry, name=name, rank=plan.rank)
 
 
+def holds_model(manifest: Manifest, rank: int, content: RankContent, shared: SharedContent) -> bool:
+    """Whether a checkpoint holds this rank's part of the model, byte for byte as it is now."""
+    if manifest.entries != tuple(shared.entries) or manifest.aliases != shared.aliases:
+        return False
+    stored = {
+        (tensor.name, tensor.start, tensor.stop, tensor.dtype): tensor.xxh3
+        for file in manifest.files
+        for tensor in file.tensors
+        if file.rank == rank and tensor.kind == "model"
+    }
+    return all(
+        stored.get((item.name, item.start, item.stop, code_of(item.tensor, item.name))) == _digest(item.tensor)
+        for item in (*content.tensors, *content.unchanging)
+        if item.kind == "model"
+    )
+
+
 def _digest(tensor: Tensor) -> str:
     digest = xxhash.xxh3_64()
     for chunk in tensor_chunks(tensor):
