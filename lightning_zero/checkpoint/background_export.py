@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint.integrity import read_manifest
+from lightning_zero.checkpoint.manifest import Manifest
 from lightning_zero.checkpoint.storage import Location, is_remote, link, names_in
 
 
@@ -39,7 +41,7 @@ class _Held:
 class _Export:
     output: Path
     held: _Held
-    action: Callable[[Location], object]
+    action: Callable[[Location, Path], object]
 
 
 class BackgroundExport:
@@ -51,15 +53,22 @@ class BackgroundExport:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def begin(self, directory: Location, output: Path, action: Callable[[Location], object]) -> None:
-        """Export a checkpoint, which may be removed as soon as this returns.
+    def begin(
+        self, directory: Location, name: Callable[[Manifest], Path], action: Callable[[Location, Path], object]
+    ) -> None:
+        """Export a checkpoint, which may be removed as soon as this returns. Raises nothing: see `join`.
 
         Args:
             directory: the tag's, of a committed checkpoint.
-            output: what is to be written.
+            name: what is to be written.
             action: writes it, from a directory that holds the checkpoint.
         """
-        held = _hold(directory)
+        try:
+            output = name(read_manifest(directory))
+            held = _hold(directory)
+        except Exception as error:
+            self._note(f"the export of {directory}", error)
+            return
         if held is None:
             self._attempt(output, action, directory)
             return
@@ -86,12 +95,15 @@ class BackgroundExport:
             finally:
                 export.held.staging.abandon()
 
-    def _attempt(self, output: Path, action: Callable[[Location], object], directory: Location) -> None:
+    def _attempt(self, output: Path, action: Callable[[Location, Path], object], directory: Location) -> None:
         try:
-            action(directory)
+            action(directory, output)
         except Exception as error:
-            warnings.warn(f"{output} was not written: {error}. Training goes on, and fails at its end", stacklevel=2)
-            self._error = self._error or error
+            self._note(str(output), error)
+
+    def _note(self, what: str, error: Exception) -> None:
+        warnings.warn(f"{what} was not written: {error}. Training goes on, and fails at its end", stacklevel=2)
+        self._error = self._error or error
 
     def wait(self) -> None:
         """Wait until nothing is under way."""

@@ -22,7 +22,7 @@ from lightning_zero.checkpoint.background_export import BackgroundExport
 from lightning_zero.checkpoint.export import Wanted, export, parse_dtype
 from lightning_zero.checkpoint.integrity import read_manifest
 from lightning_zero.checkpoint.load import Checkpoint, is_checkpoint, resolve
-from lightning_zero.checkpoint.manifest import MANIFEST_NAME
+from lightning_zero.checkpoint.manifest import MANIFEST_NAME, Manifest
 from lightning_zero.checkpoint.storage import Location, is_remote, locate, names_in
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.plugin.strategy import ZeroStrategy
@@ -216,7 +216,7 @@ class Fp32Export(Callback):
     Args:
         path: `.ckpt` for `MyModule.load_from_checkpoint`, `.safetensors` for the weights alone; `{step}` and `{epoch}`
             in it stand for the checkpoint's. Without them, a newer export replaces the one before.
-        every_n_checkpoints: write one after every N-th checkpoint that is saved in the fit, too.
+        every_n_checkpoints: write one after every N-th checkpoint directory that is saved in the fit, too.
         dtype: of the parameters: `"bf16"` or `"fp16"` for deployment; fp32 by default. Buffers keep their own.
         weights_only: False to export a checkpoint during the fit whose hyper-parameters are objects of any class.
 
@@ -271,11 +271,12 @@ class Fp32Export(Callback):
         assert self.every_n_checkpoints is not None
         self._count += 1
         if self._count % self.every_n_checkpoints == 0:
-            manifest = read_manifest(directory)
-            output = self._output(step=manifest.step, epoch=manifest.epoch)
-            self._exports.begin(directory, output, partial(self._export_saved, output))
+            self._exports.begin(directory, self._output_of, self._export_saved)
 
-    def _export_saved(self, output: Path, directory: Location) -> None:
+    def _output_of(self, manifest: Manifest) -> Path:
+        return self._output(step=manifest.step, epoch=manifest.epoch)
+
+    def _export_saved(self, directory: Location, output: Path) -> None:
         export(Checkpoint(directory), output, self._wanted, weights_only=self.weights_only)
 
     @override
@@ -299,8 +300,9 @@ class Fp32Export(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wait for what was saved when training had ended (`save_last`)."""
         self._stop_listening(trainer)
-        if self._exports is not None:
-            self._exports.join()
+        exports, self._exports = self._exports, None
+        if exports is not None:
+            exports.join()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
