@@ -30,6 +30,7 @@ from torch import Tensor
 from lightning_zero.checkpoint import kernel
 from lightning_zero.checkpoint.hugging_face import write_folder, write_safetensors
 from lightning_zero.checkpoint.load import Checkpoint, resolve
+from lightning_zero.checkpoint.plain_loops import plain_loops
 from lightning_zero.checkpoint.read_ahead import Overflows
 from lightning_zero.checkpoint.storage import PathOrUrl
 from lightning_zero.checkpoint.tensors import LazyTensor
@@ -249,6 +250,7 @@ def export(
                 if states is None:
                     raise CheckpointMismatchError(f"{checkpoint.directory} holds weights alone: no optimizer's state")
                 content["optimizer_states"] = [_plain(state) for state in checkpoint.optimizer_states(states)]
+                content["loops"] = plain_loops(content.get("loops", {}))
             content["state_dict"] = tensors | content.get("state_dict", {})
             content = {key: value for key, value in content.items() if not str(key).startswith(_OURS)}
             try:

@@ -22,6 +22,11 @@ _BUFFERS = 3
 Look = Callable[[int, memoryview], object]
 
 
+_ONE_THREADS_NUMEL = 1 << 14
+"""What torch casts or reduces in the thread that asks for it. With more, it wakes a team of threads and waits for the
+last of them: where others (a training, say) keep the processors busy, that takes ten times as long as the work."""
+
+
 class Overflows:
     """The tensors of which a finite value became infinite in a narrower dtype."""
 
@@ -31,18 +36,27 @@ class Overflows:
     def __contains__(self, tensor: Tensor) -> bool:
         return id(tensor) in self._found
 
-    def look(self, tensor: LazyTensor, start: int, stop: int, read: Tensor) -> None:
-        """See whether `read`, the elements `[start, stop)` of a tensor, has lost one."""
-        stored, shown = tensor.stored_dtype, read.dtype
-        if tensor in self or stored == shown or not (stored.is_floating_point and shown.is_floating_point):
+    def look(self, tensor: LazyTensor, before: Tensor, after: Tensor) -> None:
+        """See whether a part of a tensor has lost a value when it was cast."""
+        if tensor in self or not (before.is_floating_point() and after.is_floating_point()):
             return
-        if torch.finfo(stored).max <= torch.finfo(shown).max or all(map(torch.isfinite, torch.aminmax(read))):
+        if torch.finfo(before.dtype).max <= torch.finfo(after.dtype).max or _all_finite(after):
             return
-        if (infinite := read.isinf()).any():
-            before = torch.empty(stop - start, dtype=stored)
-            tensor.shown_in(stored).read_range(start, stop, before)
-            if (infinite & before.isfinite()).any():
-                self._found[id(tensor)] = tensor
+        if (after.isinf() & before.isfinite()).any():
+            self._found[id(tensor)] = tensor
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tensor, _ONE_THREADS_NUMEL)
+
+
+def _cast(source: Tensor, target: Tensor) -> None:
+    for part, narrow in zip(_parts(source), _parts(target), strict=True):
+        narrow.copy_(part)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return all(bool(bound.isfinite()) for part in _parts(tensor) for bound in torch.aminmax(part))
 
 
 def read_ahead(
@@ -58,18 +72,20 @@ def read_ahead(
     Yields:
         The number of the tensor, and a chunk of its bytes.
     """
-    buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(_BUFFERS)]
+    buffers, stored_buffer = _Buffers(_BUFFERS), _Buffers(1)
 
     def read(turn: int, number: int, start: int, stop: int) -> tuple[int, memoryview]:
         tensor = tensors[number]
         if isinstance(tensor, LazyTensor):
-            nbytes = (stop - start) * tensor.dtype.itemsize
-            if len(buffers[turn]) < nbytes:
-                buffers[turn] = torch.empty(nbytes, dtype=torch.uint8)
-            part = buffers[turn][:nbytes].view(tensor.dtype)
-            tensor.read_range(start, stop, part)
-            if overflows is not None:
-                overflows.look(tensor, start, stop, part)
+            part = buffers.take(turn, stop - start, tensor.dtype)
+            if tensor.dtype == tensor.stored_dtype:
+                tensor.read_range(start, stop, part)
+            else:
+                stored = stored_buffer.take(0, stop - start, tensor.stored_dtype)
+                tensor.shown_in(tensor.stored_dtype).read_range(start, stop, stored)
+                _cast(stored, part)
+                if overflows is not None:
+                    overflows.look(tensor, stored, part)
         else:
             part = tensor.detach().view(-1)[start:stop]
         chunk = tensor_bytes(part)
@@ -89,6 +105,19 @@ def read_ahead(
         finally:
             for future in under_way:
                 future.cancel()
+
+
+class _Buffers:
+    """Memory that is used again, by turns."""
+
+    def __init__(self, count: int) -> None:
+        self._memory = [torch.empty(0, dtype=torch.uint8) for _ in range(count)]
+
+    def take(self, turn: int, numel: int, dtype: torch.dtype) -> Tensor:
+        nbytes = numel * dtype.itemsize
+        if len(self._memory[turn]) < nbytes:
+            self._memory[turn] = torch.empty(nbytes, dtype=torch.uint8)
+        return self._memory[turn][:nbytes].view(dtype)
 
 
 def _ranges(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int, int]]:

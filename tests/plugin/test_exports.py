@@ -50,18 +50,18 @@ class WithTwo(Model):
         return [first, second], [torch.optim.lr_scheduler.StepLR(first, 3)]
 
 
-def fit_from(make, strategy, ckpt_path=None, *, world_size, callbacks=(), **options):
+def fit_from(make, strategy, ckpt_path=None, *, world_size, sampler="own", callbacks=(), **options):
     seed_everything(3, verbose=False)
     model = make(dropout=0.0)
     trainer = quiet_trainer(strategy, world_size=world_size, callbacks=list(callbacks), **options)
-    trainer.fit(model, datamodule=Data(), ckpt_path=ckpt_path)
+    trainer.fit(model, datamodule=Data(sampler), ckpt_path=ckpt_path)
     return model, trainer
 
 
-def zero_and_then_ddp(directory, make, world_size, where):
+def zero_and_then_ddp(directory, make, world_size, where, sampler):
     """Train with ZeRO, export on the way, and go on with either; a rank's losses and weights of both."""
-    options = {"world_size": world_size, "max_epochs": 2}
-    every = {"every_n_epochs": 1} if where == "epoch" else {"every_n_train_steps": 5}
+    options = {"world_size": world_size, "max_epochs": 2, "sampler": sampler}
+    every = {"every_n_epochs": 1} if where == "epoch" else {"every_n_train_steps": where}
     zero, trainer = fit_from(
         make, ZeroStrategy(), callbacks=[ZeroCheckpoint(directory, save_top_k=-1, **every)], **options
     )
@@ -74,18 +74,20 @@ def zero_and_then_ddp(directory, make, world_size, where):
 
 
 @pytest.mark.parametrize(
-    ("make", "world_size", "where"),
+    ("make", "world_size", "where", "sampler"),
     [
-        (Model, 1, "mid-epoch"),
-        (Model, 2, "epoch"),
-        (WithSGD, 1, "epoch"),
-        (WithAdafactor, 1, "mid-epoch"),
-        (WithTwo, 1, "mid-epoch"),
+        (Model, 1, 5, "own"),
+        (Model, 1, 16, "own"),  # an epoch's last batch
+        (Model, 2, "epoch", "own"),
+        (Model, 2, 5, "injected, in order"),
+        (WithSGD, 1, "epoch", "own"),
+        (WithAdafactor, 1, 5, "own"),
+        (WithTwo, 1, 5, "own"),
     ],
 )
-def test_ddp_resumes_exactly_from_an_export_with_the_optimizer(tmp_path, make, world_size, where):
+def test_ddp_resumes_exactly_from_an_export_with_the_optimizer(tmp_path, make, world_size, where, sampler):
     for zero, ddp, expected, got in run_ranks(
-        zero_and_then_ddp, world_size, tmp_path, make, world_size, where, process_group=False
+        zero_and_then_ddp, world_size, tmp_path, make, world_size, where, sampler, process_group=False
     ):
         assert 0 < len(ddp) < len(zero)
         assert ddp == zero[-len(ddp) :]
