@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     from lightning_zero.plugin.callbacks import ZeroCheckpoint as ZeroCheckpoint
     from lightning_zero.plugin.checkpoint_io import ZeroCheckpointIO as ZeroCheckpointIO
     from lightning_zero.plugin.strategy import ZeroStrategy as ZeroStrategy
+    from lightning_zero.plugin.training_report import TrainingReport as TrainingReport
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Fp32Export": "plugin.callbacks",
     "OwnedSegment": "engine.optimizer",
+    "TrainingReport": "plugin.training_report",
     "ZeroCheckpoint": "plugin.callbacks",
     "ZeroCheckpointIO": "plugin.checkpoint_io",
     "ZeroStrategy": "plugin.strategy",

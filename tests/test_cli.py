@@ -1,10 +1,12 @@
 """The command, as a user runs it."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +112,11 @@ def test_export_writes_what_torch_loads(save_dir: Path, tmp_path: Path, capsys: 
         ["export", "DIR", "OUT", "--max-shard-size", "huge"],
         ["export", "DIR", "OUT", "--dtype", "int8"],
         ["export", "DIR", "OUT.safetensors", "--with-optimizer"],
+        ["inspect", "DIR", "--plot", "owners.gif"],
+        ["diff", "DIR"],
+        ["prune", "DIR"],
+        ["prune", "DIR", "--keep-last", "0"],
+        ["prune", "DIR", "--keep-last", "1", "--keep-every-n-steps", "x"],
     ],
 )
 def test_a_wrong_use_is_2(save_dir: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,21 +128,103 @@ def test_a_wrong_use_is_2(save_dir: Path, arguments: list[str], capsys: pytest.C
 
 @pytest.mark.parametrize(
     "arguments",
-    [["ls", "nowhere"], ["verify", "nowhere"], ["verify", "DIR", "--tag", "gone"], ["export", "nowhere", "OUT"]],
+    [
+        ["ls", "nowhere"],
+        ["verify", "nowhere"],
+        ["verify", "DIR", "--tag", "gone"],
+        ["export", "nowhere", "OUT"],
+        ["inspect", "nowhere"],
+        ["inspect", "DIR", "--tag", "gone"],
+        ["diff", "DIR", "nowhere"],
+        ["prune", "nowhere", "--keep-last", "1"],
+        ["prune", "DIR/step=1.ckpt", "--keep-last", "1"],
+    ],
 )
 def test_an_error_is_1_and_one_line(save_dir: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(save_dir) if argument == "DIR" else argument for argument in arguments]) == 1
+    assert main([argument.replace("DIR", str(save_dir)) for argument in arguments]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
 
 
-def test_to_look_needs_neither_torch_nor_lightning(save_dir: Path) -> None:
-    commit.write_latest(save_dir, "step=1.ckpt")
+def command(*arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """The command in a process of its own, which fails if torch, NumPy or Lightning is imported."""
     script = (
         "import sys; sys.argv = ['lightning-zero', *sys.argv[1:]]\n"
         "from lightning_zero.cli import main; status = main()\n"
         "assert not {'torch', 'lightning', 'numpy'} & sys.modules.keys(); sys.exit(status)"
     )
-    for command in ("ls", "verify"):
-        subprocess.run([sys.executable, "-c", script, command, str(save_dir)], check=True, capture_output=True)
+    return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], text=True, **options)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ls", "DIR"],
+        ["verify", "DIR"],
+        ["inspect", "DIR", "--plot", "DIR/owners.svg"],
+        ["diff", "DIR", "DIR"],
+        ["prune", "DIR", "--keep-last", "1"],
+        ["plan", "--params", "7e9", "--world-size", "64"],
+    ],
+)
+def test_to_look_needs_neither_torch_nor_lightning(save_dir: Path, arguments: list[str]) -> None:
+    commit.write_latest(save_dir, "step=1.ckpt")
+    done = command(*(argument.replace("DIR", str(save_dir)) for argument in arguments), capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["ls", "inspect", "verify", "diff", "export", "prune", "plan"])
+def test_the_help_of_each_command_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0
+    _, example = capsys.readouterr().out.split("example:\n")
+    assert all(line.startswith(f"  lightning-zero {name} ") for line in example.strip("\n").splitlines())
+
+
+def test_nobody_who_stops_reading_is_complained_to(save_dir: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    for arguments in (
+        ["ls", save_dir],
+        ["inspect", save_dir, "--json"],
+        ["plan", "--params", "1", "--world-size", "2"],
+    ):
+        done = command(*arguments, stdout=writing, stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (141, "")
+    assert command("--help", stdout=writing, stderr=subprocess.PIPE).stderr == ""
+    os.close(writing)
+
+
+def test_control_c_ends_quietly(
+    save_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commit, "list_tags", interrupt)
+    assert main(["ls", str(save_dir)]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_long_work_shows_its_rate_on_a_terminal_and_nowhere_else() -> None:
+    pytest.importorskip("rich")
+    script = (
+        "import time; from lightning_zero.cli.progress import progress_bar\n"
+        "with progress_bar('verifying', 10**9, quiet=False) as advance:\n"
+        "    for _ in range(5): advance(2 * 10**8); time.sleep(0.05)"
+    )
+    terminal, slave = os.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    process = [sys.executable, "-c", "import sys; sys.argv[0] = 'lightning-zero'\n" + script]
+    subprocess.run(process, stderr=slave, check=True, env=environment)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux says so where all is read
+        while part := os.read(terminal, 65536):
+            shown += part
+    os.close(terminal)
+    assert b"verifying" in shown
+    assert b"GB/s" in shown
+    assert not subprocess.run(process, capture_output=True, check=True).stderr

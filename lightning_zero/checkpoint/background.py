@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from lightning_zero.checkpoint.save import SaveReport
+from lightning_zero.checkpoint.report import SaveReport
 
 
 class BackgroundSave:

@@ -425,40 +425,56 @@ def prune(
     keep_every_n_steps: int | None = None,
     among: Callable[[str], bool] = lambda name: True,
 ) -> list[str]:
-    """Remove all but the newest complete tags, and never the one that `latest` names.
+    """Remove what `superseded` gives, and nothing where `latest` is damaged.
 
-    Torn directories are left as they are: they aren't ours to judge, and `lightning-zero ls` shows them.
+    Returns:
+        The tags that were removed.
+    """
+    try:
+        old = superseded(save_dir, keep_last, protect, keep_every_n_steps=keep_every_n_steps, among=among)
+    except CorruptCheckpointError:
+        return []  # nobody knows which one would be missed
+    for tag in old:
+        remove_tag(save_dir, tag.name)
+    return [tag.name for tag in old]
+
+
+def superseded(
+    save_dir: Location,
+    keep_last: int,
+    protect: Collection[str] = (),
+    *,
+    keep_every_n_steps: int | None = None,
+    among: Callable[[str], bool] = lambda name: True,
+) -> list[TagInfo]:
+    """All but the newest complete tags, and never the one that `latest` names.
+
+    Torn directories are left out: they aren't ours to judge, and `lightning-zero ls` shows them.
 
     Args:
         save_dir: the save directory.
         keep_last: how many to keep, at least 1.
         protect: tags that stay whatever their age; they count among the newest all the same.
         keep_every_n_steps: tags whose step is a multiple of it stay as well.
-        among: by their names, the tags that are looked at; no other is counted, or removed.
+        among: by their names, the tags that are looked at; no other is counted, or given.
 
-    Returns:
-        The tags that were removed.
+    Raises:
+        CorruptCheckpointError: `latest` is damaged.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last must be at least 1, got {keep_last}")
-    try:
-        latest = read_latest(save_dir)
-    except CorruptCheckpointError:
-        return []  # nobody knows which one would be missed
+    latest = read_latest(save_dir)
     tags = [tag for tag in list_tags(save_dir) if tag.complete]
     links = [tag for tag in tags if tag.path.is_symlink()]
     linked = {_real(tag.path) for tag in links}
-    removed = [
-        tag.name
+    return [
+        tag
         for tag in [tag for tag in tags if tag not in links and among(tag.name)][keep_last:]
         if tag.name != latest
         and tag.name not in protect
         and _real(tag.path) not in linked
         and not (keep_every_n_steps is not None and tag.step % keep_every_n_steps == 0)
     ]
-    for name in removed:
-        remove_tag(save_dir, name)
-    return removed
 
 
 def clean_leftovers(save_dir: Location) -> None:

@@ -72,7 +72,7 @@ def resolve(
     path: PathOrUrl,
     tag: str | None = None,
     *,
-    verify: Depth = "sizes",
+    verify: Depth | None = "sizes",
     rejected: Mapping[str, str] | None = None,
 ) -> Location:
     """The directory of the tag that is meant: see the table above.
@@ -80,7 +80,7 @@ def resolve(
     Args:
         path: a save directory, a tag's directory, or a file in one; a path or a URL.
         tag: of the save directory; `latest` decides where it is None.
-        verify: how sound the tag that `latest` names has to be.
+        verify: how sound the tag that `latest` names has to be; None: the caller looks at it.
         rejected: tags that have turned out not to be sound, with what is wrong with each.
 
     Raises:
@@ -106,7 +106,8 @@ def resolve(
             problem = f"the checkpoint that {where / commit.LATEST} names can't be used: {rejected[latest]}"
         else:
             directory = _named(where, latest)
-            require_sound(directory, read_manifest(directory), verify)
+            if verify is not None:
+                require_sound(directory, read_manifest(directory), verify)
             return directory
     except ZeroError as error:
         problem = f"the checkpoint that {where / commit.LATEST} names can't be used: {error}"
@@ -186,7 +187,8 @@ class Checkpoint:
         self.manifest: Manifest = read_manifest(self.directory) if manifest is None else manifest
         require_sound(self.directory, self.manifest, verify)
         self._nbytes = {file.name: file.nbytes for file in self.manifest.files}
-        self._open = functools.lru_cache(maxsize=_OPEN_FILES)(open_file)
+        where = self.directory  # a cache that knew `self` would keep its files open till the next garbage collection
+        self._open = functools.lru_cache(maxsize=_OPEN_FILES)(lambda file: open_file(where / file))
 
     def open(self, file: str) -> ReadableFile:
         """A shard file, by its name.
@@ -194,7 +196,7 @@ class Checkpoint:
         Raises:
             IncompleteCheckpointError: it is missing, or smaller than the manifest says.
         """
-        opened: ReadableFile = self._open(self.directory / file)
+        opened: ReadableFile = self._open(file)
         if opened.nbytes < self._nbytes[file]:
             raise IncompleteCheckpointError(
                 f"{self.directory / file} was cut short: it has {opened.nbytes} bytes of {self._nbytes[file]}"
@@ -275,13 +277,20 @@ class Checkpoint:
             if isinstance(first, StoredValue):
                 state[first.state] = first.value
                 continue
+            if kind == "whole" and math.prod(first.shape) == 1:
+                state[cast("str", first.state)] = self._scalar(file, first)
+                continue
             index, shape = self.manifest.index, self._shapes.get(first.name, (pieces[-1][1].stop,))
             if kind == "whole":
                 # [Note: whole and element-wise tensors]: the first piece's copy stands for all
                 index, shape = SegmentIndex([(Segment(of, 0, math.prod(first.shape)), (file, first))]), first.shape
-            lazy = LazyTensor(_Elements(self, index, of, _dtype(pieces[0])), shape)
-            state[cast("str", first.state)] = lazy.contiguous() if kind == "whole" and lazy.numel() == 1 else lazy
+            state[cast("str", first.state)] = LazyTensor(_Elements(self, index, of, _dtype(pieces[0])), shape)
         return state
+
+    def _scalar(self, file: str, stored: StoredTensor) -> Tensor:
+        content = bytearray(stored.nbytes)
+        self.read(file, stored.offset, memoryview(content))
+        return torch.frombuffer(content, dtype=DTYPES_BY_CODE[stored.dtype]).view(stored.shape)
 
     @functools.cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

@@ -151,6 +151,16 @@ class ParameterBucket:
             self._gradient = torch.empty(self._masters.numel(), dtype=self.master_dtype, device=self._masters.device)
         return self._gradient
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Of this rank's shard of the gradient, if there has been one."""
+        return 0 if self._gradient is None else self._gradient.nbytes
+
+    @property
+    def master_bytes(self) -> int:
+        """Of the masters, where they are no part of the parameters."""
+        return 0 if self.is_own_master or self.dtype == self.master_dtype else self._masters.nbytes
+
     def segment_gradient(self, piece: Piece) -> Tensor | None:
         """The averaged gradient of a segment, in its master's shape and dtype; None where there is none."""
         whole = piece.slot.parameter.grad

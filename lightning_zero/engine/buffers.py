@@ -37,6 +37,11 @@ class BufferPool:
         if whole is not None:
             self._free.append(whole)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all buffers, lent or not."""
+        return sum(buffer.nbytes for buffer in (*self._free, *(whole for _, whole in self._lent.values())))
+
     def clear(self) -> None:
         """Let go of everything that isn't lent."""
         self._free.clear()

@@ -130,6 +130,11 @@ class GradientReducer:
         self._buffers.clear()
         self._pool.clear()
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Of the buffers in which whole gradients travel, in use or kept for the next."""
+        return self._pool.nbytes
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """At stage 1, let gradients accumulate without communication; at stage 2 they are reduced all the same."""
@@ -198,10 +203,10 @@ class GradientReducer:
         self._install_stand_in(slot)
         dtype = self._reduce_dtype or bucket.dtype
         share = 1.0 / self._collectives.world_size
+        own_memory = own_memory and _is_unshared(gradient)  # before there is a view of it here
         flat = (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
         fills_bucket = flat.numel() == bucket.plan.numel and flat.dtype == dtype
-        own_memory = own_memory and fills_bucket and _is_unshared(gradient)
-        if own_memory and not onto_stand_in and index not in self._buffers:
+        if own_memory and fills_bucket and not onto_stand_in and index not in self._buffers:
             self._buffers[index] = flat.mul_(share)  # its own memory is the buffer
             return
         region = self._buffer(index)[slot.offset : slot.offset + flat.numel()]

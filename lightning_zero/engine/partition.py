@@ -241,6 +241,24 @@ class Partition:
         """A step is under way, or was broken off: what the ranks hold may not belong together."""
         return any(segmented.is_stepping for segmented in self._segmented)
 
+    def memory_bytes(self) -> dict[str, float]:
+        """What this rank holds beside the parameters, in bytes and by kind."""
+        states = [
+            value
+            for segmented in self._segmented
+            for state in segmented.optimizer.state.values()
+            for value in (state.values() if isinstance(state, dict) else ())
+        ]
+        whole = [
+            p.grad for p in self._by_parameter if p.grad is not None and not isinstance(p.grad, PartitionedGradient)
+        ]
+        return {
+            "masters": sum(bucket.master_bytes for bucket in self.buckets),
+            "optimizer states": sum(value.nbytes for value in states if isinstance(value, Tensor)),
+            "gradients": sum(bucket.gradient_bytes for bucket in self.buckets) + sum(g.nbytes for g in whole),
+            "buckets": self.reducer.buffer_bytes,
+        }
+
     def owned_bytes(self) -> tuple[int, int]:
         """The bytes of this rank's masters and of the optimizers' states, and in how many tensors they are."""
         tensors: list[Tensor] = [piece.master for bucket in self.buckets for piece in bucket.pieces]

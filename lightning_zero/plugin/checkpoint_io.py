@@ -20,7 +20,9 @@ from lightning_zero.checkpoint.integrity import Depth, read_manifest
 from lightning_zero.checkpoint.load import Checkpoint, is_checkpoint, resolve
 from lightning_zero.checkpoint.manifest import Manifest
 from lightning_zero.checkpoint.nodes import Place
-from lightning_zero.checkpoint.save import SaveReport, StoredFile, TagValidation, begin_save
+from lightning_zero.checkpoint.plan import TagValidation
+from lightning_zero.checkpoint.report import SaveReport, StoredFile
+from lightning_zero.checkpoint.save import begin_save
 from lightning_zero.checkpoint.snapshot import Snapshot
 from lightning_zero.checkpoint.storage import Location, locate, remove_file
 from lightning_zero.errors import ZeroError

@@ -9,7 +9,7 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -44,7 +44,8 @@ from lightning_zero.checkpoint.integrity import Depth, find_problems, problems_a
 from lightning_zero.checkpoint.load import Checkpoint, is_checkpoint, resolve
 from lightning_zero.checkpoint.manifest import Manifest
 from lightning_zero.checkpoint.nodes import Place
-from lightning_zero.checkpoint.save import TagValidation, holds_model
+from lightning_zero.checkpoint.plan import TagValidation
+from lightning_zero.checkpoint.save import holds_model
 from lightning_zero.checkpoint.storage import Location, absolute, locate
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
@@ -449,6 +450,17 @@ class ZeroStrategy(DDPStrategy):
         """
         return self._partitioned.clip_grad_norm_(max_norm, norm_type=norm_type)
 
+    def memory_bytes(self) -> dict[str, float]:
+        """What this rank holds, in bytes and by kind: parameters, masters, optimizer states, gradients, buckets."""
+        assert self.model is not None
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}
+        return {"parameters": sum(storages.values()), **self._partitioned.memory_bytes()}
+
+    @property
+    def save_history(self) -> Sequence[Mapping[str, float]]:
+        """On rank 0: what each save of this process cost, as it was logged: see `SaveTelemetry`."""
+        return self._telemetry.history
+
     # --- checkpoints ---
 
     @override
@@ -804,7 +816,7 @@ class ZeroStrategy(DDPStrategy):
         def choose() -> str | None:
             if tag is None and not is_checkpoint(path) and not (required and locate(path).is_dir()):
                 return None
-            return str(resolve(path, tag, verify="none", rejected=rejected))
+            return str(resolve(path, tag, verify=None, rejected=rejected))
 
         while (chosen := self._ranks.decided_by_first(choose)) is not None:
             directory = locate(chosen)

@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torchmetrics import MaxMetric, Metric, SumMetric
 
-from lightning_zero.checkpoint.save import SaveReport
+from lightning_zero.checkpoint.report import SaveReport
 
 
 class SaveTelemetry:
@@ -30,6 +30,8 @@ class SaveTelemetry:
         # The ranks' reports are gathered with the save: nothing is left to be synchronised
         self._slowest: Metric = MaxMetric(sync_on_compute=False)
         self._total_stall: Metric = SumMetric(sync_on_compute=False)
+        self.history: list[dict[str, float]] = []
+        """The metrics of every save of this process, with their step."""
 
     def log(self, report: SaveReport, loggers: Iterable[Logger]) -> None:
         """Tell of one save."""
@@ -48,5 +50,6 @@ class SaveTelemetry:
             "slowest_rank_seconds": float(self._slowest.compute()),
             "total_stall_seconds": float(self._total_stall.compute()),
         }
+        self.history.append({"step": report.step, **metrics})
         for logger in loggers:
             logger.log_metrics({f"checkpoint/{name}": value for name, value in metrics.items()}, step=report.step)

@@ -142,7 +142,10 @@ def _command(name: str, *after: str, by_tag: bool = False) -> Entrance:
         status, out, err = command(name, where[0], *output, *where[1:])
         assert "Traceback" not in err
         assert (out + err).replace("\n", "").isprintable(), "control codes for the terminal"
-        if name == "ls":
+        if name == "inspect" and status == 0:
+            if not any(text in out for text in ("INCOMPLETE", '"complete": false')):
+                return
+        elif name == "ls":
             assert status == 0
             if not any(text in out for text in ("INCOMPLETE", '"complete": false', "no checkpoints in", "[]")):
                 return
@@ -154,6 +157,10 @@ def _command(name: str, *after: str, by_tag: bool = False) -> Entrance:
         raise RefusedByTheCommand(out + err)
 
     return enter
+
+
+def _with_itself(tag: Path) -> None:
+    _command("diff", str(tag), "--all")(tag)
 
 
 def _list(tag: Path) -> None:
@@ -180,6 +187,9 @@ READING: dict[str, Entrance] = {
     "list_tags": _list,
     "lightning-zero ls": _command("ls"),
     "lightning-zero ls --json": _command("ls", "--json"),
+    "lightning-zero inspect": _command("inspect"),
+    "lightning-zero inspect --json": _command("inspect", "--json", by_tag=True),
+    "lightning-zero diff": _with_itself,
     "lightning-zero verify": _command("verify"),
     "lightning-zero verify --tag": _command("verify", "--json", by_tag=True),
     "lightning-zero export": _command("export", by_tag=True),

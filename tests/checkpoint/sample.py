@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint import commit, finish
 from lightning_zero.checkpoint.content import RankContent, SharedContent, TensorToSave
 from lightning_zero.checkpoint.manifest import Entry, OptimizerEntry, StoredValue
-from lightning_zero.checkpoint.save import Plan, _commit, _Written, prepare, save_checkpoint, write
+from lightning_zero.checkpoint.plan import Plan
+from lightning_zero.checkpoint.report import Written
+from lightning_zero.checkpoint.save import prepare, save_checkpoint, write
 from lightning_zero.segments import ParameterSpec, plan_buckets
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -101,9 +103,9 @@ class Sample:
         ]
         prepared = [prepare(plan, self.rank(plan.rank), shared) for plan in plans]
         reports = [write(plan, ready, fsync=False) for plan, ready in zip(plans, prepared, strict=True)]
-        written = [report for report in reports if isinstance(report, _Written)]
+        written = [report for report in reports if isinstance(report, Written)]
         assert len(written) == self.world_size, reports
-        _commit(plans[0], written, shared, update_latest, False)
+        finish._commit(plans[0], written, shared, update_latest, False)
         return directory
 
     @property

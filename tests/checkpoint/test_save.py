@@ -16,13 +16,14 @@ from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint import save as saving
 from lightning_zero.checkpoint.content import RankContent, TensorToSave
 from lightning_zero.checkpoint.load import Checkpoint, resolve
+from lightning_zero.checkpoint.report import SaveReport
 from lightning_zero.checkpoint.save import save_checkpoint
 from lightning_zero.errors import CheckpointWriteError, TagMismatchError
 from tests.checkpoint.sample import Sample
 from tests.launch import distributed, run_ranks
 
 
-def save(directory: Path, sample: Sample, content: RankContent | None = None) -> saving.SaveReport:
+def save(directory: Path, sample: Sample, content: RankContent | None = None) -> SaveReport:
     rank = dist.get_rank()
     return save_checkpoint(
         directory,

@@ -385,3 +385,19 @@ def test_a_group_of_operations_left_under_way_does_not_reach_the_next_partition(
         partition.detach()  # as after an exception: nothing was waited for
         dist.destroy_process_group(group)
     dist.barrier()
+
+
+@distributed(world_size=2)
+def test_a_gradient_that_fills_its_bucket_is_sent_from_its_own_memory():
+    net = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in ("a", "b")})
+    optimizer, partition = partitioned(net)
+    taken = []
+    pool = partition.reducer._pool
+    take = pool.take
+    pool.take = lambda *args: taken.append(args) or take(*args)
+    for seed in range(2):
+        optimizer.zero_grad()
+        net["b"](net["a"](batch(seed))).pow(2).mean().backward()
+        partition.flush()
+        optimizer.step()
+    assert not taken

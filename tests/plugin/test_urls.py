@@ -15,7 +15,7 @@ from moto.server import ThreadedMotoServer
 
 from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroCheckpointIO, ZeroStrategy
 from lightning_zero import get_fp32_state_dict_from_zero_checkpoint as get_fp32
-from lightning_zero.checkpoint import commit, remote
+from lightning_zero.checkpoint import commit, finish, remote
 from lightning_zero.checkpoint import save as saving
 from lightning_zero.checkpoint.load import Checkpoint, resolve
 from lightning_zero.checkpoint.storage import locate
@@ -155,7 +155,7 @@ def test_a_save_that_ends_anywhere_leaves_the_checkpoint_before_or_the_new_one(a
         if at == "write_shard":
             patch.setattr(saving, "_write_trainer", stop)
         elif at == "manifest":
-            patch.setattr(saving, "_commit", stop)
+            patch.setattr(finish, "_commit", stop)
         elif at == "latest":
             patch.setattr(remote, "write_whole", stop)
         else:
@@ -229,7 +229,7 @@ class Kill(Callback):
     def on_train_batch_end(self, trainer, module, *args):
         if trainer.global_step == 4:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(saving, "_commit", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+                patch.setattr(finish, "_commit", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
                 trainer.save_checkpoint(f"{trainer.checkpoint_callback.dirpath}/step=2.ckpt")
 
 

@@ -1,0 +1,150 @@
+"""A save that all ranks have agreed on: the tag, the step, and where the files go first."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch.distributed as dist
+
+from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint.content import RankContent
+from lightning_zero.checkpoint.failures import Failure, all_gather, attempt, unreachable
+from lightning_zero.checkpoint.nodes import Place
+from lightning_zero.checkpoint.storage import Location, absolute, is_remote
+from lightning_zero.errors import CheckpointWriteError, TagMismatchError
+
+TagValidation = Literal["fail", "warn", "ignore"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A save that all ranks have agreed on.
+
+    Attributes:
+        directory: the tag's, as this rank spells it.
+        staging: where the files go first.
+        save_id: of this save.
+        step: of training.
+        rank: this one.
+        world_size: of how many.
+        group: they, or None for a single process.
+        staged: on rank 0, and on every node's leader where each has its own disk, its hold on the staging directory.
+        nodes: each rank's node; all of them 0 where storage is shared.
+        leaders: the ranks that have a hold on one.
+        began: when the save did, by `time.perf_counter()`.
+    """
+
+    directory: Location
+    staging: Location
+    save_id: str
+    step: int
+    rank: int
+    world_size: int
+    group: dist.ProcessGroup | None
+    staged: commit.Staging | None
+    nodes: tuple[int, ...] = (0,)
+    leaders: tuple[int, ...] = (0,)
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def id_in_names(self) -> str:
+        """What distinguishes this save's files from another's under the same tag, where they can meet."""
+        return self.save_id if is_remote(self.directory) else ""
+
+    def abandon(self) -> None:
+        """Take away what was written, on the rank that made the staging directory."""
+        if self.staged is not None:
+            self.staged.abandon()
+
+    def error(self, failure: Failure) -> CheckpointWriteError:
+        """What every rank raises: the tag and not the path, since each may spell that in its own way."""
+        return CheckpointWriteError(
+            f"the checkpoint {self.directory.name!r} was not saved: {failure.text}. "
+            "Earlier checkpoints are as they were"
+        )
+
+
+def agree(
+    directory: Location,
+    content: RankContent | Exception,
+    group: dist.ProcessGroup | None,
+    *,
+    tag_validation: TagValidation = "fail",
+    place: Place | None = None,
+    clean: bool = True,
+) -> Plan:
+    """Make sure that all ranks save the same, and make the staging directory. Collective.
+
+    Args:
+        directory: the tag's.
+        content: what this rank puts in, or why it can't.
+        group: the ranks; None for a single process.
+        tag_validation: what to do where the ranks were given different tags: `fail`; or take rank 0's, and `warn` of
+            it, or `ignore` it. The steps have to be the same in any case.
+        place: where this rank is, if every node has its own disk.
+        clean: remove what dead saves have left, first.
+
+    Raises:
+        TagMismatchError: they don't.
+        CheckpointWriteError: the directory can't be made, or a rank has nothing to put in.
+    """
+    directory = absolute(directory)
+    rank, world_size = (group.rank(), group.size()) if group is not None else (0, 1)
+    place = Place(0, rank == 0) if place is None else place
+    token = secrets.token_hex(8) if place.leads else ""
+    staged = attempt(rank, directory, partial(_prepare_directory, directory, content, token, clean))
+    failure = staged if isinstance(staged, Failure) else None
+    step = -1 if isinstance(content, Exception) else content.step
+    try:
+        answers = all_gather(group, (directory.name, step, place.node, token, failure))
+    except RuntimeError as error:
+        if isinstance(staged, commit.Staging):
+            staged.abandon()
+        raise unreachable(directory, error) from error
+    wanted = [(tag, step) for tag, step, *_ in answers]
+    nodes, tokens = tuple(node for _, _, node, *_ in answers), [token for *_, token, _ in answers]
+    leaders = tuple(rank for rank, token in enumerate(tokens) if token)
+    differ = len({tag for tag, _ in wanted}) > 1
+    if differ and tag_validation != "fail":
+        directory = directory.parent / wanted[0][0]
+    staging = commit.staging_directory(
+        directory.parent, directory.name, next(tokens[leader] for leader in leaders if nodes[leader] == place.node)
+    )
+    staged = None if isinstance(staged, Failure) else staged
+    plan = Plan(directory, staging, tokens[0], step, rank, world_size, group, staged, nodes, leaders)
+    failed = next((found for *_, found in answers if found is not None), None)
+    if failed is not None:
+        plan.abandon()
+        raise plan.error(failed) from (failure.error if failure is not None and failure == failed else None)
+    if (differ and tag_validation == "fail") or len({step for _, step in wanted}) > 1:
+        plan.abandon()
+        raise TagMismatchError(
+            f"the ranks were asked to save different things ({_list_wanted(wanted)}). "
+            "Every rank has to save the same tag at the same step"
+        )
+    if differ and tag_validation == "warn":
+        warnings.warn(f"rank 0's tag is saved, of different ones ({_list_wanted(wanted)})", stacklevel=2)
+    return plan
+
+
+def _list_wanted(wanted: Sequence[tuple[str, int]]) -> str:
+    return "; ".join(f"rank {rank}: {tag!r} at step {step}" for rank, (tag, step) in enumerate(wanted[:16]))
+
+
+def _prepare_directory(
+    directory: Location, content: RankContent | Exception, token: str, clean: bool
+) -> commit.Staging | None:
+    if isinstance(content, Exception):
+        raise content
+    commit.validate_tag(directory.name, hidden=True)
+    if not token:
+        return None
+    if clean:
+        commit.clean_leftovers(directory.parent)
+    return commit.Staging(commit.staging_directory(directory.parent, directory.name, token), token)

@@ -1,0 +1,79 @@
+"""What the commands' arguments have in common, and which checkpoint is meant by them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint.manifest import MANIFEST_NAME
+from lightning_zero.checkpoint.shards import Problem
+from lightning_zero.checkpoint.storage import Location, locate
+from lightning_zero.errors import CheckpointNotFoundError, ZeroError
+
+if TYPE_CHECKING:
+    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+class WrongUseError(Exception):
+    """An argument that can't be, as is only known after all are parsed."""
+
+
+def add_command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], text: str, example: str
+) -> argparse.ArgumentParser:
+    """A command with `--json`, its help and an example in it."""
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    return command
+
+
+def add_directory(command: argparse.ArgumentParser) -> None:
+    """The argument DIR."""
+    command.add_argument("dir", type=locate, metavar="DIR", help="a save directory or one tag's, a path or a URL")
+
+
+def add_tag(command: argparse.ArgumentParser) -> None:
+    """The option --tag."""
+    command.add_argument("--tag", metavar="T", help="which checkpoint; the one that `latest` names if not given")
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def find_tag(path: Location, tag: str | None) -> tuple[Location, list[Problem]]:
+    """The directory that is meant, sound or not; what is wrong with `latest` is a finding, not a reason to give up."""
+    if tag is None and (path / MANIFEST_NAME).is_file():
+        return path, []
+    problems = []
+    if tag is None:
+        try:
+            tag = commit.read_latest(path)
+            missing = f"it names {tag!r}, which is not there"
+        except ZeroError as error:
+            missing = str(error)
+        if tag is None or not (path / tag).is_dir():
+            tags = commit.list_tags(path)
+            if not tags:
+                raise CheckpointNotFoundError(f"there is no checkpoint in {path}")
+            text = "it is missing" if tag is None and not (path / commit.LATEST).exists() else missing
+            problems.append(Problem(commit.LATEST, None, 0, 0, text))
+            tag = tags[0].name
+    directory = path / commit.validate_tag(tag)
+    if not directory.is_dir():
+        there = [found.name for found in commit.list_tags(path)]
+        raise CheckpointNotFoundError(f"there is no checkpoint {tag!r} in {path}; there are {there}")
+    return directory, problems

@@ -1,0 +1,72 @@
+"""From the arguments to the exit status.
+
+| what happens | exit status | on stderr |
+|---|---|---|
+| nothing to complain of | 0 | |
+| `verify` finds damage, `diff` a difference | 1 | |
+| a `ZeroError`, or the system refuses | 1 | one line, no traceback |
+| a wrong use | 2 | the usage, and one line |
+| Ctrl+C | 130 | nothing |
+| nobody reads what is printed any more (`| head`) | 141 | nothing |
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from lightning_zero.checkpoint.commit import InvalidTagError
+from lightning_zero.cli import diff, export, inspect, ls, plan, prune, verify
+from lightning_zero.cli.arguments import WrongUseError
+from lightning_zero.errors import ZeroError
+
+_INTERRUPTED = 130
+_UNREAD = 141
+"""What a shell makes of SIGINT and SIGPIPE."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command, and give back its exit status."""
+    parser = _parser()
+    warnings.showwarning = _show_warning
+    try:
+        try:
+            options = parser.parse_args(arguments)
+            status: int = options.run(options)
+        finally:
+            sys.stdout.flush()
+    except (WrongUseError, InvalidTagError) as error:
+        parser.error(str(error))
+    except BrokenPipeError:
+        # What is still buffered has nowhere to go, and Python would complain of it at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _UNREAD
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except (ZeroError, OSError) as error:
+        _say(error)
+        return 1
+    return status
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    _say(message)
+
+
+def _say(message: Exception | str) -> None:
+    print(f"lightning-zero: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "lightning-zero",
+        description="Looks after the checkpoints of lightning_zero, and plans what a training will need.",
+        epilog="lightning-zero COMMAND --help shows an example of each.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (ls, inspect, verify, diff, export, prune, plan):
+        module.add_to(commands)
+    return parser
