@@ -93,6 +93,12 @@ def test_export_writes_what_torch_loads(save_dir: Path, tmp_path: Path, capsys: 
     assert main(["export", str(save_dir), str(tmp_path / "hf"), "--max-shard-size", "1KB", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bytes"] > 0
     assert "model.safetensors.index.json" in os.listdir(tmp_path / "hf")
+    assert main(["export", str(save_dir), str(tmp_path / "m.ckpt"), "--dtype", "bf16", "--submodule", "layer"]) == 0
+    loaded = torch.load(tmp_path / "m.ckpt", weights_only=True)
+    assert torch.equal(loaded["state_dict"]["weight"], Sample(step=2).masters["layer.weight"].bfloat16())
+    assert main(["export", str(save_dir), str(tmp_path / "m.ckpt"), "--with-optimizer"]) == 0
+    loaded = torch.load(tmp_path / "m.ckpt", weights_only=True)
+    assert torch.equal(loaded["optimizer_states"][0]["state"][0]["exp_avg"], Sample(step=2).moments["embed.weight"])
 
 
 @pytest.mark.parametrize(
@@ -104,6 +110,8 @@ def test_export_writes_what_torch_loads(save_dir: Path, tmp_path: Path, capsys: 
         ["verify", "DIR", "--tag", "../x"],
         ["export", "DIR"],
         ["export", "DIR", "OUT", "--max-shard-size", "huge"],
+        ["export", "DIR", "OUT", "--dtype", "int8"],
+        ["export", "DIR", "OUT.safetensors", "--with-optimizer"],
         ["inspect", "DIR", "--plot", "owners.gif"],
         ["diff", "DIR"],
         ["prune", "DIR"],

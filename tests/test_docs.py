@@ -8,6 +8,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def run_page(page, directory):
         elif kind == "console":
             if not Path("ckpts", "latest").exists():  # the page's run would have saved only after hundreds of steps
                 names["trainer"].save_checkpoint("ckpts/step=6.ckpt")
+                shutil.copytree("ckpts", "other_ckpts")
             for command in re.findall(r"^\$ (.*)$", text, re.M):
                 run_command(command.split("#")[0])
         else:

@@ -1,47 +1,55 @@
-"""One fp32 model out of a checkpoint: in memory, unread, or as a file that needs no lightning_zero to be read.
+"""The model out of a checkpoint, in fp32: in memory, unread, or as files that need no lightning_zero to be read.
 
-One process, no process group. A file is written tensor by tensor through one small buffer, so that its peak memory does
-not grow with the model; it appears under its name by a rename, whole or not at all, and what stood there before stays
-until then.
+One process, no process group. A file is written through a few small buffers, so that its peak memory does not grow with
+the model; it appears under its name by a rename, whole or not at all, and what stood there before stays until then.
 
-[Note: a torch file without its tensors in memory]
-`torch.save` lays out the archive from stand-ins whose bytes it leaves empty (`skip_data`); then each storage's bytes
-are written at their place in the file, and the CRC, which is only known then, is patched into the two records that hold
-it. So the layout is torch's own: `torch.load(weights_only=True, mmap=True)` reads it like any other file, and so does
-`unzip -t`. FakeTensors would do for stand-ins, but the first one costs two seconds of imports.
+| what | its dtype in the export |
+|---|---|
+| a parameter, trained or frozen, and what a hook or a callback put in its place | `dtype`, if it is floating |
+| a buffer | its own |
+| an optimizer's state | its own |
+
+`dtype` is fp32 where none is asked for; then what is wider than fp32 stays as it is.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import pickle
 import secrets
 import shutil
-import struct
-import zipfile
-import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lightning_zero.checkpoint import kernel
+from lightning_zero.checkpoint.hugging_face import write_folder, write_safetensors
 from lightning_zero.checkpoint.load import Checkpoint, resolve
+from lightning_zero.checkpoint.plain_loops import plain_loops
+from lightning_zero.checkpoint.read_ahead import Overflows
 from lightning_zero.checkpoint.storage import PathOrUrl
-from lightning_zero.checkpoint.tensors import CODES, LazyTensor, tensor_chunks
-from lightning_zero.errors import CheckpointMismatchError, CorruptCheckpointError, UnsupportedModelError
+from lightning_zero.checkpoint.tensors import LazyTensor
+from lightning_zero.checkpoint.torch_file import write_torch_file
+from lightning_zero.errors import CheckpointMismatchError, CorruptCheckpointError
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_HEADER_ALIGNMENT = 64
+_DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+_BESIDE_WEIGHTS = (".json", ".jinja", ".md", ".model", ".txt")
+"""What a Hugging Face folder has beside its weights: the configuration, the tokenizer, the model card."""
 _OURS = "lightning_zero_"
-"""How the keys in Lightning's dict begin that only a resume has a use for."""
+"""How the keys begin, in Lightning's dict and among an optimizer's states, that only a resume has a use for."""
 
 Progress = Callable[[int], None]
 
@@ -50,26 +58,80 @@ def _no_progress(nbytes: int) -> None:
     pass
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What is to be exported of a checkpoint.
+
+    Attributes:
+        exclude_frozen_parameters: leave out the parameters that were not trained.
+        dtype: of the floating parameters; None: fp32, or wider where they are.
+        with_optimizer: the optimizers' states too.
+        submodule: this part of the module alone, under the names that it has by itself; all of it where it is empty.
+    """
+
+    exclude_frozen_parameters: bool = False
+    dtype: torch.dtype | None = None
+    with_optimizer: bool = False
+    submodule: str = ""
+
+    def __post_init__(self) -> None:
+        if self.with_optimizer and (self.dtype is not None or self.submodule):
+            raise ValueError(
+                "with_optimizer=True writes what a training resumes from, which is the whole module in fp32; "
+                "leave dtype and submodule out"
+            )
+
+    def state_dict(self, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+        """The module's, unread; tied tensors are one object.
+
+        Raises:
+            CheckpointMismatchError: there is no such submodule.
+        """
+        stored = cast("dict[str, LazyTensor]", checkpoint.state_dict())
+        roles = {entry.name: entry.role for entry in checkpoint.manifest.entries}
+        shown: dict[str, LazyTensor] = {}
+        for name, role in roles.items():
+            tensor = stored[name]
+            if role != "buffer" and tensor.dtype.is_floating_point:
+                wide = self.dtype is None and tensor.dtype == torch.float64
+                tensor = tensor if wide else tensor.shown_in(self.dtype or torch.float32)
+            shown[name] = tensor
+        first = {name: checkpoint.manifest.aliases.get(name, name) for name in stored}
+        prefix = f"{self.submodule}." if self.submodule else ""
+        found = {
+            name.removeprefix(prefix): shown[first[name]]
+            for name in stored
+            if name.startswith(prefix) and not (self.exclude_frozen_parameters and roles[first[name]] == "frozen")
+        }
+        if not found and prefix:
+            parts = sorted({name.split(".")[0] for name in stored if "." in name})
+            raise CheckpointMismatchError(
+                f"{checkpoint.directory} has no submodule {self.submodule!r} with tensors in it; the module has {parts}"
+            )
+        return found
+
+
 def get_fp32_state_dict_from_zero_checkpoint(
     checkpoint_dir: PathOrUrl,
     tag: str | None = None,
     exclude_frozen_parameters: bool = False,
     lazy_mode: bool = False,
 ) -> dict[str, Tensor]:
-    """The model's state dict, floating tensors in fp32 (fp64 stays), tied tensors as one.
+    """The model's state dict, parameters in fp32 (fp64 stays), buffers in their own dtype, tied tensors as one.
 
     Args:
         checkpoint_dir: a save directory, or a tag's.
         tag: of the save directory; `latest` decides where it is None.
         exclude_frozen_parameters: leave out the parameters that were not trained.
-        lazy_mode: give stand-ins with `.shape`, `.dtype` and `.contiguous()`, which reads one.
+        lazy_mode: give stand-ins with `.shape`, `.dtype` and `.contiguous()`, which reads one, and keeps nothing.
 
     Raises:
         ZeroError: there is no such checkpoint, or it is damaged.
     """
-    stand_ins = _fp32(Checkpoint(resolve(checkpoint_dir, tag)), exclude_frozen_parameters)
+    wanted = Wanted(exclude_frozen_parameters=exclude_frozen_parameters)
+    stand_ins = wanted.state_dict(Checkpoint(resolve(checkpoint_dir, tag)))
     if lazy_mode:
-        return stand_ins
+        return dict(stand_ins)
     read = {id(tensor): tensor.contiguous() for tensor in stand_ins.values()}
     return {name: read[id(tensor)] for name, tensor in stand_ins.items()}
 
@@ -106,48 +168,135 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     exclude_frozen_parameters: bool = False,
     max_shard_size: int | str | None = None,
     *,
+    dtype: torch.dtype | str | None = None,
+    with_optimizer: bool = False,
+    submodule: str = "",
     progress: Progress = _no_progress,
     weights_only: bool = True,
 ) -> None:
-    """Write the fp32 model to one file, or to a folder of them.
+    """Write the model to one file, or to a folder of them; or what any strategy resumes training from.
 
     Args:
         checkpoint_dir: a save directory, or a tag's.
         output_file: by its ending a `.safetensors`, or else a Lightning checkpoint, which keeps the hyper-parameters,
             the epoch, the step and the callbacks' state, and which `load_from_checkpoint` reads. With
-            `max_shard_size`, a folder in the Hugging Face layout.
+            `max_shard_size`, a folder in the Hugging Face layout; a configuration or a tokenizer that lies in it stays.
         tag: of the save directory; `latest` decides where it is None.
         exclude_frozen_parameters: leave out the parameters that were not trained.
         max_shard_size: the largest file, in bytes or as `"5GB"`; a larger tensor gets a file of its own.
-        progress: is told of the bytes as they are written.
+        dtype: of the parameters, for deployment: `"bf16"`, `"fp16"`, or torch's own. Buffers keep theirs. Parameters
+            whose values are too large for it are named in a warning.
+        with_optimizer: write a Lightning checkpoint with the optimizers' states as torch's own save them, from which
+            `Trainer(strategy="ddp")`, or any other, resumes training. It has no random states.
+        submodule: write this part of the module alone, under the names that it has by itself: `"model"`, where
+            `self.model` is what `from_pretrained` is to load.
+        progress: is told of the model's bytes as they are written.
         weights_only: for a Lightning checkpoint: refuse a `trainer.pt` whose objects would run code when loaded.
 
     Raises:
-        ZeroError: there is no such checkpoint, or it is damaged.
+        ZeroError: there is no such checkpoint, it is damaged, or has no such submodule.
         OSError: the output can't be written.
+        ValueError: arguments that don't go together, or have no meaning.
     """
-    output = Path(output_file)
-    checkpoint = Checkpoint(resolve(checkpoint_dir, tag))
-    tensors = _fp32(checkpoint, exclude_frozen_parameters)
-    if max_shard_size is not None:
-        with _appears(output) as folder:
-            folder.mkdir()
-            _write_folder(folder, tensors, parse_size(max_shard_size), progress)
-    elif output.suffix == ".safetensors":
-        with _appears(output) as path:
-            _write_safetensors(path, _untie(tensors), progress)
-    else:
-        trainer = {
-            key: value for key, value in checkpoint.trainer(weights_only).items() if not str(key).startswith(_OURS)
-        }
-        trainer.pop("optimizer_states", None)
-        trainer["state_dict"] = tensors | trainer.get("state_dict", {})
-        with _appears(output) as path:
+    wanted = Wanted(
+        exclude_frozen_parameters=exclude_frozen_parameters,
+        dtype=parse_dtype(dtype),
+        with_optimizer=with_optimizer,
+        submodule=submodule,
+    )
+    export(
+        Checkpoint(resolve(checkpoint_dir, tag)),
+        Path(output_file),
+        wanted,
+        max_shard_bytes=None if max_shard_size is None else parse_size(max_shard_size),
+        progress=progress,
+        weights_only=weights_only,
+    )
+
+
+def export(
+    checkpoint: Checkpoint,
+    output: Path,
+    wanted: Wanted,
+    *,
+    max_shard_bytes: int | None = None,
+    trainer: dict[str, Any] | None = None,
+    progress: Progress = _no_progress,
+    weights_only: bool = True,
+) -> None:
+    """Write what is wanted of a checkpoint: see `convert_zero_checkpoint_to_fp32_state_dict`.
+
+    Args:
+        checkpoint: to read.
+        output: by its ending.
+        wanted: of it.
+        max_shard_bytes: if the output is a folder.
+        trainer: Lightning's dict without its tensors, where it isn't to be read.
+        progress: is told of bytes.
+        weights_only: for `Checkpoint.trainer`.
+    """
+    tensors, overflows = wanted.state_dict(checkpoint), Overflows()
+    require_suitable(output, wanted, max_shard_bytes)
+    with _appears(output) as path:
+        if max_shard_bytes is not None:
+            path.mkdir()
+            write_folder(path, tensors, max_shard_bytes, progress, overflows)
+        elif output.suffix == ".safetensors":
+            write_safetensors(path, tensors, progress, overflows)
+        else:
+            content = dict(checkpoint.trainer(weights_only) if trainer is None else trainer)
+            states = content.pop("optimizer_states", None)
+            if wanted.with_optimizer:
+                if states is None:
+                    raise CheckpointMismatchError(f"{checkpoint.directory} holds weights alone: no optimizer's state")
+                content["optimizer_states"] = [_plain(state) for state in checkpoint.optimizer_states(states)]
+                content["loops"] = plain_loops(content.get("loops", {}))
+            content["state_dict"] = tensors | content.get("state_dict", {})
+            content = {key: value for key, value in content.items() if not str(key).startswith(_OURS)}
             try:
-                _write_torch(path, trainer, progress)
+                write_torch_file(path, content, ("state_dict", "optimizer_states"), progress, overflows)
             except RecursionError as error:
                 where = checkpoint.directory / checkpoint.manifest.trainer.name
                 raise CorruptCheckpointError(f"{where} holds what is too deep to be written again") from error
+    names = [name for name, tensor in tensors.items() if tensor in overflows]
+    if names:
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        warnings.warn(
+            f"{output} has infinite values: what these parameters hold is too large for "
+            f"{str(wanted.dtype or torch.float32).removeprefix('torch.')}: {shown}. Export to bf16 or fp32",
+            stacklevel=3,
+        )
+
+
+def require_suitable(output: Path, wanted: Wanted, max_shard_bytes: int | None) -> None:
+    """Whether the output can hold what is wanted.
+
+    Raises:
+        ValueError: it can't.
+    """
+    if wanted.with_optimizer and (max_shard_bytes is not None or output.suffix == ".safetensors"):
+        raise ValueError(f"an optimizer's state goes into one .ckpt, and not into {output.name!r}")
+
+
+def exported_bytes(checkpoint: Checkpoint, wanted: Wanted) -> int:
+    """The bytes of the tensors that an export writes: what `progress` adds up to."""
+    tensors: Iterable[object] = wanted.state_dict(checkpoint).values()
+    if wanted.with_optimizer:
+        states = checkpoint.optimizer_states(None)
+        tensors = [*tensors, *(value for state in states for of in state["state"].values() for value in of.values())]
+    unread = {id(tensor): tensor.nbytes for tensor in tensors if isinstance(tensor, LazyTensor)}
+    return sum(unread.values())
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state without what only a ZeroStrategy looks for in it."""
+    kept = {
+        index: {name: value for name, value in of.items() if not str(name).startswith(_OURS)}
+        if isinstance(index, int)
+        else of
+        for index, of in state["state"].items()
+    }
+    return {**state, "state": kept}
 
 
 def parse_size(size: int | str) -> int:
@@ -167,24 +316,16 @@ def parse_size(size: int | str) -> int:
     return nbytes
 
 
-def exported_bytes(checkpoint: Checkpoint, exclude_frozen_parameters: bool = False) -> int:
-    """The bytes of the tensors that an export writes: what `progress` adds up to."""
-    tensors = {id(tensor): tensor for tensor in _fp32(checkpoint, exclude_frozen_parameters).values()}
-    return sum(tensor.nbytes for tensor in tensors.values())
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype that a model is exported in: torch's own, or `"bf16"`, `"fp16"`, `"fp32"`.
 
-
-def _fp32(checkpoint: Checkpoint, exclude_frozen_parameters: bool) -> dict[str, Tensor]:
-    """The state dict, unread, floating tensors in fp32 but for those that are wider."""
-    frozen = {entry.name for entry in checkpoint.manifest.entries if entry.role == "frozen"}
-    excluded = frozen if exclude_frozen_parameters else set()
-    aliases = checkpoint.manifest.aliases
-    wide = checkpoint.state_dict()
-    narrow = checkpoint.state_dict(torch.float32)
-    return {
-        name: wide[name] if tensor.dtype == torch.float64 else narrow[name]
-        for name, tensor in wide.items()
-        if aliases.get(name, name) not in excluded
-    }
+    Raises:
+        ValueError: it is none.
+    """
+    found = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in _DTYPES.values():
+        raise ValueError(f'{dtype!r} is not a dtype to export in; give "bf16", "fp16" or "fp32"')
+    return found
 
 
 @contextmanager
@@ -206,167 +347,13 @@ def _appears(output: Path) -> Iterator[Path]:
 
 
 def _replace_folder(new: Path, output: Path) -> None:
-    """An earlier export goes; anything else that lies in the folder is somebody's, and stays."""
-    foreign = [name for name in os.listdir(output) if not (name.startswith("model") and "safetensors" in name)]
+    """An earlier export goes, what belongs beside it stays; anything else in the folder is somebody's: an error."""
+    others = [name for name in os.listdir(output) if not (name.startswith("model") and "safetensors" in name)]
+    foreign = [name for name in others if not name.endswith(_BESIDE_WEIGHTS) or not (output / name).is_file()]
     if foreign:
         raise FileExistsError(f"{output} exists and holds {foreign[0]!r}; give a new folder, or an empty one")
+    for name in others:
+        shutil.copy2(output / name, new / name)
     if not kernel.exchange(new, output):
         shutil.rmtree(output)
         os.rename(new, output)
-
-
-# ------------------------------------------------------------------------------------------------ safetensors
-
-
-def _untie(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Safetensors has no ties: each tensor once, under its first name, as `safetensors.torch.save_model` does it."""
-    first: dict[int, str] = {}
-    for name, tensor in tensors.items():
-        first.setdefault(id(tensor), name)
-    return {name: tensors[name] for name in first.values()}
-
-
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], progress: Progress) -> None:
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    offset = 0
-    for name, tensor in ordered:
-        if tensor.dtype not in CODES or tensor.dtype == torch.complex128:
-            raise UnsupportedModelError(
-                f"{name!r} is {tensor.dtype}, which a .safetensors can't hold; export to a .ckpt"
-            )
-        table[name] = {
-            "dtype": CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset := offset + tensor.nbytes],
-        }
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _HEADER_ALIGNMENT)
-    with open(path, "xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            for chunk in tensor_chunks(tensor):
-                file.write(chunk)
-                progress(len(chunk))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_folder(folder: Path, tensors: Mapping[str, Tensor], max_bytes: int, progress: Progress) -> None:
-    """The Hugging Face layout: `model.safetensors`, or numbered files with an index that says where each tensor is."""
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in _untie(tensors).items():
-        if shards[-1] and filled + tensor.nbytes > max_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
-    if len(shards) == 1:
-        _write_safetensors(folder / "model.safetensors", shards[0], progress)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_safetensors(folder / file_name, shard, progress)
-        weight_map |= dict.fromkeys(shard, file_name)
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-# ------------------------------------------------------------------------------------------------------ torch
-
-
-def _write_torch(path: Path, checkpoint: dict[str, Any], progress: Progress) -> None:
-    """See [Note: a torch file without its tensors in memory]."""
-    lazy = {id(value): value for value in checkpoint["state_dict"].values() if isinstance(value, LazyTensor)}
-    stand_ins = {key: _StandIn(tensor) for key, tensor in lazy.items()}
-    sources = {stand_in.storage._cdata: lazy[key] for key, stand_in in stand_ins.items()}
-    state_dict = {name: stand_ins.get(id(value), value) for name, value in checkpoint["state_dict"].items()}
-    laid_out = checkpoint | {"state_dict": state_dict}
-    with torch.serialization.skip_data():
-        torch.save(laid_out, path)
-    storages = _storages(laid_out)
-    with open(path, "r+b") as file, zipfile.ZipFile(path) as archive:
-        places = _places(file, archive)
-        for number, storage in enumerate(storages):
-            place = places[f"data/{number}"]
-            if not place.nbytes:
-                continue
-            crc = 0
-            file.seek(place.data)
-            source = sources.get(storage._cdata)
-            for chunk in tensor_chunks(_elements(storage) if source is None else source):
-                file.write(chunk)
-                crc = zlib.crc32(chunk, crc)
-                progress(len(chunk))
-            for offset in place.checksums:
-                file.seek(offset)
-                file.write(struct.pack("<I", crc))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-class _StandIn:
-    """Pickled, it is a tensor on the CPU; its storage has a size, and no memory."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        self.storage = self._tensor.untyped_storage()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        tensor = self._tensor
-        place: tuple[Any, ...] = (0, tuple(tensor.shape), tensor.stride(), False, OrderedDict())
-        # Dtypes that are younger than torch's typed storages are pickled in a way of their own
-        typed = tensor.dtype in torch.storage._dtype_to_storage_type_map()
-        storage: Any = tensor._typed_storage() if typed else self.storage  # type: ignore[no-untyped-call]
-        storage._fake_device = torch.device("cpu")  # where it pretends to be: torch.save asks, for FakeTensors' sake
-        if typed:
-            return torch._utils._rebuild_tensor_v2, (storage, *place)
-        return torch._utils._rebuild_tensor_v3, (storage, *place, tensor.dtype)
-
-
-def _storages(laid_out: object) -> list[torch.UntypedStorage]:
-    """The storages in the order in which `torch.save` numbers them: that in which the pickler meets them first."""
-    found: dict[int, torch.UntypedStorage] = {}
-
-    class Recorder(pickle.Pickler):
-        def persistent_id(self, item: object) -> object:
-            if isinstance(item, torch.storage.TypedStorage):
-                item = item._untyped_storage
-            if isinstance(item, torch.UntypedStorage):
-                found.setdefault(item._cdata, item)
-                return item._cdata
-            return None
-
-    Recorder(io.BytesIO(), protocol=torch.serialization.DEFAULT_PROTOCOL).dump(laid_out)
-    return list(found.values())
-
-
-def _elements(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8).set_(storage)
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a record of the archive has its bytes, and where its CRC stands (offsets from the file's beginning)."""
-
-    data: int
-    nbytes: int
-    checksums: tuple[int, int]
-
-
-def _places(file: BinaryIO, archive: zipfile.ZipFile) -> dict[str, _Place]:
-    """The records by name, without the archive's own folder. APPNOTE.TXT of PKWARE: 4.3.7, 4.3.9 and 4.3.12."""
-    places = {}
-    entry = archive.start_dir
-    for info in archive.infolist():
-        file.seek(info.header_offset + 26)
-        name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
-        data = info.header_offset + 30 + name_bytes + extra_bytes
-        # Behind the data stands the data descriptor: a signature, the CRC, the sizes
-        places[info.filename.split("/", 1)[1]] = _Place(data, info.file_size, (data + info.file_size + 4, entry + 16))
-        file.seek(entry + 28)
-        entry += 46 + sum(struct.unpack("<HHH", file.read(6)))
-    return places

@@ -239,6 +239,16 @@ class Checkpoint:
         """
         return self._optimizer_state(index, self.trainer(weights_only).get("optimizer_states", []))
 
+    def optimizer_states(self, states: list[Any] | None) -> list[dict[str, Any]]:
+        """Every optimizer's state, as `optimizer_state` gives one.
+
+        Args:
+            states: the `optimizer_states` of `trainer`; None: the tensors alone, and no parameter groups.
+        """
+        count = len(self.manifest.optimizers)
+        states = [{"state": {}} for _ in range(count)] if states is None else states
+        return [self._optimizer_state(index, states) for index in range(count)]
+
     def _optimizer_state(self, index: int, states: list[Any]) -> dict[str, Any]:
         in_trainer = states[index] if index < len(states) else None
         if not isinstance(in_trainer, dict) or not isinstance(in_trainer.get("state"), dict):
@@ -335,9 +345,8 @@ class Checkpoint:
         """
         checkpoint = self.trainer(weights_only)
         checkpoint["state_dict"] = self.state_dict() | checkpoint.get("state_dict", {})
-        states = checkpoint.get("optimizer_states", [])
-        for index in range(len(self.manifest.optimizers)):
-            states[index] = self._optimizer_state(index, states)
+        if self.manifest.optimizers:
+            checkpoint["optimizer_states"] = self.optimizer_states(checkpoint.get("optimizer_states", []))
         return checkpoint
 
 

@@ -26,7 +26,7 @@ from lightning_zero.checkpoint.content import RankContent, SharedContent, Tensor
 from lightning_zero.checkpoint.failures import Failure, attempt
 from lightning_zero.checkpoint.finish import finish
 from lightning_zero.checkpoint.integrity import read_manifest
-from lightning_zero.checkpoint.manifest import TRAINER_NAME, FileEntry, StoredValue, TrainerFile
+from lightning_zero.checkpoint.manifest import TRAINER_NAME, FileEntry, Manifest, StoredValue, TrainerFile
 from lightning_zero.checkpoint.nodes import Place
 from lightning_zero.checkpoint.plan import Plan, TagValidation, agree
 from lightning_zero.checkpoint.report import MOST_LINKS, SaveReport, StoredFile, Written
@@ -199,6 +199,23 @@ def _link_frozen(plan: Plan, content: RankContent, before: StoredFile | None) ->
     if not link(before.path, plan.staging / name):
         return None
     return replace(entry, name=name, rank=plan.rank)
+
+
+def holds_model(manifest: Manifest, rank: int, content: RankContent, shared: SharedContent) -> bool:
+    """Whether a checkpoint holds this rank's part of the model, byte for byte as it is now."""
+    if manifest.entries != tuple(shared.entries) or manifest.aliases != shared.aliases:
+        return False
+    stored = {
+        (tensor.name, tensor.start, tensor.stop, tensor.dtype): tensor.xxh3
+        for file in manifest.files
+        for tensor in file.tensors
+        if file.rank == rank and tensor.kind == "model"
+    }
+    return all(
+        stored.get((item.name, item.start, item.stop, code_of(item.tensor, item.name))) == _digest(item.tensor)
+        for item in (*content.tensors, *content.unchanging)
+        if item.kind == "model"
+    )
 
 
 def _digest(tensor: Tensor) -> str:

@@ -139,6 +139,15 @@ class LazyTensor(Tensor):
         lazy._kept = None
         return lazy
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype in which the elements are stored."""
+        return self._source.dtype
+
+    def shown_in(self, dtype: torch.dtype) -> LazyTensor:
+        """The same elements, unread, as a tensor of another dtype."""
+        return LazyTensor(self._source, self.shape, dtype)
+
     def read_range(self, start: int, stop: int, out: Tensor) -> None:
         """Read the flattened elements `[start, stop)` into `out`.
 

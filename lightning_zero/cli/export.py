@@ -1,4 +1,4 @@
-"""`lightning-zero export`: the fp32 model."""
+"""`lightning-zero export`: the model alone, or what another strategy resumes from."""
 
 from __future__ import annotations
 
@@ -17,12 +17,22 @@ if TYPE_CHECKING:
 
 def add_to(commands: Commands) -> None:
     """Add the command."""
-    text = "Write the fp32 model, as a Lightning checkpoint or .safetensors."
-    export = add_command(commands, "export", _export, text, "  lightning-zero export ckpts model.ckpt")
+    text = "Write the model, as a Lightning checkpoint or .safetensors, in fp32 or narrower."
+    examples = (
+        "  lightning-zero export ckpts model.ckpt\n"
+        "  lightning-zero export ckpts hf --max-shard-size 5GB --submodule model --dtype bf16\n"
+        "  lightning-zero export ckpts for_ddp.ckpt --with-optimizer"
+    )
+    export = add_command(commands, "export", _export, text, examples)
     add_directory(export)
     export.add_argument("out", type=Path, metavar="OUT", help="a .ckpt, a .safetensors, or a folder for several")
     export.add_argument("--max-shard-size", metavar="SIZE", help='write a folder of files of this size, such as "5GB"')
     export.add_argument("--exclude-frozen", action="store_true", help="leave out parameters that were not trained")
+    export.add_argument("--dtype", metavar="D", help="of the parameters: bf16, fp16 or fp32; buffers keep their own")
+    export.add_argument("--submodule", metavar="NAME", default="", help="write this part of the module alone")
+    export.add_argument(
+        "--with-optimizer", action="store_true", help="write a .ckpt from which any other strategy resumes training"
+    )
     export.add_argument(
         "--unsafe", action="store_true", help="load hyper-parameters of any class: runs what the checkpoint says"
     )
@@ -33,25 +43,25 @@ def _export(options: argparse.Namespace) -> int:
     from lightning_zero.checkpoint import export
     from lightning_zero.checkpoint.load import Checkpoint, resolve
 
-    size = None
-    if options.max_shard_size is not None:
-        try:
-            size = export.parse_size(options.max_shard_size)
-        except ValueError as error:
-            raise WrongUseError(str(error)) from None
-    directory = resolve(options.dir, options.tag)
-    nbytes = export.exported_bytes(Checkpoint(directory), options.exclude_frozen)
-    with progress_bar("exporting", nbytes, quiet=options.json) as progress:
-        export.convert_zero_checkpoint_to_fp32_state_dict(
-            directory,
-            options.out,
+    try:
+        size = None if options.max_shard_size is None else export.parse_size(options.max_shard_size)
+        wanted = export.Wanted(
             exclude_frozen_parameters=options.exclude_frozen,
-            max_shard_size=size,
-            progress=progress,
-            weights_only=not options.unsafe,
+            dtype=export.parse_dtype(options.dtype),
+            with_optimizer=options.with_optimizer,
+            submodule=options.submodule,
+        )
+        export.require_suitable(options.out, wanted, size)
+    except ValueError as error:
+        raise WrongUseError(str(error)) from None
+    checkpoint = Checkpoint(resolve(options.dir, options.tag))
+    nbytes = export.exported_bytes(checkpoint, wanted)
+    with progress_bar("exporting", nbytes, quiet=options.json) as progress:
+        export.export(
+            checkpoint, options.out, wanted, max_shard_bytes=size, progress=progress, weights_only=not options.unsafe
         )
     if options.json:
-        print(json.dumps({"checkpoint": str(directory), "output": str(options.out), "bytes": nbytes}))
+        print(json.dumps({"checkpoint": str(checkpoint.directory), "output": str(options.out), "bytes": nbytes}))
     else:
-        print(f"{directory} → {options.out}, {bytes_text(nbytes)}")
+        print(f"{checkpoint.directory} → {options.out}, {bytes_text(nbytes)}")
     return 0

@@ -1,4 +1,4 @@
-"""Callbacks: periodic sharded checkpoints, and the fp32 file at the end."""
+"""Callbacks: periodic sharded checkpoints, and files of the model at the end and on the way."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint.background_export import BackgroundExport
+from lightning_zero.checkpoint.export import Wanted, export, parse_dtype
 from lightning_zero.checkpoint.integrity import read_manifest
-from lightning_zero.checkpoint.load import is_checkpoint, resolve
-from lightning_zero.checkpoint.manifest import MANIFEST_NAME
-from lightning_zero.checkpoint.storage import is_remote, locate, names_in
+from lightning_zero.checkpoint.load import Checkpoint, is_checkpoint, resolve
+from lightning_zero.checkpoint.manifest import MANIFEST_NAME, Manifest
+from lightning_zero.checkpoint.storage import Location, is_remote, locate, names_in
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.plugin.strategy import ZeroStrategy
 
@@ -235,27 +237,76 @@ class ZeroCheckpoint(ModelCheckpoint):
 
 
 class Fp32Export(Callback):
-    """Writes one fp32 checkpoint when fit ends: what plain Lightning, or anything that reads safetensors, loads.
+    """Writes one file of the model when fit ends: what plain Lightning, or anything that reads safetensors, loads.
+
+    At the end of fit all ranks wait for it. After every N-th checkpoint, rank 0 writes it in a thread, from what was
+    committed, while training goes on; what fails is warned of, and raised at the end of fit.
 
     Args:
-        path: `.ckpt` for `MyModule.load_from_checkpoint`, `.safetensors` for the weights alone.
+        path: `.ckpt` for `MyModule.load_from_checkpoint`, `.safetensors` for the weights alone; `{step}` and `{epoch}`
+            in it stand for the checkpoint's. Without them, a newer export replaces the one before.
+        every_n_checkpoints: write one after every N-th checkpoint directory that is saved in the fit, too.
+        dtype: of the parameters: `"bf16"` or `"fp16"` for deployment; fp32 by default. Buffers keep their own.
+        weights_only: False to export a checkpoint during the fit whose hyper-parameters are objects of any class.
 
     Raises:
-        ValueError: the path has another ending.
+        ValueError: the path has another ending or other placeholders, or a number or dtype has no meaning.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        every_n_checkpoints: int | None = None,
+        dtype: str | None = None,
+        weights_only: bool = True,
+    ) -> None:
         self.path = Path(path)
         if self.path.suffix not in (".ckpt", ".safetensors"):
             raise ValueError(f"Fp32Export writes .ckpt or .safetensors files, not {os.fspath(path)!r}")
+        if every_n_checkpoints is not None and every_n_checkpoints < 1:
+            raise ValueError(f"every_n_checkpoints must be at least 1, or None, not {every_n_checkpoints}")
+        self.every_n_checkpoints = every_n_checkpoints
+        self.weights_only = weights_only
+        self._wanted = Wanted(dtype=parse_dtype(dtype))
+        self._exports: BackgroundExport | None = None  # a process's own
+        self._count = 0
+        try:
+            self._output(step=0, epoch=0)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"{os.fspath(path)!r} can't be filled in: {{step}} and {{epoch}} are all that it may hold ({error!r})"
+            ) from None
+
+    def _output(self, *, step: int, epoch: int) -> Path:
+        return Path(os.path.abspath(str(self.path).format(step=step, epoch=epoch)))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not isinstance(trainer.strategy, ZeroStrategy):
+        strategy = trainer.strategy
+        if not isinstance(strategy, ZeroStrategy):
             raise UnsupportedModelError(
-                f"Fp32Export needs Trainer(strategy=ZeroStrategy()), not {type(trainer.strategy).__name__}; "
+                f"Fp32Export needs Trainer(strategy=ZeroStrategy()), not {type(strategy).__name__}; "
                 "use trainer.save_checkpoint(path, weights_only=True) there"
             )
+        self._exports = BackgroundExport()
+        self._count = 0
+        if stage == "fit" and self.every_n_checkpoints is not None and strategy.is_global_zero:
+            strategy.save_listeners.append(self._after_save)
+
+    def _after_save(self, directory: Location) -> None:
+        """Called on rank 0 when a checkpoint is there, and before anything can remove it."""
+        assert self._exports is not None
+        assert self.every_n_checkpoints is not None
+        self._count += 1
+        if self._count % self.every_n_checkpoints == 0:
+            self._exports.begin(directory, self._output_of, self._export_saved)
+
+    def _output_of(self, manifest: Manifest) -> Path:
+        return self._output(step=manifest.step, epoch=manifest.epoch)
+
+    def _export_saved(self, directory: Location, output: Path) -> None:
+        export(Checkpoint(directory), output, self._wanted, weights_only=self.weights_only)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -263,5 +314,30 @@ class Fp32Export(Callback):
             return
         assert isinstance(trainer.strategy, ZeroStrategy)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        trainer.strategy.export(checkpoint, self.path)
-        rank_zero_info(f"the fp32 checkpoint is in {self.path}")
+        output = self._output(step=checkpoint["global_step"], epoch=checkpoint["epoch"])
+
+        def write(saved: Checkpoint, rest: dict[str, Any]) -> None:
+            assert self._exports is not None
+            self._exports.wait()  # an older one may be on its way to the same file
+            export(saved, output, self._wanted, trainer=rest)
+            self._exports.join()
+
+        trainer.strategy.export(checkpoint, output, write)
+        rank_zero_info(f"the exported model is in {output}")
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wait for what was saved when training had ended (`save_last`)."""
+        self._stop_listening(trainer)
+        exports, self._exports = self._exports, None
+        if exports is not None:
+            exports.join()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop_listening(trainer)
+
+    def _stop_listening(self, trainer: Trainer) -> None:
+        listeners = getattr(trainer.strategy, "save_listeners", [])
+        if self._after_save in listeners:
+            listeners.remove(self._after_save)

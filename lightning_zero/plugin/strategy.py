@@ -30,6 +30,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -39,13 +40,13 @@ from typing_extensions import override
 
 from lightning_zero.checkpoint.commit import validate_tag
 from lightning_zero.checkpoint.content import RankContent, SharedContent
-from lightning_zero.checkpoint.export import convert_zero_checkpoint_to_fp32_state_dict
 from lightning_zero.checkpoint.integrity import Depth, find_problems, problems_as_error, read_manifest
-from lightning_zero.checkpoint.load import is_checkpoint, is_tag, resolve
+from lightning_zero.checkpoint.load import Checkpoint, is_checkpoint, is_tag, resolve
 from lightning_zero.checkpoint.manifest import Manifest
 from lightning_zero.checkpoint.nodes import Place
 from lightning_zero.checkpoint.plan import TagValidation
-from lightning_zero.checkpoint.storage import Location, locate
+from lightning_zero.checkpoint.save import holds_model
+from lightning_zero.checkpoint.storage import Location, absolute, locate
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import (
@@ -161,6 +162,9 @@ class ZeroStrategy(DDPStrategy):
         self._tag_validation: TagValidation = tag_validation
         self._behind: bool | None = None
         self._telemetry = SaveTelemetry()
+        self.save_listeners: list[Callable[[Location], object]] = []
+        """Told of every checkpoint that is saved, when it is there: perhaps by another thread."""
+        self._last_saved: Location | None = None
         self._met = False
         self._reserve_due = False
         self._manifest: Manifest | None = None
@@ -528,31 +532,16 @@ class ZeroStrategy(DDPStrategy):
             behind = self._saves_behind and "hpc_ckpt_" not in os.fspath(path)  # the job is requeued right after it
         # After a fit in spawned processes, the one that is left has the weights, and no process group.
         group = self._ranks.control if dist.is_initialized() else None
-        module, partition = self.lightning_module, self._partition
         if io is None and self._own_io is None:
             assert not callable(checkpoint)
             self._save_by_rank_zero(checkpoint, path, storage_options)
             return
         dumped: dict[str, Any] = {}
 
-        def describe() -> tuple[RankContent, SharedContent]:
-            dumped.update(checkpoint() if callable(checkpoint) else checkpoint)
-            if partition is not None and partition.is_stepping:
-                raise CheckpointWriteError(_BROKEN_OFF.format(os.fspath(path)))
-            if partition is not None:
-                partition.take_in_new_parameters()
-                self._before_step()
-                partition.take_over_outside_writes()
-            loops = dumped.get("loops", {})
-            metrics = get_metric_states(module, without=finished_metrics(module, loops)) if partition else {}
-            rank, world_size = self._ranks.rank, self._ranks.count
-            return contents(
-                dumped, module, partition, rank=rank, world_size=world_size, stage=self.stage, metrics=metrics
-            )
-
         content: RankContent | Exception
         try:
-            content, shared = describe()
+            dumped.update(checkpoint() if callable(checkpoint) else checkpoint)
+            content, shared = self._contents(dumped, path)
         except Exception as error:  # of this rank alone, perhaps: the others learn of it when they meet
             content, shared = error, None
         prepared = PreparedSave(
@@ -570,6 +559,28 @@ class ZeroStrategy(DDPStrategy):
         io.save_checkpoint({**dumped, PREPARED: prepared}, path, storage_options=storage_options)
         self._wait_for_threads()
         self._log_saves()
+        saved = absolute(locate(path))
+        if not saved.name.startswith("."):
+            self._last_saved = saved
+            for listener in self.save_listeners:
+                self.after_commit(partial(listener, saved))
+
+    def _contents(self, checkpoint: Mapping[str, Any], path: _PATH) -> tuple[RankContent, SharedContent]:
+        """What this rank puts into a checkpoint, and what the ranks share. Not a collective."""
+        assert self.lightning_module is not None
+        module, partition = self.lightning_module, self._partition
+        if partition is not None:
+            if partition.is_stepping:
+                raise CheckpointWriteError(_BROKEN_OFF.format(os.fspath(path)))
+            partition.take_in_new_parameters()
+            self._before_step()
+            partition.take_over_outside_writes()
+        loops = checkpoint.get("loops", {})
+        metrics = get_metric_states(module, without=finished_metrics(module, loops)) if partition else {}
+        rank, world_size = self._ranks.rank, self._ranks.count
+        return contents(
+            checkpoint, module, partition, rank=rank, world_size=world_size, stage=self.stage, metrics=metrics
+        )
 
     @property
     def _saves_behind(self) -> bool:
@@ -772,21 +783,53 @@ class ZeroStrategy(DDPStrategy):
 
         return path, self._ranks.all_or_none(load)
 
-    def export(self, checkpoint: Mapping[str, Any], path: Path) -> None:
-        """Write one fp32 file from Lightning's dict and the live masters. Called on every rank.
+    def export(
+        self, checkpoint: Mapping[str, Any], path: Path, write: Callable[[Checkpoint, dict[str, Any]], object]
+    ) -> None:
+        """Have rank 0 write a file of the model as it is now. Called on every rank, which wait for it.
 
-        The way leads over a sharded checkpoint of the weights beside the file, so that no rank ever holds a second
-        copy of the model.
+        The way leads over a sharded checkpoint, so that no rank ever holds a second copy of the model: the last one
+        that was saved, if it holds just these bytes; else one of the weights alone, beside the file.
+
+        Args:
+            checkpoint: Lightning's dict.
+            path: of the file.
+            write: gets the checkpoint, and Lightning's dict without its tensors; called on rank 0.
         """
         weights = {key: value for key, value in checkpoint.items() if key != "optimizer_states"}
-        shards = path.parent / f".{path.name}.shards" / "weights"
-        self._save(weights, shards, None, update_latest=False, io=self._sharded_io, behind=False)
+        rest: dict[str, Any] = {}
+
+        def look() -> list[bool]:
+            self._join_save()
+            content, shared = self._contents(weights, path)
+            rest.update(apply_to_collection(shared.trainer, Tensor, Tensor.cpu))
+            return [self._last_save_holds(content, shared)]
+
+        answers: list[bool] = self._ranks.everyones(look)
+        saved = all(answers)
+        shards = path.parent / f".{path.name}.shards" / ".weights"
+        source = self._last_saved if saved and self._last_saved is not None else shards
+
+        def write_first() -> None:
+            write(Checkpoint(source), rest)
 
         try:
-            self._ranks.decided_by_first(lambda: convert_zero_checkpoint_to_fp32_state_dict(shards, path))
+            if not saved:
+                self._save(weights, shards, None, update_latest=False, io=self._sharded_io, behind=False)
+            self._ranks.decided_by_first(write_first)
         finally:
-            if self.tends_directory:
+            if not saved and self.tends_directory:
                 shutil.rmtree(shards.parent, ignore_errors=True)
+
+    def _last_save_holds(self, content: RankContent, shared: SharedContent) -> bool:
+        """Whether the last checkpoint that was saved holds this rank's part of the model as it is now."""
+        if self._last_saved is None:
+            return False
+        try:
+            manifest = Checkpoint(self._last_saved).manifest
+        except (ZeroError, OSError):  # it has been removed
+            return False
+        return manifest.step == content.step and holds_model(manifest, self._ranks.rank, content, shared)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:

@@ -65,6 +65,9 @@ class Sample:
 
     @property
     def shared(self) -> SharedContent:
+        return self._shared({"head.weight": next(iter(self.shapes))})
+
+    def _shared(self, aliases: dict[str, str]) -> SharedContent:
         entries = [Entry(name, shape, "bfloat16", "parameter") for name, shape in self.shapes.items()]
         entries += [Entry("frozen", (11, 3), "bfloat16", "frozen"), Entry("counter", (), "int64", "buffer")]
         groups = [{"lr": 0.1, "params": list(range(len(self.shapes)))}]
@@ -80,15 +83,16 @@ class Sample:
             1,
             2,
             entries,
-            {"head.weight": next(iter(self.shapes))},
+            aliases,
             [OptimizerEntry("AdamW", (tuple(self.shapes),))],
             trainer,
         )
 
-    def save(self, directory: Path, *, update_latest: bool = True) -> Path:
+    def save(self, directory: Path, *, update_latest: bool = True, aliases: dict[str, str] | None = None) -> Path:
+        shared = self.shared if aliases is None else self._shared(aliases)
         if self.world_size == 1:
             return save_checkpoint(
-                directory, self.rank(0), self.shared, group=None, update_latest=update_latest, fsync=False
+                directory, self.rank(0), shared, group=None, update_latest=update_latest, fsync=False
             ).path
         save_id = f"{self.seed:08x}{self.step:08x}"
         staging = commit.staging_directory(directory.parent, directory.name, save_id)
@@ -97,11 +101,11 @@ class Sample:
             Plan(directory, staging, save_id, self.step, rank, self.world_size, None, None)
             for rank in range(self.world_size)
         ]
-        prepared = [prepare(plan, self.rank(plan.rank), self.shared) for plan in plans]
+        prepared = [prepare(plan, self.rank(plan.rank), shared) for plan in plans]
         reports = [write(plan, ready, fsync=False) for plan, ready in zip(plans, prepared, strict=True)]
         written = [report for report in reports if isinstance(report, Written)]
         assert len(written) == self.world_size, reports
-        finish._commit(plans[0], written, self.shared, update_latest, False)
+        finish._commit(plans[0], written, shared, update_latest, False)
         return directory
 
     @property

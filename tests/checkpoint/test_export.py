@@ -11,13 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_zero.checkpoint import tensors
+from lightning_zero.checkpoint import read_ahead
+from lightning_zero.checkpoint.content import RankContent, SharedContent, TensorToSave
 from lightning_zero.checkpoint.export import (
+    Wanted,
     convert_zero_checkpoint_to_fp32_state_dict,
+    exported_bytes,
     get_fp32_state_dict_from_zero_checkpoint,
     load_state_dict_from_zero_checkpoint,
     parse_size,
 )
+from lightning_zero.checkpoint.load import Checkpoint
+from lightning_zero.checkpoint.manifest import Entry, Role
+from lightning_zero.checkpoint.save import save_checkpoint
 from lightning_zero.errors import CheckpointMismatchError, IncompleteCheckpointError
 from tests.checkpoint.sample import Sample
 
@@ -87,8 +93,7 @@ def test_into_a_module(save_dir: Path, sample: Sample) -> None:
 def test_a_torch_file_is_a_whole_lightning_checkpoint(
     save_dir: Path, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensors, "BUFFER_BYTES", 1024)
-    tensors._buffers.__dict__.clear()
+    monkeypatch.setattr(read_ahead, "CHUNK_BYTES", 1024)
     written: list[int] = []
     convert_zero_checkpoint_to_fp32_state_dict(save_dir, tmp_path / "out" / "model.ckpt", progress=written.append)
     assert os.listdir(tmp_path / "out") == ["model.ckpt"]
@@ -104,7 +109,6 @@ def test_a_torch_file_is_a_whole_lightning_checkpoint(
         assert archive.testzip() is None
     stored = get_fp32_state_dict_from_zero_checkpoint(save_dir)
     assert sum(written) == sum({id(tensor): tensor.nbytes for tensor in stored.values()}.values())
-    tensors._buffers.__dict__.clear()
 
 
 def test_tensors_in_a_callbacks_state_are_kept(tmp_path: Path) -> None:
@@ -169,23 +173,157 @@ def test_an_export_that_fails_leaves_what_was_there(
 
 
 def test_wide_and_complex_and_other_tensors_keep_their_dtype(tmp_path: Path) -> None:
-    from lightning_zero.checkpoint.content import RankContent, SharedContent, TensorToSave
-    from lightning_zero.checkpoint.manifest import Entry
-    from lightning_zero.checkpoint.save import save_checkpoint
-
     given = {
         str(dtype): torch.arange(4).to(dtype)
         for dtype in (torch.float64, torch.float16, torch.complex64, torch.complex128, torch.bool, torch.uint16)
     }
-    content = RankContent([TensorToSave("model", name, 0, 4, tensor) for name, tensor in given.items()], [], b"", 1)
-    entries = [Entry(name, (2, 2), name.removeprefix("torch."), "given") for name in given]
-    save_checkpoint(tmp_path / "tag", content, SharedContent(0, 1, entries, {}, [], {}), group=None)
+    save_tensors(tmp_path / "tag", {name: ("given", tensor.view(2, 2)) for name, tensor in given.items()})
     convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "model.ckpt")
     loaded = torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
     for name, tensor in given.items():
         wanted = tensor.float() if tensor.dtype == torch.float16 else tensor
         assert torch.equal(loaded[name], wanted.view(2, 2))
         assert loaded[name].dtype == wanted.dtype
+
+
+def save_tensors(directory: Path, tensors: dict[str, tuple[Role, torch.Tensor]]) -> Path:
+    """A checkpoint of one rank with just these."""
+    items = [TensorToSave("model", name, 0, t.numel(), t.reshape(-1)) for name, (_, t) in tensors.items()]
+    entries = [
+        Entry(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), role) for name, (role, t) in tensors.items()
+    ]
+    shared = SharedContent(0, 1, entries, {}, [], {"epoch": 0, "global_step": 1})
+    return Path(save_checkpoint(directory, RankContent(items, [], b"", 1), shared, group=None).path)
+
+
+def read_export(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".ckpt":
+        loaded: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
+        return loaded
+    return load_file(path)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
+@pytest.mark.parametrize("dtype", [None, "bf16", torch.float16])
+def test_parameters_get_the_dtype_that_is_asked_for_and_buffers_keep_their_own(
+    tmp_path: Path, name: str, dtype: str | torch.dtype | None
+) -> None:
+    given: dict[str, tuple[Role, torch.Tensor]] = {
+        "trained": ("parameter", torch.randn(40, 40)),
+        "double": ("parameter", torch.randn(3, dtype=torch.float64)),
+        "frozen": ("frozen", torch.randn(5).bfloat16()),
+        "averages": ("given", torch.randn(7)),
+        "running_mean": ("buffer", torch.tensor([1 + 2**-20, 1e30])),
+        "half": ("buffer", torch.tensor([1.5]).half()),
+        "count": ("buffer", torch.tensor([2**24 + 1, 2**60 + 1])),
+    }
+    save_tensors(tmp_path / "tag", given)
+    convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / name, dtype=dtype)
+    loaded = read_export(tmp_path / name)
+    narrow = {None: torch.float32, "bf16": torch.bfloat16}.get(dtype, torch.float16)
+    for key, (role, tensor) in given.items():
+        if role != "buffer" and not (key == "double" and dtype is None):
+            tensor = tensor.to(narrow)
+        assert loaded[key].dtype == tensor.dtype
+        assert torch.equal(loaded[key], tensor)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors", "folder"])
+def test_parameters_that_are_too_large_for_fp16_are_named(tmp_path: Path, name: str) -> None:
+    inf, nan = float("inf"), float("nan")
+    given: dict[str, tuple[Role, torch.Tensor]] = {
+        "large": ("parameter", torch.tensor([nan, 1.0, -70000.0])),
+        "infinite": ("parameter", torch.tensor([inf, nan])),
+        "small": ("parameter", torch.tensor([65504.0, 1e-12])),
+        "buffer": ("buffer", torch.tensor([1e30])),
+    }
+    save_tensors(tmp_path / "tag", given)
+    size = "1GB" if name == "folder" else None
+    with pytest.warns(UserWarning, match=r"too large for float16: large\. ") as warned:
+        convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / name, dtype="fp16", max_shard_size=size)
+    assert len(warned) == 1
+
+
+def test_what_goes_together(save_dir: Path, tmp_path: Path) -> None:
+    for options, message in (
+        ({"dtype": "int8"}, "not a dtype"),
+        ({"dtype": "bf16", "with_optimizer": True}, "leave dtype"),
+        ({"max_shard_size": "1GB", "with_optimizer": True}, r"into one \.ckpt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert_zero_checkpoint_to_fp32_state_dict(save_dir, tmp_path / "out", **options)  # type: ignore[arg-type]
+    weights = save_tensors(tmp_path / "weights", {"w": ("given", torch.ones(2))})
+    with pytest.raises(CheckpointMismatchError, match="weights alone"):
+        convert_zero_checkpoint_to_fp32_state_dict(weights, tmp_path / "out", with_optimizer=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_with_the_optimizer_it_is_what_torch_saves(save_dir: Path, sample: Sample, tmp_path: Path) -> None:
+    written: list[int] = []
+    convert_zero_checkpoint_to_fp32_state_dict(
+        save_dir, tmp_path / "m.ckpt", with_optimizer=True, progress=written.append
+    )
+    assert sum(written) == exported_bytes(Checkpoint(save_dir / "tag"), Wanted(with_optimizer=True))
+    loaded = torch.load(tmp_path / "m.ckpt", weights_only=True)
+    assert_same(loaded["state_dict"], sample)
+    (optimizer,) = loaded["optimizer_states"]
+    assert optimizer["param_groups"] == [{"lr": 0.1, "params": list(range(len(sample.shapes)))}]
+    for index, (name, moment) in enumerate(sample.moments.items()):
+        if moment.numel():
+            state = optimizer["state"][index]
+            assert torch.equal(state["exp_avg"], moment), name
+            assert torch.equal(state["factors"], torch.arange(3.0))
+            assert state["step"] == sample.step
+            assert state["bound"] == float("inf")
+    with zipfile.ZipFile(tmp_path / "m.ckpt") as archive:
+        assert archive.testzip() is None
+
+
+def test_a_submodule_under_the_names_that_it_has_by_itself(save_dir: Path, sample: Sample, tmp_path: Path) -> None:
+    convert_zero_checkpoint_to_fp32_state_dict(save_dir, tmp_path / "m.safetensors", submodule="head")
+    loaded = load_file(tmp_path / "m.safetensors")
+    assert loaded.keys() == {"weight"}
+    assert torch.equal(loaded["weight"], sample.state_dict["head.weight"])
+    with pytest.raises(CheckpointMismatchError, match=r"no submodule 'net'.*'embed'"):
+        convert_zero_checkpoint_to_fp32_state_dict(save_dir, tmp_path / "m.safetensors", submodule="net")
+
+
+@pytest.mark.parametrize("size", ["100MB", "60KB"])
+def test_transformers_loads_the_folder(tmp_path: Path, size: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=97, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    model = transformers.GPT2LMHeadModel(config)
+    sample = Sample(world_size=2, shapes={f"model.{name}": tuple(p.shape) for name, p in model.named_parameters()})
+    tied = {"model.lm_head.weight": "model.transformer.wte.weight"}
+    sample.save(tmp_path / "tag", aliases=tied)
+    for _ in range(2):  # the second replaces the first, and leaves the configuration where it is
+        convert_zero_checkpoint_to_fp32_state_dict(
+            tmp_path, tmp_path / "hf", max_shard_size=size, submodule="model", exclude_frozen_parameters=True
+        )
+        config.save_pretrained(tmp_path / "hf")
+    loaded, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(report.values()), report
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, sample.masters[f"model.{name}"])
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Of a process of its own, as the kernel counts it."""
+    save_tensors(tmp_path / "tag", {f"w{n}": ("parameter", torch.full((8 << 20,), float(n))) for n in range(5)})
+    script = (
+        "import sys, torch\n"
+        "peak = lambda: next(int(line.split()[1]) for line in open('/proc/self/status') if 'VmHWM' in line) / 1024\n"
+        "base = peak()\n"
+        "from lightning_zero.checkpoint.export import convert_zero_checkpoint_to_fp32_state_dict as convert\n"
+        "for name in ('m.ckpt', 'm.safetensors'):\n"
+        "    convert(sys.argv[1], sys.argv[1] + '/' + name)\n"
+        "print(peak() - base)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, stdout=subprocess.PIPE, text=True)
+    assert float(done.stdout) < 200
+    loaded = torch.load(tmp_path / "m.ckpt", mmap=True, weights_only=True)["state_dict"]
+    assert all(bool((loaded[f"w{n}"] == n).all()) for n in range(5))
 
 
 def test_sizes_are_read_as_people_write_them() -> None:

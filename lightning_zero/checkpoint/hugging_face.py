@@ -1,0 +1,90 @@
+"""Files that any reader of safetensors opens, and the folder of them that `transformers.from_pretrained` loads.
+
+Safetensors has no ties: each tensor is stored once, under its first name, as `safetensors.torch.save_model` does it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_zero.checkpoint.read_ahead import Overflows, read_ahead
+from lightning_zero.checkpoint.storage import create_file
+from lightning_zero.checkpoint.tensors import CODES, LazyTensor
+from lightning_zero.errors import UnsupportedModelError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_HEADER_ALIGNMENT = 64
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, LazyTensor], progress: Callable[[int], None], overflows: Overflows
+) -> None:
+    """Write one file, which is durable when this returns.
+
+    Raises:
+        UnsupportedModelError: the format has no name for a tensor's dtype.
+    """
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # The widest elements first: then each tensor is aligned to its elements
+    ordered = sorted(_untie(tensors).items(), key=lambda item: -item[1].dtype.itemsize)
+    offset = 0
+    for name, tensor in ordered:
+        if tensor.dtype not in CODES or tensor.dtype == torch.complex128:
+            raise UnsupportedModelError(
+                f"{name!r} is {tensor.dtype}, which a .safetensors can't hold; export to a .ckpt"
+            )
+        table[name] = {
+            "dtype": CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset := offset + tensor.nbytes],
+        }
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _HEADER_ALIGNMENT)
+    with create_file(path, 8 + len(text) + offset) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, chunk in read_ahead([tensor for _, tensor in ordered], overflows=overflows):
+            file.write(chunk)
+            progress(len(chunk))
+
+
+def write_folder(
+    folder: Path,
+    tensors: Mapping[str, LazyTensor],
+    max_shard_bytes: int,
+    progress: Callable[[int], None],
+    overflows: Overflows,
+) -> None:
+    """Write `model.safetensors`, or numbered files with an index that says where each tensor is."""
+    shards: list[dict[str, LazyTensor]] = [{}]
+    filled = 0
+    for name, tensor in _untie(tensors).items():
+        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    if len(shards) == 1:
+        write_safetensors(folder / WEIGHTS, shards[0], progress, overflows)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file_name, shard, progress, overflows)
+        weight_map |= dict.fromkeys(shard, file_name)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode() + b"\n"
+    with create_file(folder / INDEX, len(index)) as file:
+        file.write(index)
+
+
+def _untie(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in first.values()}

@@ -1,0 +1,259 @@
+"""Files of the model through Lightning: what DDP resumes from, and what is written while training goes on."""
+
+import os
+import threading
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+
+from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroStrategy, convert_zero_checkpoint_to_fp32_state_dict
+from lightning_zero.checkpoint.storage import locate
+from lightning_zero.plugin import callbacks
+from tests.launch import distributed, run_ranks
+from tests.models import Data, Model, quiet_trainer
+
+# ------------------------------------------------------------------------------------- the training checkpoint
+
+
+class WithSGD(Model):
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05, momentum=0.9, nesterov=True)
+
+
+class WithAdafactor(Model):
+    """Its states are no flat slices: row and column factors."""
+
+    def configure_optimizers(self):
+        return torch.optim.Adafactor([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
+class WithTwo(Model):
+    """Two optimizers and a scheduler, by hand; one of them begins late, and has no state at first."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        first, second = self.optimizers()
+        first.zero_grad()
+        second.zero_grad()
+        self.manual_backward(loss)
+        first.step()
+        if batch_idx > 6:
+            second.step()
+        self.lr_schedulers().step()
+
+    def configure_optimizers(self):
+        first = torch.optim.AdamW(self.into.parameters(), lr=1e-2, amsgrad=True)
+        second = torch.optim.RMSprop([*self.norm.parameters(), *self.out.parameters()], lr=1e-3, momentum=0.5)
+        return [first, second], [torch.optim.lr_scheduler.StepLR(first, 3)]
+
+
+def fit_from(make, strategy, ckpt_path=None, *, world_size, sampler="own", callbacks=(), **options):
+    seed_everything(3, verbose=False)
+    model = make(dropout=0.0)
+    trainer = quiet_trainer(strategy, world_size=world_size, callbacks=list(callbacks), **options)
+    trainer.fit(model, datamodule=Data(sampler), ckpt_path=ckpt_path)
+    return model, trainer
+
+
+def zero_and_then_ddp(directory, make, world_size, where, sampler):
+    """Train with ZeRO, export on the way, and go on with either; a rank's losses and weights of both."""
+    options = {"world_size": world_size, "max_epochs": 2, "sampler": sampler}
+    every = {"every_n_epochs": 1} if where == "epoch" else {"every_n_train_steps": where}
+    zero, trainer = fit_from(
+        make, ZeroStrategy(), callbacks=[ZeroCheckpoint(directory, save_top_k=-1, **every)], **options
+    )
+    tag = sorted(directory.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)[0]
+    if trainer.global_rank == 0:
+        convert_zero_checkpoint_to_fp32_state_dict(tag, directory / "whole.ckpt", with_optimizer=True)
+    trainer.strategy.barrier()
+    ddp, _ = fit_from(make, "ddp", directory / "whole.ckpt", **options)
+    return zero.losses, ddp.losses, dict(zero.state_dict()), dict(ddp.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("make", "world_size", "where", "sampler"),
+    [
+        (Model, 1, 5, "own"),
+        (Model, 1, 16, "own"),  # an epoch's last batch
+        (Model, 2, "epoch", "own"),
+        (Model, 2, 5, "injected, in order"),
+        (WithSGD, 1, "epoch", "own"),
+        (WithAdafactor, 1, 5, "own"),
+        (WithTwo, 1, 5, "own"),
+    ],
+)
+def test_ddp_resumes_exactly_from_an_export_with_the_optimizer(tmp_path, make, world_size, where, sampler):
+    for zero, ddp, expected, got in run_ranks(
+        zero_and_then_ddp, world_size, tmp_path, make, world_size, where, sampler, process_group=False
+    ):
+        assert 0 < len(ddp) < len(zero)
+        assert ddp == zero[-len(ddp) :]
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@distributed(world_size=1, process_group=False)
+def test_ddp_takes_its_states_in_bf16_from_fp32(tmp_path):
+    options = {
+        "world_size": 1,
+        "precision": "bf16-true",
+        "callbacks": [ZeroCheckpoint(tmp_path, every_n_train_steps=3)],
+    }
+    fit_from(Model, ZeroStrategy(), max_steps=3, **options)
+    convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "whole.ckpt", with_optimizer=True)
+    saved = torch.load(tmp_path / "whole.ckpt", weights_only=True)
+
+    class Look(Callback):
+        def on_train_start(self, trainer, module):
+            (optimizer,) = trainer.optimizers
+            for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                state = saved["optimizer_states"][0]["state"][index]
+                assert state["exp_avg"].dtype == torch.float32
+                assert torch.equal(optimizer.state[parameter]["exp_avg"], state["exp_avg"].bfloat16())
+            for name, value in module.state_dict().items():
+                assert torch.equal(value, saved["state_dict"][name].to(value.dtype))
+
+    options["callbacks"] = [Look()]
+    _, trainer = fit_from(Model, "ddp", tmp_path / "whole.ckpt", max_steps=5, **options)
+    assert trainer.global_step == 5
+
+
+# ------------------------------------------------------------------------------------------------- while fitting
+
+
+class Masters(Callback):
+    """The whole fp32 parameters after each step."""
+
+    def __init__(self):
+        self.after = {}
+
+    def on_train_batch_end(self, trainer, module, *args):
+        full = {n: trainer.strategy.full_state(p) for n, p in module.named_parameters() if p.requires_grad}
+        self.after[trainer.global_step] = {name: state["param"].clone() for name, state in full.items()}
+
+
+class Release(Callback):
+    """Lets the exports go on when training has ended, and not before: nobody can have waited for one."""
+
+    def __init__(self):
+        self.event = threading.Event()
+        self.held = []
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.global_step == 7:
+            trainer.strategy._join_save()
+            self.tags = sorted(p.name for p in trainer.checkpoint_callback_directory.iterdir() if p.suffix == ".ckpt")
+            self.event.set()
+
+    def export(self, *args, **options):
+        assert self.event.wait(60)
+        return EXPORT(*args, **options)
+
+
+EXPORT = callbacks.export
+
+
+def fit_and_export_behind(directory, async_save):
+    masters, release = Masters(), Release()
+    checkpoint = ZeroCheckpoint(directory / "ckpts", every_n_train_steps=1, keep_last=1, async_save=async_save)
+    export = Fp32Export(directory / "model-{step:02d}-{epoch}.ckpt", every_n_checkpoints=2)
+    small = Fp32Export(directory / "small.safetensors", every_n_checkpoints=3, dtype="bf16")
+    callbacks.export = release.export
+    seed_everything(3, verbose=False)
+    trainer = quiet_trainer(
+        world_size=2, max_steps=7, precision="bf16-true", callbacks=[masters, release, export, small, checkpoint]
+    )
+    trainer.checkpoint_callback_directory = directory / "ckpts"
+    model = Model()
+    trainer.fit(model, datamodule=Data())
+    return masters.after, release.tags, dict(model.state_dict())
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_rank_zero_exports_what_was_committed_while_all_train_and_retention_removes_it(tmp_path, async_save):
+    after, tags, weights = run_ranks(fit_and_export_behind, 2, tmp_path, async_save, process_group=False)[0]
+    assert tags == ["step=6.ckpt"]  # the last step is done, and nothing has been exported yet but from second names
+    exports = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+    assert exports == ["model-02-0.ckpt", "model-04-0.ckpt", "model-06-0.ckpt", "model-07-1.ckpt", "small.safetensors"]
+    for step in (2, 4, 6, 7):
+        (path,) = tmp_path.glob(f"model-0{step}-*")
+        exported = torch.load(path, weights_only=True)
+        assert exported["global_step"] == step
+        assert exported["hyper_parameters"]["width"] == 24
+        for name, master in after[step].items():
+            assert torch.equal(exported["state_dict"][name], master)
+    from safetensors.torch import load_file
+
+    small = load_file(tmp_path / "small.safetensors")
+    assert small.keys() == weights.keys() - {"tied.weight"}
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in small.items())
+    assert sorted(path.name for path in (tmp_path / "ckpts").iterdir()) == ["latest", "step=7.ckpt"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def fit_with_a_failing_export(directory):
+    export = Fp32Export(directory / "at{step}" / "model.safetensors", every_n_checkpoints=1)
+    checkpoint = ZeroCheckpoint(directory / "ckpts", every_n_train_steps=2)
+    model, trainer = Model(), quiet_trainer(world_size=2, max_steps=5, callbacks=[export, checkpoint])
+    with pytest.raises(OSError, match="at2"):
+        trainer.fit(model, datamodule=Data())
+    return trainer.global_step
+
+
+def test_an_export_that_fails_on_the_way_fails_the_fit_at_its_end_on_all_ranks(tmp_path):
+    (tmp_path / "at2").touch()
+    assert run_ranks(fit_with_a_failing_export, 2, tmp_path, process_group=False) == [5, 5]
+    assert (tmp_path / "at4" / "model.safetensors").exists()
+    assert (tmp_path / "at5" / "model.safetensors").exists()
+    assert sorted(path.name for path in (tmp_path / "ckpts").iterdir()) == ["latest", "step=4.ckpt"]
+
+
+class Change(Callback):
+    """What a callback does to the weights at the very end."""
+
+    def on_train_end(self, trainer, module):
+        with torch.no_grad():
+            module.into.weight.data.fill_(7)
+
+
+def fit_and_count_saves(directory, changed):
+    saves = []
+
+    class Counting(ZeroStrategy):
+        def _save(self, checkpoint, path, *args, **options):
+            saves.append(locate(path).name)
+            super()._save(checkpoint, path, *args, **options)
+
+    checkpoint = ZeroCheckpoint(directory / "ckpts", every_n_train_steps=4)
+    more = [Change()] if changed else []
+    exports = [Fp32Export(directory / "model.ckpt"), Fp32Export(directory / "model.safetensors")]
+    model = Model()
+    trainer = quiet_trainer(Counting(), world_size=2, max_steps=4, callbacks=[*more, *exports, checkpoint])
+    trainer.fit(model, datamodule=Data())
+    return saves, dict(model.state_dict())
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_last_checkpoint_is_converted_if_it_holds_the_model_as_it_is(tmp_path, changed):
+    saves, weights = run_ranks(fit_and_count_saves, 2, tmp_path, changed, process_group=False)[0]
+    assert saves == ["step=4.ckpt", *([".weights"] * 2 if changed else [])]
+    exported = torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
+    assert exported.keys() == weights.keys()
+    assert all(torch.equal(exported[name], weights[name]) for name in weights)
+    assert bool((exported["into.weight"] == 7).all()) == changed
+    assert sorted(os.listdir(tmp_path)) == ["ckpts", "model.ckpt", "model.safetensors"]
+
+
+def test_what_an_export_is_told_has_a_meaning(tmp_path):
+    for path, options in (
+        ("model.bin", {}),
+        ("model-{loss}.ckpt", {}),
+        ("model-{}.ckpt", {}),
+        ("model.ckpt", {"every_n_checkpoints": 0}),
+        ("model.ckpt", {"dtype": "int8"}),
+    ):
+        with pytest.raises(ValueError, match=r"model|at least 1|dtype"):
+            Fp32Export(tmp_path / path, **options)
