@@ -231,7 +231,7 @@ class ZeroCheckpointIO(TorchCheckpointIO):
         return LoadedCheckpoint(source.lightning_checkpoint(weights_only=weights_only is not False), source)
 
     @contextmanager
-    def loading_verified(self, manifest: Manifest | None) -> Iterator[None]:
+    def loading_verified(self, manifest: Manifest) -> Iterator[None]:
         """What is loaded within has been looked at, as deep as `verify` says; here is its manifest."""
         self._verified = manifest
         try:

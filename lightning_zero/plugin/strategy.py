@@ -10,7 +10,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -40,9 +40,8 @@ from typing_extensions import override
 
 from lightning_zero.checkpoint.commit import validate_tag
 from lightning_zero.checkpoint.content import RankContent, SharedContent
-from lightning_zero.checkpoint.integrity import Depth, find_problems, problems_as_error, read_manifest
-from lightning_zero.checkpoint.load import Checkpoint, is_checkpoint, is_tag, resolve
-from lightning_zero.checkpoint.manifest import Manifest
+from lightning_zero.checkpoint.integrity import Depth
+from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.nodes import Place
 from lightning_zero.checkpoint.plan import TagValidation
 from lightning_zero.checkpoint.save import holds_model
@@ -58,6 +57,7 @@ from lightning_zero.errors import (
 )
 from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown
 from lightning_zero.plugin.checkpoint_io import PREPARED, LoadedCheckpoint, PreparedSave, ZeroCheckpointIO
+from lightning_zero.plugin.choice import Choice, choose
 from lightning_zero.plugin.contents import contents
 from lightning_zero.plugin.loader_state import (
     make_resumable,
@@ -167,7 +167,6 @@ class ZeroStrategy(DDPStrategy):
         self._last_saved: Location | None = None
         self._met = False
         self._reserve_due = False
-        self._manifest: Manifest | None = None
         self._partition: Partition | None = None
         self._ranks = Ranks(timeout)
         self._resume: Resume | None = None
@@ -642,7 +641,8 @@ class ZeroStrategy(DDPStrategy):
     def _log_saves(self) -> None:
         trainer = self._trainer_if_any
         for report in self._own_io.take_reports() if self._own_io is not None else ():
-            if self.is_global_zero and trainer is not None:
+            passing = report.path.name.startswith(".")  # an export's, or `lr_find`'s
+            if self.is_global_zero and trainer is not None and not passing:
                 self._telemetry.log(report, trainer.loggers)
 
     @override
@@ -759,19 +759,18 @@ class ZeroStrategy(DDPStrategy):
         """
         module = self._trainer.lightning_module
         self._join_save()
-        path = self._choose(load_dir, tag)
-        if path is None:
+        choice = self._choose(load_dir, tag)
+        if choice is None:
             rank_zero_warn(f"there is no checkpoint in {load_dir}: nothing is loaded")
             return None, {}
 
         def load() -> dict[str, Any]:
-            with self._verified():
-                checkpoint = self._sharded_io.load_checkpoint(path, weights_only=weights_only)
+            checkpoint = self._load_chosen(self._sharded_io, choice, weights_only)
             state_dict = checkpoint["state_dict"]
             if custom_load_fn is not None:
                 custom_load_fn(state_dict, module)
             else:
-                _load_module(module, state_dict, path, strict=load_module_strict)
+                _load_module(module, state_dict, choice.path, strict=load_module_strict)
             self._partitioned.load_masters(state_dict)
             if load_optimizer_states and not load_module_only:
                 self._load_optimizer_states(checkpoint)
@@ -781,7 +780,7 @@ class ZeroStrategy(DDPStrategy):
             client_state: dict[str, Any] = checkpoint.get(_CLIENT_STATE, {})
             return client_state
 
-        return path, self._ranks.all_or_none(load)
+        return choice.path, self._ranks.all_or_none(load)
 
     def export(
         self, checkpoint: Mapping[str, Any], path: Path, write: Callable[[Checkpoint, dict[str, Any]], object]
@@ -835,11 +834,12 @@ class ZeroStrategy(DDPStrategy):
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint directory, or a plain file; every rank the one that rank 0 has chosen."""
         self._join_save()
-        path = self._choose(checkpoint_path, required=True) or os.fspath(checkpoint_path)
+        choice = self._choose(checkpoint_path, required=True)
 
         def load() -> dict[str, Any]:
-            with self._verified():
-                return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+            if choice is None:
+                return self.checkpoint_io.load_checkpoint(os.fspath(checkpoint_path), weights_only=weights_only)
+            return self._load_chosen(self.checkpoint_io, choice, weights_only)
 
         checkpoint = self._ranks.all_or_none(load)
         if isinstance(checkpoint, LoadedCheckpoint) and self.lightning_module is not None:
@@ -856,56 +856,18 @@ class ZeroStrategy(DDPStrategy):
             self._resume = resume if fitting else None
         return checkpoint
 
-    def _choose(self, path: _PATH, tag: str | None = None, *, required: bool = False) -> str | None:
-        """The tag's directory that all ranks load, as sound as the CheckpointIO wants it. Called on every rank.
-
-        Rank 0 chooses, and all ranks look, each at a part of it. Where `latest` decides, a tag that isn't sound is
-        passed over.
-
-        Args:
-            path: the save directory, or a tag's.
-            tag: of the save directory.
-            required: a directory without a checkpoint is an error; else there is None.
-        """
-        rejected: dict[str, str] = {}
-
-        def choose() -> tuple[str, bool] | None:
-            if tag is None and not is_checkpoint(path) and not (required and locate(path).is_dir()):
-                return None
-            found = resolve(path, tag, verify=None, rejected=rejected)
-            return str(found), tag is None and not is_tag(path)
-
-        while (choice := self._ranks.decided_by_first(choose)) is not None:
-            chosen, by_latest = choice
-            directory = locate(chosen)
-            seen = self._ranks.everyones(partial(self._look, directory))
-            problems = [problem for _, problem in seen if problem]
-            if not problems and len({save_id for save_id, _ in seen}) > 1:
-                problems = [f"the ranks see checkpoints of different saves in {directory}"]
-            if not problems:
-                return chosen
-            if not by_latest:
-                raise problems_as_error(directory, problems, self._verify)
-            rejected[directory.name] = "; ".join(problems)
-        return None
-
-    def _verified(self) -> AbstractContextManager[None]:
-        """All ranks have looked at what is loaded within: none has to look at all of it."""
-        manifest, self._manifest = self._manifest, None
-        return self._own_io.loading_verified(manifest) if self._own_io is not None else nullcontext()
-
-    def _look(self, directory: Location) -> list[tuple[str, str]]:
-        """Which save this rank sees, and what is wrong with its part of the files."""
+    def _choose(self, path: _PATH, tag: str | None = None, *, required: bool = False) -> Choice | None:
         where, share = f"rank {self._ranks.rank}", (self._ranks.rank, self._ranks.count)
         if self._node_local:
             where += f" on {socket.gethostname()}, which needs the directory whole (another node has it)"
             share = self.local_rank, self.num_processes
-        try:
-            self._manifest = manifest = read_manifest(directory)
-            found = [str(problem) for problem in find_problems(directory, manifest, self._verify, share=share)]
-        except ZeroError as error:
-            return [("", f"{where}: {error}")]
-        return [(manifest.save_id, ""), *((manifest.save_id, f"{where}: {problem}") for problem in found)]
+        return choose(self._ranks, path, tag, verify=self._verify, share=share, where=where, required=required)
+
+    def _load_chosen(self, io: CheckpointIO, choice: Choice, weights_only: bool | None) -> dict[str, Any]:
+        """All ranks have looked at what is loaded: none has to look at all of it."""
+        own = self._own_io
+        with own.loading_verified(choice.manifest) if own is not None else nullcontext():
+            return io.load_checkpoint(choice.path, weights_only=weights_only)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
