@@ -512,7 +512,7 @@ class ZeroStrategy(DDPStrategy):
             if not self._interrupted:
                 raise
             warnings.warn(f"while training was interrupted: {error}", stacklevel=2)
-        self._met = True
+        self._met = self.writes_directories
 
     def _save(
         self,
@@ -835,6 +835,8 @@ class ZeroStrategy(DDPStrategy):
         """Load a checkpoint directory, or a plain file; every rank the one that rank 0 has chosen."""
         self._join_save()
         choice = self._choose(checkpoint_path, required=True)
+        if choice is not None and choice.path != str(checkpoint_path):
+            rank_zero_info(f"of {checkpoint_path}, {choice.path} is loaded")
 
         def load() -> dict[str, Any]:
             if choice is None:

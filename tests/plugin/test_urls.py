@@ -253,7 +253,9 @@ print(len(model.losses))
 def test_a_killed_run_is_resumed_from_what_latest_names(server, url):
     def run(mode):
         command = [sys.executable, "-c", SCRIPT, url, mode]
-        return subprocess.run(command, env={**os.environ, **server}, capture_output=True, text=True, timeout=120)
+        # A port that no connection to the store can be given by chance
+        environment = {**os.environ, **server, "MASTER_PORT": str(20_000 + os.getpid() % 10_000)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
     assert run("kill").returncode == -signal.SIGKILL
     done = run("resume")
