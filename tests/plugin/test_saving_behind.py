@@ -337,6 +337,7 @@ def test_weights_alone_never_take_the_place_of_what_training_resumes_from(tmp_pa
     trainer.strategy.remove_checkpoint(tmp_path / "older")
     trainer.strategy.barrier()
     assert (tmp_path / "latest").read_text() == "full"
+    trainer.strategy.barrier()
     if trainer.is_global_zero:
         (tmp_path / "latest").unlink()
         with pytest.warns(UserWarning, match="is missing"):
