@@ -28,7 +28,7 @@ of which `latest` names nothing:
 | replacing `latest` again | the same | the tag |
 | removing `<tag>.replaced-…` and `.trash-…` | the tag, new | the tag |
 
-A crash in between leaves `<tag>.replaced-…`: a checkpoint like any other, which `remove_tag` removes.
+A crash in between leaves `<tag>.replaced-…`: a checkpoint like any other, until the tag is saved again.
 
 [Note: what is stale]
 A save locks its staging directory (flock) for as long as it runs; the kernel lets go when the process dies, however
@@ -43,6 +43,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import time
@@ -247,6 +248,7 @@ def commit(
             _replace_without_exchange(staging, save_dir, tag, fsync)
     if update_latest:
         write_latest(save_dir, tag, fsync=fsync)
+        _remove_replaced(save_dir, tag)
     _remove(staging)
 
 
@@ -281,6 +283,13 @@ def _replace_without_exchange(staging: Path, save_dir: Path, tag: str, fsync: bo
         write_latest(save_dir, tag, fsync=fsync)
     remove_tag(save_dir, second)
     _remove(trash)
+
+
+def _remove_replaced(save_dir: Path, tag: str) -> None:
+    """Remove the copies of a replaced tag that killed saves have left, now that `latest` names the new one."""
+    for name in names_in(save_dir):
+        if re.fullmatch(r"\.replaced-[0-9a-f]{8}", name.removeprefix(tag)):
+            remove_tag(save_dir, name)
 
 
 def _copy_by_links(source: Path, copy: Path, fsync: bool) -> None:

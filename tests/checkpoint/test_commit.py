@@ -179,6 +179,14 @@ def test_pruning_keeps_the_newest_the_protected_the_linked_and_the_latest(tmp_pa
         commit.prune(tmp_path, 0)
 
 
+def test_copies_that_killed_replacements_left_go_when_the_tag_is_saved_again(tmp_path: Path) -> None:
+    for name in ("tag", "tag.replaced-0123abcd", "tag.replaced-mine", "other.replaced-0123abcd"):
+        Sample(step=1).save(tmp_path / name)
+    Sample(step=2).save(tmp_path / "tag")
+    assert sorted(os.listdir(tmp_path)) == ["latest", "other.replaced-0123abcd", "tag", "tag.replaced-mine"]
+    assert commit.read_latest(tmp_path) == "tag"
+
+
 def test_after_going_back_the_newer_checkpoints_are_those_of_the_new_run(tmp_path: Path) -> None:
     for step, run in ((2, "a"), (4, "a"), (6, "a"), (3, "b"), (4, "b")):
         Sample(step=step).save(tmp_path / f"{run}{step}")
