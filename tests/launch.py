@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import queue
+import random
 import socket
 import time
 import traceback
@@ -24,9 +25,27 @@ TIMEOUT_SECONDS = 120
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below the range from which the kernel takes ports for connections."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("there is no free port")
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun would tell a rank, all of them on this machine."""
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+    }
 
 
 def distributed(world_size: int, *, process_group: bool = True) -> Callable[..., Any]:
@@ -108,14 +127,7 @@ def _run_rank(
     import torch
     import torch.distributed as dist
 
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": str(world_size),
-    }
+    os.environ |= rank_environment(rank, world_size, port)
     torch.set_num_threads(1)
     try:
         body: Any = importlib.import_module(where[0])

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 
 from benchmarks.checkpoint.contestants import WORLD_SIZE, has_async_save
 from benchmarks.checkpoint.gpt import SIZES
+from tests.launch import free_port, rank_environment
 
 CONTESTANTS = (
     "zero",
@@ -45,27 +45,13 @@ TIMEOUT_SECONDS = 300
 Turn = dict[str, Any]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def run(contestant: str, directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """All ranks of one contestant: the turns as the slowest rank saw each figure."""
     command = [sys.executable, "-m", "benchmarks.checkpoint.contestants", contestant, f"--size={arguments.params}"]
     command += [f"--directory={directory}", f"--turns={arguments.turns}", f"--tokens={arguments.tokens}"]
     port, ranks = free_port(), []
     for rank in range(WORLD_SIZE):
-        env = os.environ | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "NODE_RANK": "0",
-            "WORLD_SIZE": str(WORLD_SIZE),
-            "OMP_NUM_THREADS": "1",
-        }
+        env = os.environ | rank_environment(rank, WORLD_SIZE, port) | {"OMP_NUM_THREADS": "1"}
         ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     try:
         outputs = [rank.communicate(timeout=TIMEOUT_SECONDS) for rank in ranks]

@@ -11,7 +11,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -22,6 +21,7 @@ from typing import Any
 
 from benchmarks.kills.judge import Verdict, judge
 from benchmarks.kills.training import RETENTIONS, Mode, Retention, Settings, read_journal, train
+from tests.launch import free_port, rank_environment
 
 FIRST_SAVE_SECONDS = 60
 SURVIVOR_SECONDS = 5
@@ -191,7 +191,7 @@ def _end_in_order(chain: _Chain, run: int, chooser: random.Random) -> list[str]:
 
 
 def _start(settings: Settings) -> list[Any]:
-    port = _free_port()
+    port = free_port()
     ranks = [
         _context.Process(target=_run_rank, args=(settings, rank, port), daemon=True)
         for rank in range(settings.world_size)
@@ -207,32 +207,13 @@ def _end(ranks: Sequence[Any]) -> None:
         rank.join()
 
 
-def _free_port() -> int:
-    """Below the range from which the kernel takes ports for connections."""
-    for port in random.SystemRandom().sample(range(20000, 32000), 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise OSError("there is no free port")
-
-
 def _run_rank(settings: Settings, rank: int, port: int) -> None:
     import torch
 
     output = os.open(settings.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": str(settings.world_size),
-    }
+    os.environ |= rank_environment(rank, settings.world_size, port)
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR1, all_threads=False)  # says where a rank is that doesn't end
     try:

@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.launch import rank_environment
+
 CONTESTANTS = {
     "DDP": "ddp",
     "DDP + ZeroRedundancyOptimizer": "zero_redundancy",
@@ -104,15 +106,7 @@ def run(strategy: str, port: int, arguments: argparse.Namespace) -> dict:
     command += [f"--steps={arguments.steps}", f"--width={arguments.width}", f"--layers={arguments.layers}"]
     ranks = []
     for rank in range(WORLD_SIZE):
-        env = os.environ | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "NODE_RANK": "0",
-            "WORLD_SIZE": str(WORLD_SIZE),
-            "OMP_NUM_THREADS": "1",
-        }
+        env = os.environ | rank_environment(rank, WORLD_SIZE, port) | {"OMP_NUM_THREADS": "1"}
         ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     outputs = [rank.communicate() for rank in ranks]
     if any(rank.returncode for rank in ranks):

@@ -29,7 +29,7 @@ class _Committed:
     written_bytes: int
     stall_seconds: float
     rank_seconds: tuple[float, ...]
-    manifest: str | None = None
+    manifest: bytes | None = None
 
 
 def finish(
@@ -90,9 +90,9 @@ def _commit(
     plan: Plan, reports: Sequence[Written], shared: SharedContent | None, update_latest: bool, fsync: bool
 ) -> _Committed:
     """On storage that all ranks share: rank 0 does it alone."""
-    manifest = _manifest(plan, reports, shared)
+    manifest, content = _manifest(plan, reports, shared)
     _require_files(plan, manifest, range(plan.world_size))
-    content = _write_manifest(plan, manifest, fsync)
+    _write_manifest(plan, content, fsync)
     commit.commit(
         plan.staging,
         plan.directory.parent,
@@ -108,16 +108,15 @@ def _prepare_manifest(
     plan: Plan, reports: Sequence[Written], shared: SharedContent | None, update_latest: bool, fsync: bool
 ) -> _Committed:
     """Where each node has its own disk: what rank 0 tells all others, before any of them commits."""
-    manifest = _manifest(plan, reports, shared)
-    text = manifest.to_json()
-    return replace(_committed(reports, manifest.nbytes + len(text), len(text)), manifest=text)
+    manifest, content = _manifest(plan, reports, shared)
+    return replace(_committed(reports, manifest.nbytes + len(content), len(content)), manifest=content)
 
 
 def _commit_on_all_nodes(
-    plan: Plan, committed: _Committed, text: str, update_latest: bool, fsync: bool
+    plan: Plan, committed: _Committed, content: bytes, update_latest: bool, fsync: bool
 ) -> _Committed | Failure:
     """See [Note: a checkpoint on every node]."""
-    manifest = Manifest.from_json(text, MANIFEST_NAME)
+    manifest = Manifest.from_json(content.decode(), MANIFEST_NAME)
     group = plan.group
     assert group is not None
     own_node = [rank for rank, node in enumerate(plan.nodes) if node == plan.nodes[plan.rank]]
@@ -140,7 +139,7 @@ def _commit_on_all_nodes(
     def write_manifest() -> None:
         if plan.staged is not None:
             _require_files(plan, manifest, own_node)
-            _write_manifest(plan, manifest, fsync)
+            _write_manifest(plan, content, fsync)
 
     def rename() -> None:
         if plan.staged is not None:
@@ -160,7 +159,8 @@ def _commit_on_all_nodes(
     return committed
 
 
-def _manifest(plan: Plan, reports: Sequence[Written], shared: SharedContent | None) -> Manifest:
+def _manifest(plan: Plan, reports: Sequence[Written], shared: SharedContent | None) -> tuple[Manifest, bytes]:
+    """The manifest, and the bytes of its file."""
     trainer = reports[0].trainer
     if shared is None or trainer is None:
         raise ValueError("rank 0 has to say what the ranks share")
@@ -181,8 +181,9 @@ def _manifest(plan: Plan, reports: Sequence[Written], shared: SharedContent | No
         ),
         trainer=trainer,
     )
-    Manifest.from_json(manifest.to_json(), MANIFEST_NAME)  # what can't be loaded must not be committed
-    return manifest
+    text = manifest.to_json()
+    Manifest.from_json(text, MANIFEST_NAME)  # what can't be loaded must not be committed
+    return manifest, text.encode()
 
 
 def _require_files(plan: Plan, manifest: Manifest, ranks: Container[int]) -> None:
@@ -197,12 +198,10 @@ def _require_files(plan: Plan, manifest: Manifest, ranks: Container[int]) -> Non
             )
 
 
-def _write_manifest(plan: Plan, manifest: Manifest, fsync: bool) -> bytes:
-    content = manifest.to_json().encode()
+def _write_manifest(plan: Plan, content: bytes, fsync: bool) -> None:
     # IMPORTANT: the manifest comes after every file that it lists is durable
     with create_file(plan.staging / MANIFEST_NAME, len(content), fsync=fsync) as new:
         new.write(content)
-    return content
 
 
 def _committed(reports: Sequence[Written], nbytes: int, manifest_nbytes: int) -> _Committed:

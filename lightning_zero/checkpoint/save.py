@@ -11,7 +11,7 @@ import io
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from lightning_zero.checkpoint.content import RankContent, SharedContent, Tensor
 from lightning_zero.checkpoint.failures import Failure, attempt
 from lightning_zero.checkpoint.finish import finish
 from lightning_zero.checkpoint.integrity import read_manifest
-from lightning_zero.checkpoint.manifest import TRAINER_NAME, FileEntry, Manifest, StoredValue, TrainerFile
+from lightning_zero.checkpoint.manifest import TRAINER_NAME, FileEntry, Manifest, StoredTensor, StoredValue, TrainerFile
 from lightning_zero.checkpoint.nodes import Place
 from lightning_zero.checkpoint.plan import Plan, TagValidation, agree
 from lightning_zero.checkpoint.report import MOST_LINKS, SaveReport, StoredFile, Written
@@ -72,8 +72,7 @@ def save_checkpoint(
 
     Args and errors are those of `begin_save` and of what it returns.
     """
-    report = begin_save(directory, content, shared, group=group, **options)()
-    return replace(report, stall_seconds=report.seconds)
+    return begin_save(directory, content, shared, group=group, **options)()
 
 
 def begin_save(
@@ -125,7 +124,8 @@ def begin_save(
             snapshot.wait()
         written = write(plan, prepared, fsync=fsync, direct=snapshot is not None)
         then = plan if snapshot is None else replace(plan, group=group_behind)
-        return finish(then, written, shared, update_latest=update_latest, fsync=fsync)
+        report = finish(then, written, shared, update_latest=update_latest, fsync=fsync)
+        return report if snapshot is not None else replace(report, stall_seconds=report.seconds)
 
     return rest
 
@@ -188,12 +188,9 @@ def _link_frozen(plan: Plan, content: RankContent, before: StoredFile | None) ->
     if before is None or not content.unchanging:
         return None
     entry = before.entry
-    stored = {(tensor.name, tensor.start, tensor.stop, tensor.dtype): tensor.xxh3 for tensor in entry.tensors}
-    live = {(item.name, item.start, item.stop, code_of(item.tensor, item.name)): item for item in content.unchanging}
-    if stored.keys() != live.keys() or any(check_header(before.path, entry)):
+    if len(entry.tensors) != len(content.unchanging) or any(check_header(before.path, entry)):
         return None
-    # Not by a version counter: what is written through `.data` doesn't count
-    if any(_digest(item.tensor) != stored[key] for key, item in live.items()):
+    if not _are_stored(content.unchanging, entry.tensors):
         return None
     name = shard_name(plan.rank, plan.world_size, frozen=True, save_id=plan.id_in_names)
     if not link(before.path, plan.staging / name):
@@ -205,16 +202,19 @@ def holds_model(manifest: Manifest, rank: int, content: RankContent, shared: Sha
     """Whether a checkpoint holds this rank's part of the model, byte for byte as it is now."""
     if manifest.entries != tuple(shared.entries) or manifest.aliases != shared.aliases:
         return False
-    stored = {
-        (tensor.name, tensor.start, tensor.stop, tensor.dtype): tensor.xxh3
-        for file in manifest.files
-        for tensor in file.tensors
-        if file.rank == rank and tensor.kind == "model"
-    }
-    return all(
-        stored.get((item.name, item.start, item.stop, code_of(item.tensor, item.name))) == _digest(item.tensor)
-        for item in (*content.tensors, *content.unchanging)
-        if item.kind == "model"
+    own = [tensor for file in manifest.files if file.rank == rank for tensor in file.tensors if tensor.kind == "model"]
+    return _are_stored([item for item in (*content.tensors, *content.unchanging) if item.kind == "model"], own)
+
+
+def _are_stored(items: Iterable[TensorToSave], stored: Iterable[StoredTensor]) -> bool:
+    """Whether every tensor of the model is among the stored ones, with the same bytes.
+
+    Not by a version counter: what is written through `.data` doesn't count.
+    """
+    digests = {(tensor.name, tensor.start, tensor.stop, tensor.dtype): tensor.xxh3 for tensor in stored}
+    places = [(item, (item.name, item.start, item.stop, code_of(item.tensor, item.name))) for item in items]
+    return all(place in digests for _, place in places) and all(
+        _digest(item.tensor) == digests[place] for item, place in places
     )
 
 

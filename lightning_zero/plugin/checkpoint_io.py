@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -168,8 +167,7 @@ class ZeroCheckpointIO(TorchCheckpointIO):
         if prepared.behind:
             self._background.begin(save)
         else:
-            report = save()
-            self._reports.append(replace(report, stall_seconds=report.seconds))
+            self._reports.append(save())
 
     def is_being_saved(self, path: str | Path) -> bool:
         """Whether a save of this very path is under way behind training."""

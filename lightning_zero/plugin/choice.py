@@ -28,7 +28,7 @@ class Choice:
 
 @dataclass(slots=True)
 class _Seen:
-    """What one rank sees of a tag: which save it is, what is wrong with its part of the files, and the manifest."""
+    """What one rank sees of a tag: which save it is, and what is wrong with its part of the files."""
 
     save_id: str = ""
     problems: tuple[str, ...] = ()

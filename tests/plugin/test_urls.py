@@ -22,7 +22,7 @@ from lightning_zero.checkpoint.storage import locate
 from lightning_zero.cli import main
 from lightning_zero.errors import CheckpointNotFoundError, CheckpointWriteError, IncompleteCheckpointError
 from tests.checkpoint.sample import Sample
-from tests.launch import distributed, run_ranks
+from tests.launch import distributed, free_port, run_ranks
 from tests.models import fit
 from tests.plugin.test_checkpoints import assert_same, train
 
@@ -253,8 +253,7 @@ print(len(model.losses))
 def test_a_killed_run_is_resumed_from_what_latest_names(server, url):
     def run(mode):
         command = [sys.executable, "-c", SCRIPT, url, mode]
-        # A port that no connection to the store can be given by chance
-        environment = {**os.environ, **server, "MASTER_PORT": str(20_000 + os.getpid() % 10_000)}
+        environment = {**os.environ, **server, "MASTER_PORT": str(free_port())}  # none that a connection may be given
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
     assert run("kill").returncode == -signal.SIGKILL
