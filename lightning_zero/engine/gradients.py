@@ -27,7 +27,9 @@ take the order in which rank 0's buckets were full, so that buckets leave, and g
 whatever order the module defines its layers in.
 
 Which parameters had a gradient on *any* rank is agreed on at each flush where that is cheap or asked for
-(`find_unused_parameters`): a parameter without one on every rank must keep `None`, or AdamW would decay it.
+(`find_unused_parameters`): a parameter without one on every rank must keep `None`, or AdamW would decay it. Under
+`no_sync` nobody waits for that: till the last backward a parameter without a gradient has a *tentative* stand-in, as
+another rank may have had one.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ class GradientReducer:
         self._stage = stage
         self._reduce_dtype = reduce_dtype
         self._agree = find_unused_parameters or collectives.agreement_is_cheap
-        self._sync = True
+        self._accumulating = False
         self._pool = BufferPool()
         self._buckets: list[ParameterBucket] = []
         self._slots: dict[str, tuple[int, Slot]] = {}
@@ -85,6 +87,7 @@ class GradientReducer:
         self._order: list[int] = []
         self._order_is_learned = False
         self._norms: dict[float, dict[str, Tensor]] = {}  # of the gradients as they are
+        self._unagreed = False  # there are tentative stand-ins
         # Since the last flush:
         self._open = False
         self._queue: list[int] = []
@@ -138,11 +141,11 @@ class GradientReducer:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """At stage 1, let gradients accumulate without communication; at stage 2 they are reduced all the same."""
-        before, self._sync = self._sync, self._stage > 1
+        before, self._accumulating = self._accumulating, True
         try:
             yield
         finally:
-            self._sync = before
+            self._accumulating = before
 
     @property
     def is_distributed(self) -> bool:
@@ -151,13 +154,18 @@ class GradientReducer:
 
     @property
     def is_syncing(self) -> bool:
-        """Whether a backward's gradients are reduced when it is over: not at stage 1 under `no_sync`."""
-        return self._sync
+        """Whether gradients are to be the same on all ranks when a backward is over: not under `no_sync`."""
+        return not self._accumulating
+
+    @property
+    def _reduces(self) -> bool:
+        """Whether a backward's gradients are reduced."""
+        return self._stage > 1 or not self._accumulating
 
     # --- while backward goes on ---
 
     def _on_gradient(self, index: int, slot: Slot) -> None:
-        if not self._sync:
+        if not self._reduces:
             return
         if not self._open:
             self._begin()
@@ -219,7 +227,7 @@ class GradientReducer:
 
     def _install_stand_in(self, slot: Slot) -> None:
         stand_in = self._stand_ins[slot.name]
-        stand_in.pending, stand_in.replaces = None, False
+        stand_in.pending, stand_in.replaces, stand_in.tentative = None, False, False
         slot.parameter.grad = stand_in
 
     def _buffer(self, index: int) -> Tensor:
@@ -263,29 +271,32 @@ class GradientReducer:
 
     def flush(self) -> None:
         """A backward is over on every rank: send what it left. A collective."""
-        if self._sync and self.is_distributed and self._buckets:
-            self._flush()
+        if self._reduces and self.is_distributed and self._buckets:
+            self._flush(agree=not self._accumulating)
 
     def finish(self) -> None:
         """Return when every gradient that was accumulated so far stands in its segments. A collective."""
         if not self.is_distributed or not self._buckets:
             return
-        left = self._open or any(_local_gradient(slot) is not None for _, slot in self._slots.values())
+        left = (
+            self._open or self._unagreed or any(_local_gradient(slot) is not None for _, slot in self._slots.values())
+        )
         if self.agreed([left])[0]:
-            self._flush()
+            self._flush(agree=True)
         self._wait(keep=0)
 
     def forget_norms(self) -> None:
         """Gradients were changed past their stand-ins."""
         self._norms.clear()
 
-    def _flush(self) -> None:
+    def _flush(self, *, agree: bool) -> None:
         self.forget_norms()
         late = True
         while late:
             if not self._open:
                 self._begin()
-            self._queue += self._frozen_with_gradients()
+            if agree:
+                self._queue += self._frozen_with_gradients()
             unsent = set(self._queue[self._sent :])
             for index, slot in self._slots.values():
                 if index in unsent:
@@ -295,12 +306,32 @@ class GradientReducer:
             if not self._order_is_learned:
                 self._learn_order()
             self._open = False
-            slots = [slot for _, slot in self._slots.values()]
-            late = any(_local_gradient(slot) is not None for slot in slots)
-            *held, late = self.agreed([*(slot.parameter.grad is not None for slot in slots), late])
-            for slot, held_anywhere in zip(slots, held, strict=True):
-                if held_anywhere and slot.parameter.grad is None:
+            if not agree:
+                self._stand_in_tentatively()
+                return
+            late = self._agree_on_holders()
+
+    def _stand_in_tentatively(self) -> None:
+        """Another rank may have had a gradient where this one has none: what comes next adds to it."""
+        self._unagreed = True
+        for index in self._queue:
+            for slot in self._buckets[index].slots:
+                if slot.parameter.grad is None:
                     self._install_stand_in(slot)
+                    self._stand_ins[slot.name].tentative = True
+
+    def _agree_on_holders(self) -> bool:
+        """Let a parameter have a stand-in where any rank had a gradient; say whether anything is left to be sent."""
+        slots = [slot for _, slot in self._slots.values()]
+        late = any(_local_gradient(slot) is not None for slot in slots)
+        *held, late = self.agreed([*map(_has_gradient, slots), late])
+        for slot, held_anywhere in zip(slots, held, strict=True):
+            if not held_anywhere:
+                slot.parameter.grad = None
+            elif not _has_gradient(slot):
+                self._install_stand_in(slot)
+        self._unagreed = False
+        return late
 
     def _frozen_with_gradients(self) -> list[int]:
         """Buckets that were frozen when a gradient of theirs was not reduced yet, on any rank."""
@@ -387,6 +418,12 @@ def _is_unshared(gradient: Tensor) -> bool:
     uses = getattr(torch._C, "_storage_Use_Count", None)
     # one is the gradient's own, one the handle's that asks
     return uses is not None and not gradient.is_sparse and uses(gradient.untyped_storage()._cdata) <= 2
+
+
+def _has_gradient(slot: Slot) -> bool:
+    """Whether this rank has had a gradient of the parameter, or knows that another has."""
+    gradient = slot.parameter.grad
+    return gradient is not None and not (isinstance(gradient, PartitionedGradient) and gradient.tentative)
 
 
 def _local_gradient(slot: Slot) -> Tensor | None:

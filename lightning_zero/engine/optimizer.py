@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lightning_zero.engine.buckets import ParameterBucket, Piece
+from lightning_zero.engine.collectives import Pending
 from lightning_zero.engine.gradients import GradientReducer
 from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError
 from lightning_zero.segments import Policy
@@ -73,6 +75,11 @@ class Cut:
     policy: Policy
     reason: str
 
+
+_TURNS = 4
+"""An element-wise optimizer steps in so many turns: what one has stepped on is gathered beside the next one's step.
+
+Each turn costs a GPU some kernel launches, so they are few."""
 
 _Hook = Callable[..., Any]
 
@@ -183,7 +190,7 @@ class SegmentedOptimizer:
         """A step is under way, or was broken off: masters, states and parameters may not belong together."""
         self._pieces: dict[Parameter, tuple[ParameterBucket, Piece]] = {}
         self._active: list[ParameterBucket] = []
-        self._asks = False  # known to evaluate a closure that it is given; some never do
+        self._turns: list[list[ParameterBucket]] = []  # of the step under way
         self._users_params: list[list[Parameter]] = []
         self.buckets: list[ParameterBucket] = []
         # An optimizer that is used for a second fit goes on with the state that it has by the first one's masters.
@@ -192,6 +199,11 @@ class SegmentedOptimizer:
         self.add(buckets)
         self._user_step = optimizer.step
         self._user_add_param_group = optimizer.add_param_group
+        # A step that somebody has put in its place may count its calls, or ignore its closure; a scheduler's doesn't.
+        is_torchs_own = inspect.unwrap(self._user_step) is inspect.unwrap(type(optimizer).step)
+        self._takes_turns = reducer.is_distributed and is_torchs_own and type(optimizer) in ELEMENT_WISE
+        self._asks = is_torchs_own and type(optimizer) in (*ELEMENT_WISE, *WHOLE_PARAMETERS)
+        """It is known to evaluate a closure that it is given; some never do."""
 
         @functools.wraps(self._user_step)
         def step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -362,13 +374,24 @@ class SegmentedOptimizer:
             args, kwargs = ((evaluated, *args[1:]), kwargs) if args else ((), {**kwargs, "closure": evaluated})
         with self._on_segments():
             result = self._user_step(*args, **kwargs)
-        if closure is not None and self._asks and not asked[0]:
-            raise UnsupportedModelError(
-                f"{type(self.optimizer).__name__} evaluated its closure in earlier steps, and not in this one, which "
-                "has thus seen no gradients; let it evaluate the closure in every step, or in none"
-            )
-        self._end()
+            if closure is not None and self._asks and not asked[0]:
+                raise UnsupportedModelError(
+                    f"{type(self.optimizer).__name__} evaluated its closure in earlier steps, and not in this one, "
+                    "which has thus seen no gradients; let it evaluate the closure in every step, or in none"
+                )
+            gathering = self._take_turns()
+        self._end(gathering)
         return result
+
+    def _take_turns(self) -> list[Pending]:
+        """The first turn has been stepped on: gather it, and let the optimizer step on the others."""
+        first, *others = self._turns
+        gathering = self._publish(first)
+        for turn in others:
+            self._let_groups_hold(turn)
+            self._user_step()
+            gathering += self._publish(turn)
+        return gathering
 
     def _outside_step(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """A method of the optimizer's that works on parameters and their states, on segments. A collective."""
@@ -378,7 +401,7 @@ class SegmentedOptimizer:
             self._begin()
             with self._on_segments():
                 result = method(self.optimizer, *args, **kwargs)
-            self._end()
+            self._end(self._publish(self._active))
             return result
 
         return on_segments
@@ -389,24 +412,36 @@ class SegmentedOptimizer:
         self._take_in_new_parameters()
         self._reducer.finish()
         self._active = [bucket for bucket in self.buckets if not bucket.is_idle]
+        self._turns = self._cut_into_turns() if self._takes_turns else [self._active]
         self.take_over_outside_writes(self._active)
         self._give_gradients()
         self._reducer.forget_norms()
         self.is_stepping = True
 
-    @torch.no_grad()
-    def _end(self) -> None:
-        """Bring the segments, stepped on, to everybody's parameters."""
+    def _cut_into_turns(self) -> list[list[ParameterBucket]]:
+        """The active buckets, in runs of about the same size."""
+        turns: list[list[ParameterBucket]] = [[]]
+        whole, before = sum(bucket.plan.numel for bucket in self._active), 0
+        for bucket in self._active:
+            if before * _TURNS >= whole * len(turns):
+                turns.append([])
+            turns[-1].append(bucket)
+            before += bucket.plan.numel
+        return turns
+
+    def _end(self, gathering: Iterable[Pending]) -> None:
+        """Wait until every rank has the segments that the others have stepped on."""
         self.drop_gradients()
-        self._publish(self._active)
-        self._active = []
+        for gathered in gathering:
+            gathered.wait()
+        self._active, self._turns = [], []
         self.is_stepping = False
 
-    def _publish(self, buckets: Sequence[ParameterBucket]) -> None:
+    def _publish(self, buckets: Sequence[ParameterBucket]) -> list[Pending]:
+        """Send everybody the segments of these buckets."""
         for bucket in buckets:
             bucket.put_masters_back()
-        for gathered in [bucket.publish() for bucket in buckets]:
-            gathered.wait()
+        return [bucket.publish() for bucket in buckets]
 
     def _evaluated(self, closure: Callable[[], Any], asked: list[bool]) -> Callable[[], Any]:
         """The closure as the optimizer gets it: it is evaluated with the user's parameters in the param groups.
@@ -428,7 +463,8 @@ class SegmentedOptimizer:
                 )
             self._to_parameters()
             if asked[0] or moved:
-                self._publish(self.buckets)
+                for gathered in self._publish(self.buckets):
+                    gathered.wait()
             asked[0] = self._asks = True
             self.is_stepping = False
             with torch.enable_grad():
@@ -468,9 +504,15 @@ class SegmentedOptimizer:
             if piece.master is not piece.slot.parameter:
                 piece.master.__dict__.update(piece.slot.parameter.__dict__)  # what a user has hung on the parameter
         self._users_params = [group["params"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            masters = [piece.master for piece in self._owned(group["params"])]
-            group["params"] = masters or self._placeholders(group["params"])
+        self._let_groups_hold(self._turns[0] if len(self._turns) > 1 else self.buckets)
+
+    def _let_groups_hold(self, buckets: Sequence[ParameterBucket]) -> None:
+        """Let the param groups hold the masters of some buckets, in the order of the user's parameters."""
+        held = set(buckets)
+        for group, parameters in zip(self.optimizer.param_groups, self._users_params, strict=True):
+            owned = (self._pieces[parameter] for parameter in parameters if parameter in self._pieces)
+            masters: list[Parameter] = [piece.master for bucket, piece in owned if bucket in held]
+            group["params"] = masters or self._placeholders(parameters)
 
     def _placeholders(self, parameters: Sequence[Parameter]) -> list[Parameter]:
         """For a group of which this rank owns nothing: torch's optimizers take an empty one, others stumble over it."""

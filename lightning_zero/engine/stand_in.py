@@ -53,6 +53,9 @@ class PartitionedGradient(torch.Tensor):
     replaces: bool
     """What is pending takes the place of what the segments hold: that was dropped before it came."""
 
+    tentative: bool
+    """This rank has had no gradient; whether another has is not known yet."""
+
     _name: str
     _holder: Holder
 
@@ -66,7 +69,7 @@ class PartitionedGradient(torch.Tensor):
             device=parameter.device,
             strides=parameter.stride(),
         )
-        gradient.pending, gradient.replaces = None, False
+        gradient.pending, gradient.replaces, gradient.tentative = None, False, False
         gradient._name, gradient._holder = name, holder
         return gradient
 

@@ -1,6 +1,7 @@
 """What happens to gradients, states and memory off the straight path: each once went wrong, or nearly."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -401,3 +402,85 @@ def test_a_gradient_that_fills_its_bucket_is_sent_from_its_own_memory():
         partition.flush()
         optimizer.step()
     assert not taken
+
+
+@distributed(world_size=2)
+def test_what_one_rank_accumulates_is_kept_until_the_ranks_agree_who_has_a_gradient():
+    net = layers("a", "by_turns", "never")
+    optimizer, partition = partitioned(net)
+    micro_batches = 4
+
+    def loss(module, x, uses):
+        y = module["a"](x)
+        return (module["by_turns"](y) if uses else y).pow(2).mean()
+
+    for step in range(2):
+        optimizer.zero_grad()
+        reference = copy.deepcopy(net)
+        for micro in range(micro_batches):
+            for rank in range(2):
+                uses = micro % 2 == rank if step == 0 else micro == 1 and rank == 0
+                x = batch(10 * step + micro, rank)
+                (loss(reference, x, uses) / 2).backward()
+                if rank == dist.get_rank():
+                    with nullcontext() if micro == micro_batches - 1 else partition.no_sync():
+                        loss(net, x, uses).backward()
+                        partition.flush()
+        assert_gradients(partition, optimizer, {name: p.grad for name, p in reference.named_parameters()})
+        assert net["never"].weight.grad is None
+        assert net["by_turns"].weight.grad is not None
+        optimizer.step()
+
+
+@distributed(world_size=2)
+def test_an_accumulation_that_ends_under_no_sync_is_agreed_on_when_it_is_asked_for():
+    net = layers("a", "b", "never")
+    optimizer, partition = partitioned(net)
+
+    def loss(module, x, rank):
+        y = module["a"](x)
+        return (module["b"](y) if rank else y).pow(2).mean()
+
+    with partition.no_sync():
+        loss(net, batch(0), dist.get_rank()).backward()
+        partition.flush()
+    assert_gradients(partition, optimizer, averaged(net, loss, 0))
+    assert net["never"].weight.grad is None
+
+
+@distributed(world_size=2)
+def test_a_step_that_somebody_has_put_in_place_of_torchs_is_called_once():
+    net = layers("a", "b", "c")
+    calls = []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    theirs = optimizer.step
+    optimizer.step = lambda *args, **kwargs: calls.append(optimizer.param_groups[0]["lr"]) or theirs(*args, **kwargs)
+    _, partition = partitioned(net, optimizer=optimizer)
+    for seed in range(3):
+        optimizer.zero_grad()
+        net["c"](net["b"](net["a"](batch(seed)))).pow(2).mean().backward()
+        partition.flush()
+        optimizer.step()
+    assert len(calls) == 3
+
+
+@distributed(world_size=2)
+def test_the_first_part_of_a_step_is_sent_before_the_last_is_stepped_on():
+    net = layers("a", "b", "c", "d", "e")
+    optimizer, partition = partitioned(net)
+    torch.optim.lr_scheduler.ConstantLR(optimizer)  # wraps the step once more
+    bucket, stepped = partition.buckets[0], []
+    publish = bucket.publish
+    last = partition.buckets[-1].pieces[0].master
+
+    def spy():
+        stepped.append(last._version)
+        return publish()
+
+    bucket.publish = spy
+    net["e"](net["d"](net["c"](net["b"](net["a"](batch(0)))))).pow(2).mean().backward()
+    partition.flush()
+    before = last._version
+    optimizer.step()
+    assert stepped == [before]
+    assert last._version > before
