@@ -7,6 +7,7 @@ keeps its buffer.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -47,8 +48,16 @@ def code_of(tensor: Tensor, name: str) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, of any dtype; writing there writes the tensor."""
-    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+    """The memory of a contiguous CPU tensor, of any dtype; writing there writes the tensor.
+
+    Not by `numpy()`, which makes a storage of fixed size of it, for ever: a user's, if it is a parameter's.
+    """
+    flat = tensor.detach().view(-1)
+    if not flat.nbytes:
+        return memoryview(bytearray())
+    memory = (ctypes.c_ubyte * flat.nbytes).from_address(flat.data_ptr())
+    memory.owner = flat  # type: ignore[attr-defined]  # lives as long as there is a view of it
+    return memoryview(memory).cast("B")
 
 
 def tensor_chunks(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[memoryview]:

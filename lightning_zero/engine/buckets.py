@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lightning_zero.engine.buffers import VacatedMemory
 from lightning_zero.engine.collectives import Collectives, Pending
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.segments import Bucket, Segment
@@ -75,10 +76,17 @@ class ParameterBucket:
         parameters: by name.
         collectives: the ranks that share the bucket.
         whole: give a master its parameter's shape, for an optimizer that looks at it, not a flat one.
+        vacated: takes the memory that the parameters leave.
     """
 
     def __init__(
-        self, plan: Bucket, parameters: Mapping[str, Parameter], collectives: Collectives, *, whole: bool
+        self,
+        plan: Bucket,
+        parameters: Mapping[str, Parameter],
+        collectives: Collectives,
+        *,
+        whole: bool,
+        vacated: VacatedMemory,
     ) -> None:
         self.plan = plan
         self.whole = whole or collectives.world_size == 1
@@ -100,7 +108,7 @@ class ParameterBucket:
                 for slot in self.slots
             ]
             return
-        self._flat = self._adopt_parameters()
+        self._flat = self._adopt_parameters(vacated)
         self._masters = self._shard if self.dtype == self.master_dtype else self._shard.to(self.master_dtype)
         rank, low = collectives.rank, plan.bounds[collectives.rank]
         slots = {slot.name: slot for slot in self.slots}
@@ -116,15 +124,19 @@ class ParameterBucket:
         rank = self._collectives.rank
         return self._flat[self.plan.bounds[rank] : self.plan.bounds[rank + 1]]
 
-    def _adopt_parameters(self) -> Tensor:
+    def _adopt_parameters(self, vacated: VacatedMemory) -> Tensor:
         """Make the parameters' memory part of one flat buffer; one that fills the bucket alone is it already."""
         only = self.slots[0].parameter.data
         if len(self.slots) == 1 and only.is_contiguous() and only.numel() == self.plan.numel:
             self.slots[0].pointer = only.data_ptr()
             return only.view(-1)
+        del only  # nobody else is to see what it leaves
         self._flat = torch.zeros(self.plan.numel, dtype=self.dtype, device=self.device)
         for slot in self.slots:
+            left = slot.parameter.data
             self._adopt(slot)
+            if slot.pointer:
+                vacated.keep(left)
         return self._flat
 
     def _region(self, slot: Slot) -> Tensor:

@@ -1,6 +1,8 @@
-"""A few flat buffers, used again and again: memory that is touched for the first time is five times as slow."""
+"""Memory that is used again: what is touched for the first time is five times as slow."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,3 +47,48 @@ class BufferPool:
     def clear(self) -> None:
         """Let go of everything that isn't lent."""
         self._free.clear()
+
+
+class VacatedMemory:
+    """Memory that parameters have left for a flat buffer, kept for the optimizer states that are loaded after that.
+
+    Args:
+        nbytes: how much to keep at most: about what the states will need.
+    """
+
+    _ALIGNMENT = 64
+
+    def __init__(self, nbytes: int) -> None:
+        self._wanted = nbytes
+        self._blocks: list[Tensor] = []
+
+    def keep(self, left: Tensor) -> None:
+        """Take over the memory of a tensor that nobody needs any more, if nobody else can see it."""
+        storage = left.untyped_storage()
+        seen = not is_unshared(left) or not storage.resizable() or storage.is_shared()  # NumPy's, a file's
+        if self._wanted >= storage.nbytes() > 0 and left.is_cpu and not seen:
+            self._wanted -= storage.nbytes()
+            self._blocks.append(torch.empty(0, dtype=torch.uint8).set_(storage))
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor: in what was kept, where there is room for it in one piece."""
+        nbytes = dtype.itemsize * torch.Size(shape).numel()
+        fitting = [index for index, block in enumerate(self._blocks) if len(block) >= nbytes and device.type == "cpu"]
+        if not fitting or not nbytes:
+            return torch.empty(shape, dtype=dtype, device=device)
+        tightest = min(fitting, key=lambda index: len(self._blocks[index]))
+        block = self._blocks[tightest]
+        self._blocks[tightest] = block[nbytes + -nbytes % self._ALIGNMENT :]
+        return block[:nbytes].view(dtype).view(shape)
+
+    def release(self) -> None:
+        """Let go of what hasn't been used, and keep nothing any more."""
+        self._wanted = 0
+        self._blocks.clear()
+
+
+def is_unshared(tensor: Tensor) -> bool:
+    """Whether no other tensor holds a dense tensor's memory, so far as torch knows."""
+    uses = getattr(torch._C, "_storage_Use_Count", None)
+    # one is the tensor's own, one the handle's that asks
+    return uses is not None and not tensor.is_sparse and uses(tensor.untyped_storage()._cdata) <= 2

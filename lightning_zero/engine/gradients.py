@@ -44,7 +44,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_zero.engine import norms
 from lightning_zero.engine.buckets import ParameterBucket, Slot
-from lightning_zero.engine.buffers import BufferPool
+from lightning_zero.engine.buffers import BufferPool, is_unshared
 from lightning_zero.engine.collectives import Collectives, Pending
 from lightning_zero.engine.stand_in import PartitionedGradient
 
@@ -211,7 +211,8 @@ class GradientReducer:
         self._install_stand_in(slot)
         dtype = self._reduce_dtype or bucket.dtype
         share = 1.0 / self._collectives.world_size
-        own_memory = own_memory and _is_unshared(gradient)  # before there is a view of it here
+        # Autograd may have made a view of another gradient of it; and it is asked before there is a view of it here
+        own_memory = own_memory and is_unshared(gradient)
         flat = (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
         fills_bucket = flat.numel() == bucket.plan.numel and flat.dtype == dtype
         if own_memory and fills_bucket and not onto_stand_in and index not in self._buffers:
@@ -411,13 +412,6 @@ class GradientReducer:
         if parts:
             torch._amp_foreach_non_finite_check_and_unscale_(parts, found_inf, inv_scale)
         self._collectives.all_reduce(found_inf, dist.ReduceOp.MAX)
-
-
-def _is_unshared(gradient: Tensor) -> bool:
-    """Whether nobody else holds a gradient's memory: autograd may have made a view of another gradient of it."""
-    uses = getattr(torch._C, "_storage_Use_Count", None)
-    # one is the gradient's own, one the handle's that asks
-    return uses is not None and not gradient.is_sparse and uses(gradient.untyped_storage()._cdata) <= 2
 
 
 def _has_gradient(slot: Slot) -> bool:

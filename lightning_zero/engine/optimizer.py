@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, optim
@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lightning_zero.engine.buckets import ParameterBucket, Piece
+from lightning_zero.engine.buffers import VacatedMemory
 from lightning_zero.engine.collectives import Pending
 from lightning_zero.engine.gradients import GradientReducer
 from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError
@@ -220,7 +221,7 @@ class SegmentedOptimizer:
 
         @functools.wraps(type(optimizer).load_state_dict)
         def load_state_dict(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            self.load_state(state_dict)
+            self.load_state(state_dict, VacatedMemory(0))
 
         # Bound methods, since a learning-rate scheduler that is made later wraps `step.__func__`.
         optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
@@ -246,7 +247,8 @@ class SegmentedOptimizer:
                 if former is not None and former.master in state:
                     state[piece.master] = _taken_over(state.pop(former.master), former, piece, self.optimizer)
                 for key, value in state.get(piece.slot.parameter, {}).items():
-                    state[piece.master][key] = _part_of(value, key, piece, type(self.optimizer).__name__)
+                    self._require_cuttable(value, key, piece)
+                    state[piece.master][key] = _part_of(value, key, piece, torch.empty_like)
             for slot in bucket.slots if not bucket.is_own_master else ():
                 state.pop(slot.parameter, None)
 
@@ -528,12 +530,13 @@ class SegmentedOptimizer:
         for group, parameters in zip(self.optimizer.param_groups, self._users_params, strict=False):
             group["params"] = parameters
 
-    def load_state(self, state_dict: Mapping[str, Any]) -> None:
-        """Take this rank's part of a whole state, replacing what is there.
+    def load_state(self, state_dict: Mapping[str, Any], vacated: VacatedMemory) -> None:
+        """Take this rank's part of a whole state, replacing what is there; tensors that fit are written in place.
 
         Args:
             state_dict: as `torch.optim.Optimizer.state_dict()` gives it for whole parameters, whoever saved it. A
                 tensor may be one that is still in a checkpoint: then only the owned range of it is read.
+            vacated: where to put new tensors, so far as there is room.
 
         Raises:
             CheckpointMismatchError: the groups don't match, or the state can't be cut as the partition asks.
@@ -547,20 +550,48 @@ class SegmentedOptimizer:
                 f"the checkpoint's {type(self.optimizer).__name__} has param groups of {saved_sizes} parameters, "
                 f"the model's of {sizes}; resume with the model and configure_optimizers that it was saved with"
             )
+        saved = [
+            (piece, state_dict["state"].get(index, {}))
+            for group, saved_group in zip(groups, saved_groups, strict=True)
+            for parameter, index in zip(group["params"], saved_group["params"], strict=True)
+            for piece in self._owned([parameter])
+        ]
+        for piece, values in saved:
+            for key, value in values.items():
+                self._require_cuttable(value, key, piece)
+        # From here on, what is there is written over.
+        self._before_change()
         state: defaultdict[Any, Any] = defaultdict(dict)
         state.update(
             {key: copy.deepcopy(value) for key, value in state_dict["state"].items() if not isinstance(key, int)}
         )
         for group, saved_group in zip(groups, saved_groups, strict=True):
             group.update({key: copy.deepcopy(value) for key, value in saved_group.items() if key != "params"})
-            for parameter, index in zip(group["params"], saved_group["params"], strict=True):
-                for piece in self._owned([parameter]):
-                    for key, value in state_dict["state"].get(index, {}).items():
-                        if key == MASTER:
-                            copy_range(value, piece.segment.start, piece.segment.stop, piece.master.detach())
-                        else:
-                            state[piece.master][key] = _part_of(value, key, piece, type(self.optimizer).__name__)
+        for piece, values in saved:
+            held = self.optimizer.state.get(piece.master, {})
+            for key, value in values.items():
+                if key == MASTER:
+                    copy_range(value, piece.segment.start, piece.segment.stop, piece.master.detach())
+                else:
+                    room = functools.partial(_room, held.get(key), vacated)
+                    state[piece.master][key] = _part_of(value, key, piece, room)
         self.optimizer.__setstate__({"state": state, "param_groups": groups})
+
+    def _require_cuttable(self, value: Any, key: str, piece: Piece) -> None:
+        shape, in_part = piece.slot.parameter.shape, piece.segment.numel != piece.slot.parameter.numel()
+        if isinstance(value, Tensor) and value.numel() > 1 and value.shape != shape and in_part:
+            raise CheckpointMismatchError(
+                f"{type(self.optimizer).__name__}'s state {key!r} of {piece.slot.name!r} has the shape "
+                f"{tuple(value.shape)}, not the parameter's {tuple(shape)}, and can't be cut; use "
+                'ZeroStrategy(partition="parameter")'
+            )
+
+
+def _room(held: Any, vacated: VacatedMemory, like: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """A tensor to be filled: the one that is held, if it fits; where parameters have been, else; or a new one."""
+    wanted = (like.shape, dtype, like.device)
+    fits = isinstance(held, Tensor) and held.is_contiguous() and (held.shape, held.dtype, held.device) == wanted
+    return cast("Tensor", held) if fits else vacated.empty(*wanted)
 
 
 def _taken_over(state: dict[str, Any], former: Piece, piece: Piece, optimizer: Optimizer) -> dict[str, Any]:
@@ -572,22 +603,17 @@ def _taken_over(state: dict[str, Any], former: Piece, piece: Piece, optimizer: O
     return state
 
 
-def _part_of(value: Any, key: str, piece: Piece, optimizer_name: str) -> Any:
-    """The part of one state of a whole parameter that belongs to a piece of it."""
+def _part_of(value: Any, key: str, piece: Piece, room: Callable[..., Tensor]) -> Any:
+    """The part of one state of a whole parameter that belongs to a piece of it, in the room that there is for it."""
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
-    shape, master = piece.slot.parameter.shape, piece.master
+    shape, master = piece.slot.parameter.shape, piece.master.detach()
     if value.shape == shape and not (value.dim() == 0 and key == "step"):
         still_in_checkpoint = hasattr(value, "read_range")  # and so of the dtype that the optimizer chose
         dtype = value.dtype if still_in_checkpoint or not value.is_floating_point() else master.dtype
-        part = torch.empty(master.shape, dtype=dtype, device=master.device)
+        part = room(master, dtype=dtype)
         copy_range(value, piece.segment.start, piece.segment.stop, part)
         return part
-    if value.numel() > 1 and piece.segment.numel != piece.slot.parameter.numel():
-        raise CheckpointMismatchError(
-            f"{optimizer_name}'s state {key!r} of {piece.slot.name!r} has the shape {tuple(value.shape)}, not the "
-            f"parameter's {tuple(shape)}, and can't be cut; use ZeroStrategy(partition=\"parameter\")"
-        )
     return value.to("cpu" if key == "step" else master.device, copy=True)
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_zero.engine import norms
 from lightning_zero.engine.buckets import ParameterBucket, Piece
+from lightning_zero.engine.buffers import VacatedMemory
 from lightning_zero.engine.collectives import Collectives
 from lightning_zero.engine.gradients import GradientReducer
 from lightning_zero.engine.optimizer import Cut, OwnedSegment, SegmentedOptimizer, copy_range, cut_for
@@ -34,6 +35,9 @@ class Partition:
         bucket_bytes: about how many bytes of parameters travel as one message.
         reduce_dtype: the dtype in which gradients travel; by default the parameters' own.
         find_unused_parameters: agree after each backward on the parameters that had a gradient, on NCCL too.
+        before_change: called before masters or states change.
+        state_bytes_to_load: about how many bytes of this rank's optimizer states are going to be loaded. So much of the
+            memory that the parameters leave is kept for them, until `release_vacated()`.
 
     Raises:
         UnsupportedModelError: an optimizer, or a way of sharing memory, that can't be partitioned.
@@ -51,7 +55,9 @@ class Partition:
         reduce_dtype: torch.dtype | None = None,
         find_unused_parameters: bool = False,
         before_change: Callable[[], None] = lambda: None,
+        state_bytes_to_load: int = 0,
     ) -> None:
+        self._vacated = VacatedMemory(state_bytes_to_load)
         self._module = module
         self._collectives = collectives
         given = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
@@ -143,7 +149,10 @@ class Partition:
             equal_shards=self._collectives.equal_shards,
         )
         by_name = {names[parameter]: parameter for parameter in parameters}
-        buckets = [ParameterBucket(plan, by_name, self._collectives, whole=not by_element) for plan in plans]
+        buckets = [
+            ParameterBucket(plan, by_name, self._collectives, whole=not by_element, vacated=self._vacated)
+            for plan in plans
+        ]
         for bucket in buckets:
             for slot in bucket.slots:
                 self._by_parameter[slot.parameter] = bucket
@@ -181,7 +190,11 @@ class Partition:
 
     def load_state(self, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
         """Take this rank's part of an optimizer's whole state: see `SegmentedOptimizer.load_state`."""
-        self._of(optimizer).load_state(state_dict)
+        self._of(optimizer).load_state(state_dict, self._vacated)
+
+    def release_vacated(self) -> None:
+        """No states are going to be loaded any more."""
+        self._vacated.release()
 
     @torch.no_grad()
     def load_masters(self, state_dict: Mapping[str, Any]) -> None:

@@ -52,7 +52,13 @@ class Resume:
             stored = checkpoint.source.rank_state(saved_by)
             return {} if stored is None else unpickle(stored, f"the state of rank {saved_by}", weights_only)
 
-        own, saved_by = of(rank), checkpoint.source.manifest.world_size
+        manifest = checkpoint.source.manifest
+        self.state_bytes = (
+            sum(tensor.nbytes for file in manifest.files for tensor in file.tensors if tensor.kind == "optimizer")
+            // world_size
+        )
+        """About how many bytes of the optimizers' states are this rank's."""
+        own, saved_by = of(rank), manifest.world_size
         if own and saved_by == world_size and own.get("loops") is not None:
             checkpoint["loops"] = own["loops"]
         self._random_state: dict[str, Any] | None = own.get("random") if fitting else None

@@ -304,6 +304,7 @@ class ZeroStrategy(DDPStrategy):
                 reduce_dtype=self._reduce_dtype,
                 find_unused_parameters=self._find_unused_parameters,
                 before_change=self._before_step,
+                state_bytes_to_load=self._resume.state_bytes if self._resume is not None else 0,
             )
             if self.world_size > 1:
                 for optimizer, cut in zip(self.optimizers, self._partition.cuts, strict=True):
@@ -942,6 +943,7 @@ class ZeroStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         """Called when the iterators are there: see [Note: when random states are restored]."""
         super().on_train_start()
+        self._partitioned.release_vacated()
         self._telemetry = SaveTelemetry()
         if self._signals is not None:
             self._signals.watch_interrupts()
