@@ -26,8 +26,8 @@ _STEP_SECONDS = "seconds a step"
 _CHARTS = 12
 """As many of the other metrics get a chart."""
 
-_KEPT = 4000
-"""Points of a curve that are kept; of a longer one every second goes."""
+_KEPT = 1000
+"""Points of a curve that are kept; of a longer one every second goes. They are part of every checkpoint."""
 
 Curves = dict[str, list[tuple[float, float]]]
 
