@@ -55,12 +55,14 @@ class Outcome:
     Attributes:
         resumed_at: the step at which it began; None where it was killed before.
         committed: the newest step that is known to be committed, in all runs so far.
+        saves: how many steps this run is known to have committed.
         verdict: on the save directory.
         problems: what must not be.
     """
 
     resumed_at: int | None
     committed: int
+    saves: int
     verdict: Verdict
     problems: tuple[str, ...]
 
@@ -95,7 +97,7 @@ def judge_run(
     saves = sum(step > before.resumes_at for step in steps)
     if verdict.tags > (most if saves > 1 else max(most, before.tags + 1)):
         problems.append(f"there are {verdict.tags} tags, and {before.tags} before; {most} would be enough")
-    return Outcome(resumed[0] if resumed else None, committed, verdict, tuple(problems))
+    return Outcome(resumed[0] if resumed else None, committed, saves, verdict, tuple(problems))
 
 
 def judge(save_dir: Path, committed_step: int, look_into: Callable[[Path, int], list[str]] | None = None) -> Verdict:

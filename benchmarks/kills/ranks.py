@@ -99,6 +99,9 @@ def _run_rank(run: Run, rank: int, port: int) -> None:
     os.dup2(output, 2)
     os.environ |= rank_environment(rank, run.world_size, port)
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # or Lightning takes all cores for a single rank, which then wait for each other
+    )
     faulthandler.register(signal.SIGUSR1, all_threads=False)  # says where a rank is that doesn't end
     try:
         run.train(rank)
@@ -120,7 +123,7 @@ def wait_for_first_save(run: Run, ranks: Sequence[Any], before: Verdict) -> None
         mine = [line for line in read_journal(run.directory) if line["run"] == run.run]
         return any(line["event"] == "committed" and line["step"] > before.resumes_at for line in mine)
 
-    if not wait(run, ranks, FIRST_SAVE_SECONDS, has_saved):
+    if not wait(run, ranks, FIRST_SAVE_SECONDS, has_saved, pause=0.02):
         raise FailedRunError(f"run {run.run} has saved nothing in {FIRST_SAVE_SECONDS} s{logs(run)}")
     if left := before.leftovers & set(os.listdir(run.save_dir)):
         raise FailedRunError(f"run {run.run} has saved, and left what dead runs left behind: {sorted(left)}")
