@@ -238,21 +238,25 @@ def repeated(runs: Sequence[Mapping[int, tuple[float, int]]]) -> Repeated:
 
 def wrong_data(runs: Sequence[Mapping[int, tuple[float, int]]], seed: int) -> list[int]:
     """The steps whose windows aren't those that the example's sampler deals out, over all epochs."""
-    last = max((max(steps) for steps in runs if steps), default=0)
+    expected = expected_windows(seed, max((max(steps) for steps in runs if steps), default=0))
+    return [step for steps in runs for step, (_, windows) in steps.items() if windows != expected[step]]
+
+
+def expected_windows(seed: int, steps: int) -> list[int]:
+    """By step, from 1 on, the sum over the windows of the global batch. The first element is none's."""
     data = StandardLibrary(block_size=BLOCK_SIZE, batch_size=GLOBAL_BATCH, seed=seed)
     data.setup("fit")
     text = data.training_windows.text.numpy().tobytes()
     sampler = data.train_dataloader().sampler
-    expected = [0]
-    for epoch in itertools.count():
-        if len(expected) > last:
-            break
+    expected, epoch = [0], 0
+    while len(expected) <= steps:
         sampler.set_epoch(epoch)
         indices = list(sampler)
         for first in range(0, len(indices) - GLOBAL_BATCH + 1, GLOBAL_BATCH):
             starts = [index * BLOCK_SIZE for index in indices[first : first + GLOBAL_BATCH]]
             expected.append(sum(zlib.crc32(text[start : start + BLOCK_SIZE + 1]) for start in starts))
-    return [step for steps in runs for step, (_, windows) in steps.items() if windows != expected[step]]
+        epoch += 1
+    return expected
 
 
 def validation(run: Settings) -> dict[int, float]:
