@@ -75,11 +75,11 @@ def _verdict(found: Mapping[str, Any]) -> str:
             ),
             (
                 f"validation's loss from the undisturbed run's, at most, up to step {found['compared_up_to']:,}",
-                f"{found['largest_validation_difference']:.4f}",
+                f"{found['largest_validation_difference']:.1e}",
             ),
             (
                 f"the same, RMS in the worst of {len(stretches)} stretches; seeds from each other there",
-                f"{nearest['chain']:.5f}; {nearest['seeds']:.5f}",
+                f"{nearest['chain']:.1e}; {nearest['seeds']:.1e}",
             ),
         ]
     rows.append(("problems", str(len(found["problems"]))))
