@@ -3,7 +3,7 @@
 | what is looked at | must be |
 |---|---|
 | memory of a rank, in a run | in the median of its last quarter within 2 % of its first quarter's, after the warm-up |
-| open files and threads of a rank | no more in its last quarter than in its first, in the median |
+| open files and threads of a rank | at the fewest, no more in its last quarter than in its first |
 | memory at the same age, in the first and the last run on as many ranks | within 2 % |
 | the windows of each step, of all ranks | those that the example's own sampler deals out |
 | the loss of a step that was done again | the first one's, but for the order of summation |
@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,8 +52,8 @@ class Trend:
         steps: how many the samples span.
         resident: in the median of the first and the last quarter.
         anonymous: of it, what isn't a file's.
-        files: that were open.
-        threads: that there were.
+        files: that were open; the fewest of a quarter, since a slow save is still being written at some samples.
+        threads: that there were, the same.
         bytes_per_save: the slope of `anonymous` between the two.
         judged: whether there are enough samples.
     """
@@ -152,12 +152,15 @@ def trends(chain: str, runs: Sequence[Settings]) -> list[Trend]:
 def _trend(chain: str, run: Settings, rank: int, samples: Sequence[Mapping[str, float]]) -> Trend:
     quarter = len(samples) // 4
 
-    def ends(name: str, unit: float = 1) -> tuple[float, float]:
-        parts = (samples[:quarter], samples[-quarter:])
-        first, last = (statistics.median(sample[name] for sample in part) / unit for part in parts)
+    def ends(name: str, typical: Callable[[Iterable[float]], float]) -> tuple[float, float]:
+        first, last = (typical([s[name] for s in part]) for part in (samples[:quarter], samples[-quarter:]))
         return first, last
 
-    anonymous = ends("anonymous", 2**20)
+    def mebibytes(name: str) -> tuple[float, float]:
+        first, last = ends(name, statistics.median)
+        return first / 2**20, last / 2**20
+
+    anonymous = mebibytes("anonymous")
     return Trend(
         chain,
         run.run,
@@ -165,10 +168,10 @@ def _trend(chain: str, run: Settings, rank: int, samples: Sequence[Mapping[str, 
         run.world_size,
         samples=len(samples),
         steps=int(samples[-1]["step"] - samples[0]["step"]),
-        resident=ends("resident", 2**20),
+        resident=mebibytes("resident"),
         anonymous=anonymous,
-        files=ends("files"),
-        threads=ends("threads"),
+        files=ends("files", min),
+        threads=ends("threads", min),
         bytes_per_save=(anonymous[1] - anonymous[0]) * 2**20 / (len(samples) - quarter),
         judged=len(samples) >= TREND_SAMPLES,
     )
