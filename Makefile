@@ -1,13 +1,14 @@
 # Two commands on a fresh machine with Python 3.10 or newer:
 #   make example   sets up, then trains a small GPT in two processes, resumes if it was stopped, exports
 #   make test      sets up, then runs every test
+# and `make soak`: three minutes of the example, killed and resumed (benchmarks/soak/README.md)
 # TORCH pins the build; an unpinned torch pulls gigabytes of CUDA packages that a laptop has no use for.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: example test check clean
+.PHONY: example test soak check clean
 
 .venv/.examples: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -26,6 +27,9 @@ example: .venv/.examples
 
 test: .venv/.dev
 	$(BIN)/python -m pytest
+
+soak: .venv/.dev
+	$(BIN)/python -m benchmarks.soak --minutes 3
 
 check: .venv/.dev
 	$(BIN)/ruff check .

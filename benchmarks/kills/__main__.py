@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.kills.chain import MID_SAVE, Kill, kills, preload
+from benchmarks.kills.chain import Kill, kills
+from benchmarks.kills.ranks import MID_SAVE, preload
 
 
 def main() -> int:
@@ -31,7 +32,7 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, default=None, help="where to work; a temporary directory by default")
     parser.add_argument("--json", type=Path, default=None, help="where to write the figures")
     arguments = parser.parse_args()
-    preload()
+    preload("benchmarks.kills.training")
     directory = arguments.directory or Path(tempfile.mkdtemp(prefix="lightning_zero-kills-"))
     found: list[Kill] = []
     began = time.monotonic()

@@ -14,15 +14,19 @@ import contextlib
 import io
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.kills.training import LEDGER_SIZES, ledger_values
+from benchmarks.kills.training import LEDGER_SIZES, ledger_values, read_journal
 from lightning_zero import cli
 from lightning_zero.checkpoint.load import Checkpoint
+
+if TYPE_CHECKING:
+    from benchmarks.kills.ranks import Run
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,67 @@ class Verdict:
     problems: tuple[str, ...]
 
 
-def judge(save_dir: Path, committed_step: int) -> Verdict:
+@dataclass(frozen=True)
+class Outcome:
+    """What a run made of what it found, and what it left.
+
+    Attributes:
+        resumed_at: the step at which it began; None where it was killed before.
+        committed: the newest step that is known to be committed, in all runs so far.
+        saves: how many steps this run is known to have committed.
+        verdict: on the save directory.
+        problems: what must not be.
+    """
+
+    resumed_at: int | None
+    committed: int
+    saves: int
+    verdict: Verdict
+    problems: tuple[str, ...]
+
+
+def judge_run(
+    run: Run,
+    before: Verdict,
+    committed_before: int,
+    most_tags: Callable[[int], int],
+    look_into: Callable[[Path, int], list[str]] | None = None,
+) -> Outcome:
+    """Judge a run that has ended, by its journal and by the directory as the run before left it.
+
+    Args:
+        run: the run.
+        before: the verdict on the directory that it found.
+        committed_before: the newest step that was known to be committed then; 0: none was.
+        most_tags: how many tags there may be after a save of this step that has pruned.
+        look_into: what is wrong with a complete tag of this step; by default what `look_into_ledger` finds.
+    """
+    mine = [line for line in read_journal(run.directory) if line["run"] == run.run]
+    problems = [f"rank {line['rank']}: {line['text']}" for line in mine if line["event"] == "mismatch"]
+    resumed = [line["step"] for line in mine if line["event"] == "resumed"]
+    if resumed and resumed[0] != before.resumes_at:
+        problems.append(f"the run began at step {resumed[0]}, and should have at {before.resumes_at}")
+    steps = [line["step"] for line in mine if line["event"] == "committed"]
+    committed = max([committed_before, *steps])
+    verdict = judge(run.save_dir, committed, look_into)
+    problems += verdict.problems
+    # A save that was killed before it pruned leaves one more; the next that isn't killed prunes that one too
+    most = most_tags(max(verdict.resumes_at, committed)) + 1
+    saves = sum(step > before.resumes_at for step in steps)
+    if verdict.tags > (most if saves > 1 else max(most, before.tags + 1)):
+        problems.append(f"there are {verdict.tags} tags, and {before.tags} before; {most} would be enough")
+    return Outcome(resumed[0] if resumed else None, committed, saves, verdict, tuple(problems))
+
+
+def judge(save_dir: Path, committed_step: int, look_into: Callable[[Path, int], list[str]] | None = None) -> Verdict:
     """Judge a save directory that nobody writes to.
 
     Args:
         save_dir: the directory.
         committed_step: the newest step that was known to be committed; 0: none was.
+        look_into: what is wrong with a complete tag of this step; by default what `look_into_ledger` finds.
     """
+    look_into = look_into or look_into_ledger
     names = os.listdir(save_dir) if save_dir.is_dir() else []
     leftovers = frozenset(name for name in names if name.startswith("."))
     rows = command("ls", save_dir) if names else []
@@ -78,7 +136,7 @@ def command(name: str, directory: Path) -> Any:
     return json.loads(output.getvalue())
 
 
-def look_into(tag: Path, step: int) -> list[str]:
+def look_into_ledger(tag: Path, step: int) -> list[str]:
     """What is wrong with a tag that calls itself complete, and of this step."""
     problems = [f"{tag.name}: {found}" for found in command("verify", tag)["problems"]]
     if problems:

@@ -96,6 +96,10 @@ class Settings:
         """Where a rank's output goes."""
         return self.directory / f"run-{self.run:03d}-rank-{rank}.log"
 
+    def train(self, rank: int) -> None:
+        """What a rank does."""
+        train(self, rank)
+
 
 def ledger_values(step: int) -> tuple[float, float]:
     """What every parameter of the ledger, and its momentum, is after so many steps."""
@@ -111,19 +115,21 @@ def read_journal(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-class _Journal:
-    def __init__(self, settings: Settings, rank: int) -> None:
-        self._settings, self._rank = settings, rank
-        self._fd = os.open(settings.directory / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+class Journal:
+    """What one rank writes down: see [Note: the journal]."""
+
+    def __init__(self, directory: Path, save_dir: Path, run: int, rank: int) -> None:
+        self._save_dir, self._run, self._rank = save_dir, run, rank
+        self._fd = os.open(directory / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._committed = -1
 
     def write(self, event: str, **what: Any) -> None:
-        line = {"run": self._settings.run, "rank": self._rank, "event": event, **what}
+        line = {"run": self._run, "rank": self._rank, "event": event, **what}
         os.write(self._fd, (json.dumps(line) + "\n").encode())  # one call: a line is there, or it is not
 
     def note_latest(self) -> int:
         """Write down what is committed, and give back its step."""
-        save_dir = self._settings.save_dir
+        save_dir = self._save_dir
         try:
             tag = (save_dir / "latest").read_text()
             step = int(json.loads((save_dir / tag / "manifest.json").read_text())["step"])
@@ -150,7 +156,7 @@ def train(settings: Settings, rank: int) -> None:
 
     if not settings.retention.exchange:
         kernel.exchange = lambda one, other: False
-    journal = _Journal(settings, rank)
+    journal = Journal(settings.directory, settings.save_dir, settings.run, rank)
     judge = multiprocessing.parent_process()
     moments = random.Random(os.getpid())
 

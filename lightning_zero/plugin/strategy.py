@@ -481,7 +481,7 @@ class ZeroStrategy(DDPStrategy):
 
     @property
     def save_history(self) -> Sequence[Mapping[str, float]]:
-        """On rank 0: what each save of this process cost, as it was logged: see `SaveTelemetry`."""
+        """On rank 0: what each of the newest saves of this process cost, as it was logged: see `SaveTelemetry`."""
         return self._telemetry.history
 
     # --- checkpoints ---

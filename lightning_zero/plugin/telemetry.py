@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
 from lightning.pytorch.loggers import Logger
@@ -9,6 +10,9 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torchmetrics import MaxMetric, Metric, SumMetric
 
 from lightning_zero.checkpoint.report import SaveReport
+
+HISTORY_SAVES = 1000
+"""Of so many, the figures are kept: a training that goes on for weeks needs no more memory for it."""
 
 
 class SaveTelemetry:
@@ -30,8 +34,8 @@ class SaveTelemetry:
         # The ranks' reports are gathered with the save: nothing is left to be synchronised
         self._slowest: Metric = MaxMetric(sync_on_compute=False)
         self._total_stall: Metric = SumMetric(sync_on_compute=False)
-        self.history: list[dict[str, float]] = []
-        """The metrics of every save of this process, with their step."""
+        self.history: deque[dict[str, float]] = deque(maxlen=HISTORY_SAVES)
+        """The metrics of the newest saves of this process, with their step."""
 
     def log(self, report: SaveReport, loggers: Iterable[Logger]) -> None:
         """Tell of one save."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import platform
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ _STEP_SECONDS = "seconds a step"
 _CHARTS = 12
 """As many of the other metrics get a chart."""
 
-_KEPT = 4000
-"""Points of a curve that are kept; of a longer one every second goes."""
+_KEPT = 1000
+"""Points of a curve that are kept; of a longer one every second goes. They are part of every checkpoint."""
 
 Curves = dict[str, list[tuple[float, float]]]
 
@@ -60,6 +61,7 @@ class TrainingReport(Callback):
         self._about: dict[str, str] = {}
         self._last: tuple[int, float] | None = None
         self._drawn = 0.0
+        self._last_save: Mapping[str, float] | None = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -146,14 +148,21 @@ class TrainingReport(Callback):
         if not trainer.is_global_zero:
             return
         if isinstance(trainer.strategy, ZeroStrategy):
-            for save in trainer.strategy.save_history:
+            for save in self._new_saves(trainer.strategy.save_history):
                 for name, value in save.items():
-                    if name != "step" and (save["step"], value) not in self.curves.setdefault(f"checkpoint/{name}", []):
+                    if name != "step":
                         self._add(f"checkpoint/{name}", int(save["step"]), value)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         new.write_text(self._page(), encoding="utf-8")
         os.replace(new, self.path)
+
+    def _new_saves(self, history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+        """Those since the page was last written: what a long curve has let go of must not come back."""
+        new = list(itertools.takewhile(lambda save: save is not self._last_save, reversed(history)))
+        if new:
+            self._last_save = new[0]
+        return new[::-1]
 
     def _page(self) -> str:
         losses = {name: line for name, line in self.curves.items() if "loss" in name}

@@ -2,11 +2,13 @@
 
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lightning_zero import TrainingReport, ZeroCheckpoint, ZeroStrategy
+from lightning_zero.checkpoint.report import SaveReport
 from lightning_zero.plugin.charts import line_chart, stacked_bars
 from tests.launch import run_ranks
 from tests.models import Model, fit
@@ -69,6 +71,20 @@ def test_the_page_shows_loss_speed_memory_and_checkpoints_and_goes_on_after_a_re
     assert memory["optimizer states"] == pytest.approx(8 * trained / 2, rel=0.1)
     assert memory["masters"] == pytest.approx(0 if width == 4 else 4 * trained / 2, rel=0.1)
     assert memory["parameters"] >= width * trained
+
+
+def test_a_run_that_has_saved_thousands_of_times_keeps_the_newest_figures_and_draws_each_save_once(tmp_path):
+    strategy, page = ZeroStrategy(), TrainingReport(tmp_path / "report.html")
+    trainer = SimpleNamespace(strategy=strategy, is_global_zero=True)
+    drawn = []
+    page._add = lambda name, step, value: drawn.append(step) if name == "checkpoint/bytes" else None
+    for step in range(1, 2501):
+        strategy._telemetry.log(SaveReport(tmp_path / "tag", step, 8, 8, 1.0, 0.5, (0.5,)), ())
+        if step % 300 == 0:
+            page._write(trainer)
+    page._write(trainer)
+    assert drawn == list(range(1, 2501))
+    assert [save["step"] for save in strategy.save_history] == list(range(1501, 2501))
 
 
 def test_a_path_that_is_no_page_is_refused():
