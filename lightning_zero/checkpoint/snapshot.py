@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lightning_zero.checkpoint.content import RankContent, TensorToSave
+from lightning_zero.checkpoint.shards import place_in_file
+from lightning_zero.checkpoint.storage import DIRECT_ALIGNMENT
 
-_ALIGNMENT = 64
 _PAGE_BYTES = 4096
 _TOUCHED_BYTES = 16 << 20
 
@@ -54,20 +55,17 @@ class Snapshot:
         """Copy every tensor, and give the same content with the copies."""
         self._reserved()
         items = [*content.tensors, *content.unchanging]
-        offsets, end = [], 0
-        for item in items:
-            offsets.append(end)
-            end += item.tensor.nbytes
-            end += -end % _ALIGNMENT
+        offsets, end = _lay_out(content)
         devices = {item.tensor.device for item in items if item.tensor.is_cuda}
-        if len(self._memory) < end:
+        if len(self._memory) < end + DIRECT_ALIGNMENT:
             self._memory = _nothing()  # let go of the smaller block first
-            self._memory = _allocate(end, pinned=bool(devices))
+            self._memory = _allocate(end + DIRECT_ALIGNMENT, pinned=bool(devices))
         for device in devices:
             if device not in self._streams:
                 self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._streams[device].wait_stream(torch.cuda.current_stream(device))
-        copies = [self._copy(item, offset) for item, offset in zip(items, offsets, strict=True)]
+        begin = -self._memory.data_ptr() % DIRECT_ALIGNMENT
+        copies = [self._copy(item, begin + offset) for item, offset in zip(items, offsets, strict=True)]
         self._events = [torch.cuda.current_stream(device).record_event() for device in devices]
         trained = len(content.tensors)
         return replace(content, tensors=copies[:trained], unchanging=copies[trained:])
@@ -99,6 +97,24 @@ class Snapshot:
         """Give the memory back."""
         self._reserved()
         self._memory = _nothing()
+
+
+def _lay_out(content: RankContent) -> tuple[list[int], int]:
+    """Where each tensor goes, and where the last one ends: packed as in the file, which so is written without a copy.
+
+    Trained and untrained parameters have a file of their own, which begins with a page. It need not be just the file's
+    order: what isn't aligned as there is copied once more.
+    """
+    offsets, end = [], 0
+    for of_file in (content.tensors, content.unchanging):
+        end += -end % DIRECT_ALIGNMENT
+        begins: dict[int, int] = {}
+        sizes = [(item.tensor.element_size(), item.tensor.nbytes) for item in of_file]
+        for index in sorted(range(len(of_file)), key=lambda index: place_in_file(*sizes[index])):
+            begins[index] = end
+            end += sizes[index][1]
+        offsets += [begins[index] for index in range(len(of_file))]
+    return offsets, end
 
 
 def _nothing() -> Tensor:

@@ -26,6 +26,8 @@ from lightning_zero.checkpoint import kernel
 from lightning_zero.errors import CorruptCheckpointError, IncompleteCheckpointError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from upath import UPath
 
 Location: TypeAlias = "Path | UPath"
@@ -35,7 +37,9 @@ PathOrUrl: TypeAlias = "str | os.PathLike[str] | Path | UPath"
 WRITEBACK_BYTES = 8 << 20
 _BUFFER_BYTES = 1 << 20
 _BLOCK_BYTES = 8 << 20
-_DIRECT_ALIGNMENT = 4096
+DIRECT_ALIGNMENT = 4096
+"""Of a file's offsets and of the memory, where a write goes past the page cache."""
+_LEAST_WITHOUT_COPY = 256 << 10
 _OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory", "hf"))
 """Where an object is there as a whole or not at all; elsewhere a file is renamed when it is complete."""
 _PARTS = 9000
@@ -285,7 +289,10 @@ class _WrittenBack:
 
 
 class _Direct:
-    """Writes past the page cache, whole blocks from memory that is aligned to them."""
+    """Writes past the page cache: whole blocks, from memory that is aligned as they are in the file.
+
+    A large chunk that is so itself, as a `Snapshot`'s are, is written from where it is; others are copied together.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -296,8 +303,21 @@ class _Direct:
     def write(self, chunk: bytes | memoryview, /) -> None:
         import numpy as np
 
-        source, block = np.frombuffer(chunk, np.uint8), np.frombuffer(self._block, np.uint8)
-        taken = 0
+        source = np.frombuffer(chunk, np.uint8)
+        begin = -(self._offset + self._filled) % DIRECT_ALIGNMENT
+        if len(source) >= _LEAST_WITHOUT_COPY and (source.ctypes.data + begin) % DIRECT_ALIGNMENT == 0:
+            end = len(source) - (len(source) - begin) % DIRECT_ALIGNMENT
+            self._copy(source[:begin])
+            self._put(memoryview(self._block)[: self._filled])
+            self._filled = 0
+            self._put(source[begin:end].data)
+            source = source[end:]
+        self._copy(source)
+
+    def _copy(self, source: npt.NDArray[np.uint8]) -> None:
+        import numpy as np
+
+        block, taken = np.frombuffer(self._block, np.uint8), 0
         while taken < len(source):
             count = min(len(source) - taken, len(block) - self._filled)
             # Not by slices of a memoryview: NumPy lets go of the interpreter's lock while it copies
@@ -305,11 +325,10 @@ class _Direct:
             taken += count
             self._filled += count
             if self._filled == len(block):
-                self._put(self._filled)
+                self._put(memoryview(self._block))
                 self._filled = 0
 
-    def _put(self, nbytes: int) -> None:
-        left = memoryview(self._block)[:nbytes]
+    def _put(self, left: memoryview) -> None:
         while left:
             try:
                 count = os.pwrite(self._fd, left, self._offset)
@@ -325,7 +344,7 @@ class _Direct:
         """Write the rest: padded to a block, and then cut off."""
         nbytes = self._offset + self._filled
         if self._filled:
-            self._put(self._filled + -self._filled % _DIRECT_ALIGNMENT)
+            self._put(memoryview(self._block)[: self._filled + -self._filled % DIRECT_ALIGNMENT])
         os.ftruncate(self._fd, nbytes)
 
 
