@@ -37,6 +37,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Generic, Literal, TypeVar
 
 from lightning_zero.errors import CorruptCheckpointError, IncompleteCheckpointError
@@ -282,7 +283,7 @@ class SegmentIndex(Generic[_T]):
         for segment, payload in stored:
             self._by_name.setdefault(segment.name, []).append((segment.start, segment.stop, payload))
         for ranges in self._by_name.values():
-            ranges.sort(key=lambda item: item[:2])
+            ranges.sort(key=itemgetter(0, 1))
 
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
