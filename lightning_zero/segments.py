@@ -23,7 +23,7 @@ In a longer one each bucket has but a few owners, and each rank owns a part of a
 an equal share of every round, and so of the whole.
 
 Rounds are as short as `MOST_CUTS` allows: all buckets together are cut in that many places at most, so that there are
-no more segments than parameters and cuts. While buckets times ranks stay below it (on 8 ranks a model of 50 GB in
+no more segments than parameters and cuts. While buckets times ranks don't exceed it (on 8 ranks a model of 50 GB in
 buckets of 25 MB, on 64 one of 6 GB), every round is one bucket, which is best for the network: each message ends on all
 ranks alike. In a longer round few ranks receive a message, and each a larger part of it. A ring or a tree (NCCL) takes
 about as long for it; the direct exchange (gloo) takes longer, and an owner has memory for its part from every rank.
@@ -45,7 +45,7 @@ from lightning_zero.errors import CorruptCheckpointError, IncompleteCheckpointEr
 ALIGNMENT_BYTES = 64
 
 MOST_CUTS = 16384
-"""In how many places all buckets of a partition are cut at most, where one for each rank are fewer: [Note: rounds]."""
+"""In how many places all buckets of a partition are cut at most (one round's where that is more): [Note: rounds]."""
 
 Policy = Literal["element", "parameter"]
 """`element`: flat slices, for element-wise optimizers. `parameter`: whole parameters, for any optimizer."""

@@ -387,13 +387,14 @@ def _unseal(text: str) -> object:
         raise CorruptCheckpointError("the manifest does not end as one does; it was cut short, or is something else")
     body = text[:-_SEAL_LENGTH]
     try:
-        encoded = body.encode()
+        digest = xxhash.xxh3_64_hexdigest(body.encode())
     except UnicodeEncodeError as error:
         raise CorruptCheckpointError(f"the manifest is not valid text ({error})") from None
-    if xxhash.xxh3_64_hexdigest(encoded) != seal[1]:
+    if digest != seal[1]:
         raise CorruptCheckpointError("the manifest's checksum does not match: it was damaged or edited")
+    body += "\n}"
     try:
-        parsed: object = json.loads(body + "\n}", parse_constant=_refuse_constant)
+        parsed: object = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"the manifest is not JSON ({error})") from None
     return parsed
@@ -541,9 +542,10 @@ def _file(row: object) -> FileEntry:
     where = fields["name"]
     _check_plain_name(where)
     _check_digest(fields["header_xxh3"], where)
-    tensors = tuple(_tensor(tensor, where) for tensor in fields["tensors"])
-    values = tuple(_value(value, where) for value in fields["values"])
-    return FileEntry(**fields | {"tensors": tensors, "values": values})
+    # In their place, so that the rows go as the tensors come: a large manifest is not in memory twice
+    fields["tensors"] = tuple(_tensor(tensor, where) for tensor in fields["tensors"])
+    fields["values"] = tuple(_value(value, where) for value in fields["values"])
+    return FileEntry(**fields)
 
 
 def _tensor(row: object, where: str) -> StoredTensor:
