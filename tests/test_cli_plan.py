@@ -1,6 +1,7 @@
 """`lightning-zero plan`: what it says before a run, and what the run then measures."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from lightning_zero import ZeroStrategy
+from lightning_zero import ZeroStrategy, planning
 from lightning_zero.cli import main
 from lightning_zero.engine.gradients import GradientReducer
 from lightning_zero.engine.optimizer import ELEMENT_WISE
 from lightning_zero.planning import OPTIMIZERS, Model, Setup, plan
-from lightning_zero.segments import ParameterSpec
+from lightning_zero.segments import ParameterSpec, plan_buckets
+from tests.engine.long_rounds import cut_in_long_rounds
 from tests.launch import run_ranks
 from tests.models import Data, quiet_trainer
 
@@ -212,6 +214,22 @@ def test_a_run_measures_what_was_planned(
         *("--optimizer", optimizer, "--bucket-size-mb", str(BUCKET_SIZE_MB), "--backend", "gloo"),
     )
     ranks = run_ranks(measured, 2, tmp_path, stage, precision, accumulate, momentum, process_group=False)
+    compare(ranks, found["stages"][0])
+
+
+def measured_in_long_rounds(most_cuts: int, *arguments: Any) -> dict[str, int]:
+    cut_in_long_rounds(most_cuts)
+    return measured(*arguments)
+
+
+@pytest.mark.parametrize("most_cuts", [2, 4])
+def test_a_run_whose_buckets_share_rounds_measures_what_was_planned(
+    most_cuts: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "plan_buckets", partial(plan_buckets, most_cuts=most_cuts))
+    arguments = ("--stage", "2", "--precision", "bf16-true", "--accumulate", "2")
+    found = planned(capsys, *NET, *arguments, "--bucket-size-mb", str(BUCKET_SIZE_MB), "--backend", "gloo")
+    ranks = run_ranks(measured_in_long_rounds, 2, most_cuts, tmp_path, 2, "bf16-true", 2, None, process_group=False)
     compare(ranks, found["stages"][0])
 
 

@@ -325,8 +325,8 @@ class Checkpoint:
     def rank_state(self, rank: int) -> bytes | None:
         """What a rank stored for itself alone, if there was such a rank and it did."""
         for file in self.manifest.files:
-            for stored in file.tensors:
-                if file.rank == rank and stored.kind == "rank":
+            for stored in file.tensors if file.rank == rank else ():
+                if stored.kind == "rank":
                     self.open(file.name)  # before there is room for what it is said to hold
                     content = bytearray(stored.nbytes)
                     self.read(file.name, stored.offset, memoryview(content))

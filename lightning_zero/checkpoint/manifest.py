@@ -26,9 +26,10 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import islice
+from operator import attrgetter
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import xxhash
@@ -67,6 +68,7 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 }
 """The code and the bytes of an element of each dtype that a checkpoint can hold, by torch's name."""
 
+_KINDS = get_args(Kind)
 _ITEM_BYTES = dict(DTYPES.values())
 _MASTER_CODES = frozenset(("F32", "F64", "C64", "C128"))
 _LARGEST = 2**63 - 1
@@ -108,6 +110,10 @@ class StoredTensor:
     xxh3: str
     optimizer: int | None = None
     state: str | None = None
+
+    def __reduce__(self) -> tuple[type[StoredTensor], tuple[object, ...]]:
+        """By its values alone: rank 0 gets one for every tensor of every rank."""
+        return StoredTensor, _tensor_values(self)
 
     @property
     def elementwise(self) -> bool:
@@ -322,9 +328,23 @@ class Manifest:
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
-def _row(item: StoredTensor | StoredValue | Entry | OptimizerEntry | TrainerFile) -> dict[str, Any]:
+def _row(item: StoredValue | Entry | OptimizerEntry | TrainerFile) -> dict[str, Any]:
     fields: Iterable[str] = item.__slots__
     return {field: value for field in fields if (value := getattr(item, field)) is not None}
+
+
+_TENSOR_FIELDS = tuple(field.name for field in fields(StoredTensor))
+_tensor_values = attrgetter(*_TENSOR_FIELDS)
+
+
+def _tensor_row(item: StoredTensor) -> dict[str, Any]:
+    """The same, faster, for what there are most of."""
+    row = dict(zip(_TENSOR_FIELDS, _tensor_values(item), strict=True))
+    if item.optimizer is None:
+        del row["optimizer"]
+    if item.state is None:
+        del row["state"]
+    return row
 
 
 def _value_row(item: StoredValue) -> dict[str, Any]:
@@ -340,10 +360,10 @@ def _lines(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _file_text(file: FileEntry) -> str:
-    fields = ("name", "rank", "step", "frozen", "nbytes", "header_nbytes", "header_xxh3")
-    plain = {name: getattr(file, name) for name in fields}
-    tensors, values = _lines(map(_row, file.tensors)), _lines(map(_value_row, file.values))
-    return f'{_encode(plain)[:-1]},\n"tensors": {tensors},\n"values": {values}}}'
+    plain = ("name", "rank", "step", "frozen", "nbytes", "header_nbytes", "header_xxh3")
+    about = {name: getattr(file, name) for name in plain}
+    tensors, values = _lines(map(_tensor_row, file.tensors)), _lines(map(_value_row, file.values))
+    return f'{_encode(about)[:-1]},\n"tensors": {tensors},\n"values": {values}}}'
 
 
 # -------------------------------------------------------------------------------------------------- from JSON
@@ -367,13 +387,14 @@ def _unseal(text: str) -> object:
         raise CorruptCheckpointError("the manifest does not end as one does; it was cut short, or is something else")
     body = text[:-_SEAL_LENGTH]
     try:
-        encoded = body.encode()
+        digest = xxhash.xxh3_64_hexdigest(body.encode())
     except UnicodeEncodeError as error:
         raise CorruptCheckpointError(f"the manifest is not valid text ({error})") from None
-    if xxhash.xxh3_64_hexdigest(encoded) != seal[1]:
+    if digest != seal[1]:
         raise CorruptCheckpointError("the manifest's checksum does not match: it was damaged or edited")
+    body += "\n}"
     try:
-        parsed: object = json.loads(body + "\n}", parse_constant=_refuse_constant)
+        parsed: object = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"the manifest is not JSON ({error})") from None
     return parsed
@@ -383,7 +404,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_SCHEMAS: dict[str, dict[str, type]] = {
+_SCHEMAS: dict[str, dict[str, type[Any]]] = {
     "the manifest": {
         "format_version": int,
         "save_id": str,
@@ -428,9 +449,23 @@ _SCHEMAS: dict[str, dict[str, type]] = {
 }
 _SCHEMAS["an optimizer's tensor"] = _SCHEMAS["a tensor"] | {"optimizer": int, "state": str}
 
+_AS_WRITTEN = {
+    what: (tuple(schema), tuple(schema.values()), [field for field, kind in schema.items() if kind is int])
+    for what, schema in _SCHEMAS.items()
+}
+"""The fields in the order in which `to_json` writes them, their types, and which of them are numbers."""
+
 
 def _fields(row: object, what: str, where: str) -> dict[str, Any]:
     """The row itself, once it has just the fields of the schema, each of its type, and no number out of range."""
+    if type(row) is dict:  # most rows are just as they were written, which is seen at once
+        names, kinds, numbers = _AS_WRITTEN[what]
+        if tuple(row) == names and tuple(map(type, row.values())) == kinds:
+            for number in numbers:
+                if not 0 <= row[number] <= _LARGEST:
+                    break
+            else:
+                return row
     schema = _SCHEMAS[what]
     if type(row) is not dict:
         raise CorruptCheckpointError(f"{where}: {what} is {row!r:.80}, not an object")
@@ -446,15 +481,15 @@ def _fields(row: object, what: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _shape(value: list[object], where: str) -> tuple[int, ...]:
+def _shape(value: list[object], where: str, name: str) -> tuple[int, ...]:
     # The product is bounded one factor at a time: a list of a million large factors must not cost a bignum
     numel = 1
     for size in value:
         if type(size) is not int or not 0 <= size <= _LARGEST:
-            raise CorruptCheckpointError(f"{where}: the shape {value!r:.80} is not a list of sizes")
+            raise CorruptCheckpointError(f"{where}: {name!r}: the shape {value!r:.80} is not a list of sizes")
         numel *= size or 1
         if numel > _LARGEST_NUMEL:
-            raise CorruptCheckpointError(f"{where}: the shape {value!r:.80} is larger than any tensor")
+            raise CorruptCheckpointError(f"{where}: {name!r}: the shape {value!r:.80} is larger than any tensor")
     return tuple(cast("list[int]", value))
 
 
@@ -491,7 +526,7 @@ def _entry(row: object) -> Entry:
         raise CorruptCheckpointError(f"entry {fields['name']!r} has the unknown role {fields['role']!r:.40}")
     if fields["dtype"] not in DTYPES:
         raise CorruptCheckpointError(f"entry {fields['name']!r} has the unknown dtype {fields['dtype']!r:.40}")
-    return Entry(**fields | {"shape": _shape(fields["shape"], f"entry {fields['name']!r}")})
+    return Entry(**fields | {"shape": _shape(fields["shape"], "entries", fields["name"])})
 
 
 def _optimizer(row: object) -> OptimizerEntry:
@@ -507,29 +542,31 @@ def _file(row: object) -> FileEntry:
     where = fields["name"]
     _check_plain_name(where)
     _check_digest(fields["header_xxh3"], where)
-    tensors = tuple(_tensor(tensor, where) for tensor in fields["tensors"])
-    values = tuple(_value(value, where) for value in fields["values"])
-    return FileEntry(**fields | {"tensors": tensors, "values": values})
+    # In their place, so that the rows go as the tensors come: a large manifest is not in memory twice
+    fields["tensors"] = tuple(_tensor(tensor, where) for tensor in fields["tensors"])
+    fields["values"] = tuple(_value(value, where) for value in fields["values"])
+    return FileEntry(**fields)
 
 
 def _tensor(row: object, where: str) -> StoredTensor:
     kind = row.get("kind") if type(row) is dict else None
     fields = _fields(row, "an optimizer's tensor" if kind == "optimizer" else "a tensor", where)
-    if kind not in get_args(Kind):
+    if kind not in _KINDS:
         raise CorruptCheckpointError(f"{where}: a tensor is of the unknown kind {kind!r:.40}")
-    here = f"{where}: {fields['name']!r}"
-    tensor = StoredTensor(**fields | {"shape": _shape(fields["shape"], here)})
-    _check_digest(tensor.xxh3, here)
+    fields["shape"] = shape = _shape(fields["shape"], where, fields["name"])
+    tensor = StoredTensor(**fields)
+    if not _XXH3.fullmatch(tensor.xxh3):
+        _check_digest(tensor.xxh3, f"{where}: {tensor.name!r}")
     if tensor.dtype not in _ITEM_BYTES:
-        raise CorruptCheckpointError(f"{here} has the unknown dtype {tensor.dtype!r:.40}")
-    if tensor.nbytes != math.prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]:
+        raise CorruptCheckpointError(f"{where}: {tensor.name!r} has the unknown dtype {tensor.dtype!r:.40}")
+    if tensor.nbytes != math.prod(shape) * _ITEM_BYTES[tensor.dtype]:
         raise CorruptCheckpointError(
-            f"{here} is said to have {tensor.nbytes} bytes, "
-            f"which is not what the shape {tensor.shape} makes in {tensor.dtype}"
+            f"{where}: {tensor.name!r} is said to have {tensor.nbytes} bytes, "
+            f"which is not what the shape {shape} makes in {tensor.dtype}"
         )
-    if tensor.kind != "optimizer" and not tensor.elementwise:
+    if kind != "optimizer" and not tensor.elementwise:
         raise CorruptCheckpointError(
-            f"{here}: elements {tensor.start} to {tensor.stop} are stored with the shape {tensor.shape}"
+            f"{where}: {tensor.name!r}: elements {tensor.start} to {tensor.stop} are stored with the shape {shape}"
         )
     return tensor
 

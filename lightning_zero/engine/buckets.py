@@ -110,9 +110,9 @@ class ParameterBucket:
             return
         self._flat = self._adopt_parameters(vacated)
         self._masters = self._shard if self.dtype == self.master_dtype else self._shard.to(self.master_dtype)
-        rank, low = collectives.rank, plan.bounds[collectives.rank]
+        low, _ = plan.shards.of(collectives.rank)
         slots = {slot.name: slot for slot in self.slots}
-        for segment, offset in plan.owned(rank):
+        for segment, offset in plan.owned(collectives.rank):
             slot = slots[segment.name]
             master = self._masters[offset - low : offset - low + segment.numel]
             if whole and slot.parameter.dim() > 0:
@@ -121,8 +121,8 @@ class ParameterBucket:
 
     @property
     def _shard(self) -> Tensor:
-        rank = self._collectives.rank
-        return self._flat[self.plan.bounds[rank] : self.plan.bounds[rank + 1]]
+        start, stop = self.plan.shards.of(self._collectives.rank)
+        return self._flat[start:stop]
 
     def _adopt_parameters(self, vacated: VacatedMemory) -> Tensor:
         """Make the parameters' memory part of one flat buffer; one that fills the bucket alone is it already."""
@@ -231,7 +231,7 @@ class ParameterBucket:
             gone.parameter.data = gone.parameter.data.clone()
         gone.pointer = 0
         before, self._flat = self._flat, self._flat.clone()
-        low = self.plan.bounds[self._collectives.rank]
+        low, _ = self.plan.shards.of(self._collectives.rank)
         for slot in self.slots:
             if slot.pointer and slot.parameter.data_ptr() == slot.pointer:
                 slot.parameter.data = self._region(slot)
@@ -258,7 +258,7 @@ class ParameterBucket:
             self._shard.copy_(self._masters)
         if self._collectives.world_size == 1:
             return _Published(self, None)
-        return _Published(self, self._collectives.all_gather(self._flat, self.plan.bounds))
+        return _Published(self, self._collectives.all_gather(self._flat, self.plan.shards))
 
     @torch.no_grad()
     def copy_out(self) -> None:

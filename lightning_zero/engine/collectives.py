@@ -10,16 +10,18 @@ ranks must issue the same operations in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _coalescing_manager
 from typing_extensions import override
 
 from lightning_zero.engine.buffers import BufferPool
+from lightning_zero.segments import Shards
 
 _T = TypeVar("_T")
 
@@ -32,7 +34,7 @@ class Pending(Protocol):
 
 
 class Collectives(Protocol):
-    """What ZeRO asks of a process group. A *shard* is `flat[bounds[rank]:bounds[rank + 1]]`."""
+    """What ZeRO asks of a process group. `Shards` says which part of a flat buffer is whose; it may be nobody's."""
 
     rank: int
     world_size: int
@@ -41,13 +43,13 @@ class Collectives(Protocol):
     agreement_is_cheap: bool
     """Whether a small blocking all-reduce costs little against a backward pass: not where it stalls a stream."""
 
-    def reduce_scatter(self, flat: Tensor, bounds: Sequence[int], out: Tensor, *, accumulate: bool) -> Pending:
+    def reduce_scatter(self, flat: Tensor, shards: Shards, out: Tensor, *, accumulate: bool) -> Pending:
         """Sum `flat` over the ranks; this rank's shard of the sum replaces `out`, or is added to it.
 
         `flat` belongs to the operation until `wait()` has returned, and is scratch memory afterwards.
         """
 
-    def all_gather(self, flat: Tensor, bounds: Sequence[int]) -> Pending:
+    def all_gather(self, flat: Tensor, shards: Shards) -> Pending:
         """Fill `flat` in place with every rank's own shard."""
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
@@ -80,6 +82,7 @@ class _Group(Collectives):
         self._group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
+        self._peers = [dist.get_global_rank(group, rank) for rank in range(self.world_size)]
 
     @override
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
@@ -88,7 +91,7 @@ class _Group(Collectives):
 
     @override
     def broadcast(self, tensor: Tensor) -> Pending:
-        work = dist.broadcast(tensor, src=dist.get_global_rank(self._group, 0), group=self._group, async_op=True)
+        work = dist.broadcast(tensor, src=self._peers[0], group=self._group, async_op=True)
         return _Works([work])
 
     @override
@@ -116,40 +119,40 @@ class ExchangeCollectives(_Group):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
-        self._peers = [dist.get_global_rank(group, rank) for rank in range(self.world_size)]
         self._received = BufferPool()
 
     @override
-    def reduce_scatter(self, flat: Tensor, bounds: Sequence[int], out: Tensor, *, accumulate: bool) -> Pending:
-        size = bounds[self.rank + 1] - bounds[self.rank]
+    def reduce_scatter(self, flat: Tensor, shards: Shards, out: Tensor, *, accumulate: bool) -> Pending:
+        begin, end = shards.of(self.rank)
+        size = end - begin
         buffer = self._received.take(size * (self.world_size - 1), flat.dtype, flat.device)
-        pieces: list[Tensor] = []
-        works = []
-        for rank in range(self.world_size):
-            outgoing = flat[bounds[rank] : bounds[rank + 1]]
-            if rank == self.rank:
-                pieces.append(outgoing)
-                continue
-            if size:
-                place = rank - (rank > self.rank)
-                pieces.append(buffer[place * size : (place + 1) * size])
-                works.append(dist.irecv(pieces[-1], src=self._peers[rank], group=self._group))
-            if outgoing.numel():
-                works.append(dist.isend(outgoing, dst=self._peers[rank], group=self._group))
+        received = list(torch.split(buffer, size)) if size else []
+        pieces = [*received[: self.rank], flat[begin:end], *received[self.rank :]]
+        works = [
+            dist.irecv(pieces[rank], src=peer, group=self._group)
+            for rank, peer in enumerate(self._peers)
+            if size and rank != self.rank
+        ]
+        works += [
+            dist.isend(flat[start:stop], dst=self._peers[owner], group=self._group)
+            for owner, start, stop in shards
+            if owner != self.rank
+        ]
         return _ExchangedSum(works, pieces, out, accumulate, self._received, buffer)
 
     @override
-    def all_gather(self, flat: Tensor, bounds: Sequence[int]) -> Pending:
-        own = flat[bounds[self.rank] : bounds[self.rank + 1]]
-        works = []
-        for rank in range(self.world_size):
-            incoming = flat[bounds[rank] : bounds[rank + 1]]
-            if rank == self.rank:
-                continue
-            if incoming.numel():
-                works.append(dist.irecv(incoming, src=self._peers[rank], group=self._group))
-            if own.numel():
-                works.append(dist.isend(own, dst=self._peers[rank], group=self._group))
+    def all_gather(self, flat: Tensor, shards: Shards) -> Pending:
+        begin, end = shards.of(self.rank)
+        works = [
+            dist.irecv(flat[start:stop], src=self._peers[owner], group=self._group)
+            for owner, start, stop in shards
+            if owner != self.rank
+        ]
+        works += [
+            dist.isend(flat[begin:end], dst=peer, group=self._group)
+            for rank, peer in enumerate(self._peers)
+            if begin < end and rank != self.rank
+        ]
         return _Works(works)
 
 
@@ -160,19 +163,19 @@ class HostCollectives(ExchangeCollectives):
     """
 
     @override
-    def reduce_scatter(self, flat: Tensor, bounds: Sequence[int], out: Tensor, *, accumulate: bool) -> Pending:
+    def reduce_scatter(self, flat: Tensor, shards: Shards, out: Tensor, *, accumulate: bool) -> Pending:
         host = self._received.take(flat.numel(), flat.dtype, torch.device("cpu"))
         host.copy_(flat)
         summed = self._received.take(out.numel(), out.dtype, torch.device("cpu"))
-        pending = super().reduce_scatter(host, bounds, summed, accumulate=False)
+        pending = super().reduce_scatter(host, shards, summed, accumulate=False)
         return _Unstaged(pending, out, accumulate, summed, (host, summed), self._received)
 
     @override
-    def all_gather(self, flat: Tensor, bounds: Sequence[int]) -> Pending:
+    def all_gather(self, flat: Tensor, shards: Shards) -> Pending:
         host = self._received.take(flat.numel(), flat.dtype, torch.device("cpu"))
-        own = slice(bounds[self.rank], bounds[self.rank + 1])
+        own = slice(*shards.of(self.rank))
         host[own].copy_(flat[own])
-        return _Unstaged(super().all_gather(host, bounds), flat, False, host, (host,), self._received)
+        return _Unstaged(super().all_gather(host, shards), flat, False, host, (host,), self._received)
 
 
 class NativeCollectives(_Group):
@@ -182,32 +185,46 @@ class NativeCollectives(_Group):
     agreement_is_cheap = False
 
     @override
-    def reduce_scatter(self, flat: Tensor, bounds: Sequence[int], out: Tensor, *, accumulate: bool) -> Pending:
-        shards = _shards(flat, bounds)
-        result = shards[self.rank] if accumulate or out.dtype != flat.dtype else out
-        if len({shard.numel() for shard in shards}) == 1:
-            work = _reduce_scatter_equal(result, flat, group=self._group, async_op=True)
-        else:
-            work = dist.reduce_scatter(result, shards, group=self._group, async_op=True)
-        return _Moved([work], result, out, accumulate)
+    def reduce_scatter(self, flat: Tensor, shards: Shards, out: Tensor, *, accumulate: bool) -> Pending:
+        begin, end = shards.of(self.rank)
+        own = flat[begin:end]
+        if self._are_equal(shards):
+            result = own if accumulate or out.dtype != flat.dtype else out
+            works = [_reduce_scatter_equal(result, flat, group=self._group, async_op=True)]
+            return _Moved(works, result, out, accumulate)
+        return _Moved(self._with_each_owner(dist.reduce, flat, shards), own, out, accumulate)
 
     @override
-    def all_gather(self, flat: Tensor, bounds: Sequence[int]) -> Pending:
-        shards = _shards(flat, bounds)
-        if len({shard.numel() for shard in shards}) == 1:
-            work = _all_gather_equal(flat, shards[self.rank], group=self._group, async_op=True)
-        else:
-            work = dist.all_gather(shards, shards[self.rank], group=self._group, async_op=True)
-        return _Works([work])
+    def all_gather(self, flat: Tensor, shards: Shards) -> Pending:
+        if self._are_equal(shards):
+            begin, end = shards.of(self.rank)
+            return _Works([_all_gather_equal(flat, flat[begin:end], group=self._group, async_op=True)])
+        return _Works(self._with_each_owner(dist.broadcast, flat, shards))
+
+    def _are_equal(self, shards: Shards) -> bool:
+        lengths = [stop - start for _, start, stop in shards]
+        return len(lengths) in (0, self.world_size) and len(set(lengths)) <= 1
+
+    def _with_each_owner(
+        self, operation: Callable[..., dist.Work | None], flat: Tensor, shards: Shards
+    ) -> list[dist.Work | None]:
+        """Reduce each shard to its owner, or broadcast it from there, in place and all at once.
+
+        So torch's own operations do it for a list of unequal tensors; but for the empty ones too, and those are
+        thousands where a bucket has a few owners: see [Note: rounds].
+        """
+        at_once = len(shards.owners) > 1 and flat.is_cuda  # gloo, which the tests have, can't
+        with _coalescing_manager(self._group, flat.device, async_ops=True) if at_once else nullcontext() as together:
+            works = [
+                operation(flat[start:stop], self._peers[owner], group=self._group, async_op=True)
+                for owner, start, stop in shards
+            ]
+        return works if together is None else together.works
 
 
 # torch 2.13 renames both and warns at the old names, the only ones that torch 2.6 has.
 _reduce_scatter_equal = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather_equal = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-def _shards(flat: Tensor, bounds: Sequence[int]) -> list[Tensor]:
-    return [flat[start:stop] for start, stop in pairwise(bounds)]
 
 
 class _Works:

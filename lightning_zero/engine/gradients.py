@@ -257,7 +257,7 @@ class GradientReducer:
         if accumulate:
             for piece in fresh:
                 bucket.gradient[piece.offset : piece.offset + piece.segment.numel].zero_()
-        pending = self._collectives.reduce_scatter(buffer, bucket.plan.bounds, bucket.gradient, accumulate=accumulate)
+        pending = self._collectives.reduce_scatter(buffer, bucket.plan.shards, bucket.gradient, accumulate=accumulate)
         self._in_flight.append((pending, buffer, bucket))
 
     def _wait(self, keep: int, bucket: ParameterBucket | None = None) -> None:

@@ -1,8 +1,10 @@
 """The manifest: JSON both ways."""
 
 import json
+import pickle
 
 import pytest
+import xxhash
 
 from lightning_zero.checkpoint.manifest import (
     Entry,
@@ -50,6 +52,26 @@ def manifest_of(count: int) -> Manifest:
 def test_what_is_written_is_what_is_read() -> None:
     manifest = manifest_of(5)
     assert Manifest.from_json(manifest.to_json(), "m") == manifest
+
+
+def backwards(item: object) -> object:
+    """The same JSON with the members of every object in the opposite order."""
+    if isinstance(item, dict):
+        return {name: backwards(item[name]) for name in reversed(item)}
+    return [backwards(element) for element in item] if isinstance(item, list) else item
+
+
+def test_the_order_of_members_means_nothing() -> None:
+    parsed = json.loads(manifest_of(5).to_json())
+    del parsed["manifest_xxh3"]
+    text = json.dumps(backwards(parsed))[:-1]
+    seal = f',\n"manifest_xxh3": "{xxhash.xxh3_64_hexdigest(text.encode())}"\n}}\n'
+    assert Manifest.from_json(text + seal, "m") == manifest_of(5)
+
+
+def test_a_report_travels_as_it_is() -> None:
+    file = manifest_of(5).files[0]
+    assert pickle.loads(pickle.dumps(file)) == file
 
 
 def test_the_text_is_strict_json_with_a_line_for_each_tensor() -> None:

@@ -23,6 +23,7 @@ from lightning_zero.errors import (
     TagMismatchError,
     UnreachableRankError,
 )
+from tests.engine.long_rounds import cut_in_long_rounds_of_small_buckets
 from tests.launch import distributed, run_ranks
 from tests.models import Data, Model, fit, quiet_trainer
 
@@ -127,6 +128,21 @@ def test_what_four_ranks_saved_any_number_resumes_bit_for_bit(tmp_path, precisio
         for rank in resumed:
             assert_same(rank["at_start"], saved["at_end"])
             assert rank["step"] == 6
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_what_was_saved_in_long_rounds_resumes_bit_for_bit_on_any_number_of_ranks_cut_in_any_way(tmp_path, precision):
+    options = {"process_group": False, "precision": precision}
+    saved = run_ranks(train_in_long_rounds, 3, tmp_path, 3, max_steps=4, every=4, **options)[0]
+    for resume, world_size in ((train, 2), (train_in_long_rounds, 2), (train_in_long_rounds, 3)):
+        for rank in run_ranks(resume, world_size, tmp_path, world_size, max_steps=6, resume=True, every=100, **options):
+            assert_same(rank["at_start"], saved["at_end"])
+            assert rank["step"] == 6
+
+
+def train_in_long_rounds(*args, **options):
+    cut_in_long_rounds_of_small_buckets(most_cuts=3)
+    return train(*args, **options)
 
 
 def test_a_checkpoint_of_ddp_is_resumed_and_cut(tmp_path):
