@@ -56,6 +56,8 @@ class Block(nn.Module):
 class GPT(LightningModule):
     """A causal language model on given token ids; the head is the embedding, transposed."""
 
+    learning_rate = 1e-5
+
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.tokens = nn.Embedding(size.vocabulary, size.width)
@@ -79,4 +81,4 @@ class GPT(LightningModule):
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-5)
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)

@@ -41,7 +41,7 @@ class GPTWithZeroRedundancy(GPT):
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return ZeroRedundancyOptimizer(self.parameters(), torch.optim.AdamW, lr=1e-5)
+        return ZeroRedundancyOptimizer(self.parameters(), torch.optim.AdamW, lr=self.learning_rate)
 
 
 class Clock(Callback):
