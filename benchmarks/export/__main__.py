@@ -1,247 +1,60 @@
-"""Peak memory and time of an export, beside reading and writing the same bytes plainly.
+"""Time and peak memory of an export: beside a plain loop over the same bytes, and beside the peers' conversions.
 
-    python -m benchmarks.export [--gigabytes 1 4] [--rounds 3] [--directory DIR] [--json FILE]
+    python -m benchmarks.export [--gigabytes 1 4] [--params 124e6] [--rounds 3] [--json FILE] [--quick]
 
-Two ranks save checkpoints of each size: one of a model alone, and one of a training with AdamW's moments. Then each
-kind of export runs in a fresh process, and before each the plain loop: `read` into a warm buffer of 4 MiB, `write`, and
-one `fsync`, of the same bytes. The checkpoint is in the page cache for both. Peak memory is the process's own (VmHWM),
-less what it was after `import torch`. Every export of the first round is read back and compared, element by element.
+Every figure is a fresh process's. `plain.py` says how our exports are measured at several sizes, and `conversions.py`
+how they are beside DeepSpeed's and DCP's.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import os
 import platform
-import shutil
-import statistics
-import subprocess
-import sys
-import time
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-EXPORTS = {  # the output's name, the arguments, the checkpoint, bytes written for each that is read
-    ".ckpt": ("model.ckpt", {}, "model", 1.0),
-    ".safetensors": ("model.safetensors", {}, "model", 1.0),
-    'max_shard_size="500MB"': ("folder", {"max_shard_size": "500MB"}, "model", 1.0),
-    ".ckpt, with_optimizer": ("training.ckpt", {"with_optimizer": True}, "training", 1.0),
-    ".safetensors, bf16": ("bf16.safetensors", {"dtype": "bf16"}, "model", 0.5),
-}
-WORLD_SIZE = 2
-WIDTH = 4096
-BUFFER_BYTES = 4 << 20
-STATES = ("exp_avg", "exp_avg_sq")
+from benchmarks.export import conversions, plain
+from benchmarks.machine import limits_text, machine_limits
+from benchmarks.ranks import WORLD_SIZE
 
 
-def peak_mib() -> float:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
-
-
-# ------------------------------------------------------------------------------------------- checkpoints
-
-
-def shapes(parameters: float) -> dict[str, tuple[int, ...]]:
-    layers = max(1, round(parameters / WIDTH**2))
-    return {
-        name: shape
-        for layer in range(layers)
-        for name, shape in ((f"layers.{layer}.weight", (WIDTH, WIDTH)), (f"layers.{layer}.bias", (WIDTH,)))
-    }
-
-
-def values(name: str, of: str, start: int, stop: int):
-    """What is stored: the same in whatever pieces it is asked for, and different everywhere."""
-    import torch
-
-    seed = sum(map(ord, f"{name}/{of}")) * 7919
-    return (torch.arange(start, stop, dtype=torch.int64) * 2654435761 + seed).bitwise_and_(0xFFFFFF).float().sub_(2**23)
-
-
-def make(directory: Path, kind: str, gigabytes: float) -> None:
-    """One rank of a save."""
-    import torch
-    import torch.distributed as dist
-
-    from lightning_zero.checkpoint.content import RankContent, SharedContent, TensorToSave
-    from lightning_zero.checkpoint.manifest import Entry, OptimizerEntry
-    from lightning_zero.checkpoint.save import save_checkpoint
-    from lightning_zero.segments import ParameterSpec, plan_buckets
-
-    dist.init_process_group("gloo")
-    states = STATES if kind == "training" else ()
-    sizes = shapes(gigabytes * 1e9 / 4 / (1 + len(states)))
-    tensors = []
-    for bucket in plan_buckets([ParameterSpec(n, s, 4) for n, s in sizes.items()], WORLD_SIZE, "element", 25 << 20):
-        for segment, _ in bucket.owned(dist.get_rank()):
-            place = segment.name, segment.start, segment.stop
-            tensors.append(TensorToSave("model", *place, values(segment.name, "model", segment.start, segment.stop)))
-            for state in states:
-                part = values(segment.name, state, segment.start, segment.stop)
-                tensors.append(TensorToSave("optimizer", *place, part, 0, state))
-    if dist.get_rank() == 0:
-        tensors.append(TensorToSave("model", "counter", 0, 1, torch.tensor([2**40 + 1])))
-    entries = [Entry(name, shape, "bfloat16", "parameter") for name, shape in sizes.items()]
-    entries.append(Entry("counter", (1,), "int64", "buffer"))
-    group = {"lr": 1e-3, "params": list(range(len(sizes)))}
-    trainer = {
-        "epoch": 0,
-        "global_step": 1,
-        "pytorch-lightning_version": "2.6.0",
-        "optimizer_states": [{"state": {}, "param_groups": [group]}],
-    }
-    aliases = {"tied.weight": "layers.0.weight"}
-    shared = SharedContent(0, 2, entries, aliases, [OptimizerEntry("AdamW", (tuple(sizes),))], trainer)
-    save_checkpoint(directory / kind, RankContent(tensors, [], b"", 1), shared, group=dist.group.WORLD)
-    dist.destroy_process_group()
-
-
-def make_with_all_ranks(directory: Path, kind: str, gigabytes: float, port: int) -> None:
-    command = [sys.executable, "-m", "benchmarks.export", "--make", kind, "--gigabytes", str(gigabytes)]
-    ranks = []
-    for rank in range(WORLD_SIZE):
-        env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD_SIZE)}
-        ranks.append(subprocess.Popen([*command, "--directory", str(directory)], env=env | {"RANK": str(rank)}))
-    if any(rank.wait() for rank in ranks):
-        raise SystemExit("the checkpoint can't be made")
-
-
-# ---------------------------------------------------------------------------------------------- contestants
-
-
-def export(directory: Path, name: str) -> dict[str, float]:
-    import torch  # noqa: F401
-
-    base = peak_mib()
-    from lightning_zero.checkpoint.export import convert_zero_checkpoint_to_fp32_state_dict
-
-    file, arguments, kind, _ = EXPORTS[name]
-    began = time.perf_counter()
-    convert_zero_checkpoint_to_fp32_state_dict(directory / kind, directory / "out" / file, **arguments)
-    return {"seconds": time.perf_counter() - began, "above_torch_mib": peak_mib() - base}
-
-
-def plain(directory: Path, kind: str, written: float) -> dict[str, float]:
-    buffer = memoryview(bytearray(BUFFER_BYTES))
-    began = time.perf_counter()
-    with open(directory / "out" / "plain", "xb", buffering=0) as out:
-        for shard in sorted((directory / kind).glob("*.safetensors")):
-            with open(shard, "rb", buffering=0) as file:
-                while count := file.readinto(buffer):
-                    out.write(buffer[: int(count * written)])
-        os.fsync(out.fileno())
-    return {"seconds": time.perf_counter() - began}
-
-
-def check(directory: Path, name: str) -> None:
-    """Read an export back, and compare every element."""
-    import torch
-    from safetensors import safe_open
-
-    file, arguments, *_ = EXPORTS[name]
-    path = directory / "out" / file
-
-    def same(found: torch.Tensor, tensor_name: str, of: str = "model") -> bool:
-        """Row by row."""
-        rows = found if found.dim() == 2 else found[None]
-        return all(
-            torch.equal(row, values(tensor_name, of, i * len(row), (i + 1) * len(row)).to(row.dtype))
-            for i, row in enumerate(rows)
-        )
-
-    if path.suffix == ".ckpt":
-        loaded = torch.load(path, weights_only=True, mmap=True)
-        tensors = loaded["state_dict"]
-        assert tensors["tied.weight"].data_ptr() == tensors["layers.0.weight"].data_ptr()
-        del tensors["tied.weight"]
-        if arguments:
-            (optimizer,) = loaded["optimizer_states"]
-            parameters = [name for name in tensors if name != "counter"]
-            for number, parameter in enumerate(parameters):
-                assert all(same(optimizer["state"][number][state], parameter, state) for state in STATES)
-    else:
-        tensors = {}
-        for part in path.glob("*.safetensors") if path.is_dir() else [path]:
-            opened = safe_open(part, "pt")
-            tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    assert tensors.pop("counter").tolist() == [2**40 + 1]
-    expected = shapes(sum(t.numel() for n, t in tensors.items() if n.endswith("weight")))
-    assert tensors.keys() == expected.keys()
-    assert all(same(tensor, tensor_name) for tensor_name, tensor in tensors.items()), name
-
-
-def fresh(arguments: argparse.Namespace, directory: Path, *command: str) -> dict[str, float]:
-    """Run in a process of its own."""
-    line = [sys.executable, "-m", "benchmarks.export", "--directory", str(directory), *command]
-    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[1, 4], help="sizes of the checkpoints")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gigabytes", type=float, nargs="*", default=[1, 4], help="sizes beside the plain loop")
+    parser.add_argument("--params", default="124e6", help="of the peers' model; 124e6: GPT-2; small: 24 million; tiny")
+    parser.add_argument(
+        "--only", nargs="*", choices=conversions.CONVERSIONS, default=list(conversions.CONVERSIONS), metavar="NAME"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--directory", type=Path, default=Path("export-benchmark"), help="where to put them, and work")
+    parser.add_argument("--quick", action="store_true", help="one round of small models, for a look")
+    parser.add_argument("--directory", type=Path, default=None, help="on the disk that is to be measured")
     parser.add_argument("--json", type=Path, default=None, help="where to write the figures")
-    for hidden in ("--make", "--export", "--plain"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.make:
-        make(arguments.directory, arguments.make, arguments.gigabytes[0])
-        return
-    if arguments.export:
-        print(json.dumps(export(arguments.directory, arguments.export)))
-        return
-    if arguments.plain:
-        kind, written = EXPORTS[arguments.plain][2:]
-        print(json.dumps(plain(arguments.directory, kind, written)))
-        return
-
-    results: dict[str, dict[str, dict]] = {}
-    for turn, gigabytes in enumerate(arguments.gigabytes):
-        directory = arguments.directory / f"{gigabytes:g}gb"
-        shutil.rmtree(directory, ignore_errors=True)
-        (directory / "out").mkdir(parents=True)
-        for number, kind in enumerate(("model", "training")):
-            make_with_all_ranks(directory, kind, gigabytes, 29700 + 2 * turn + number)
-        rounds: dict[str, list[dict]] = {name: [] for name in EXPORTS}
-        for number in range(arguments.rounds):
-            for name, (file, _, kind, _) in EXPORTS.items():
-                for shard in (directory / kind).iterdir():  # into the page cache
-                    with open(shard, "rb", buffering=0) as opened:
-                        buffer = bytearray(BUFFER_BYTES)
-                        while opened.readinto(buffer):
-                            pass
-                beside = fresh(arguments, directory, "--plain", name)
-                (directory / "out" / "plain").unlink()
-                os.sync()
-                found = fresh(arguments, directory, "--export", name)
-                if number == 0:
-                    check(directory, name)
-                output = directory / "out" / file
-                shutil.rmtree(output) if output.is_dir() else output.unlink()
-                os.sync()
-                rounds[name].append({**found, "plain_seconds": beside["seconds"]})
-                print(f"{gigabytes:g} GB, round {number}: {name}: {rounds[name][-1]}", file=sys.stderr)
-        shutil.rmtree(directory)
-        results[f"{gigabytes:g}"] = {
-            name: {
-                "ratio": statistics.median(r["seconds"] / r["plain_seconds"] for r in found),
-                "seconds": statistics.median(r["seconds"] for r in found),
-                "above_torch_mib": max(r["above_torch_mib"] for r in found),
-                "rounds": found,
-            }
-            for name, found in rounds.items()
-        }
-    print(f"\n{WORLD_SIZE} ranks' checkpoints, {platform.machine()}, {os.cpu_count()} cores\n")
-    print("| checkpoint | export | time, plain = 1 | time, s | peak memory above `import torch`, MiB |")
-    print("|---|---|---|---|---|")
-    for gigabytes, exports in results.items():
-        for name, found in exports.items():
-            ratio, seconds, memory = found["ratio"], found["seconds"], found["above_torch_mib"]
-            print(f"| {gigabytes} GB | `{name}` | {ratio:.2f} | {seconds:.2f} | {memory:.0f} |")
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.gigabytes, arguments.params, arguments.rounds = [0.25], "small", 1
+    limits = [machine_limits(arguments.directory)]
+    with tempfile.TemporaryDirectory(prefix="export-benchmark-", dir=arguments.directory) as folder:
+        names = conversions.wanted(arguments.only)
+        rounds = conversions.measure(names, Path(folder), arguments.params, arguments.rounds) if names else []
+    beside_plain = {}
+    for gigabytes in arguments.gigabytes:
+        with tempfile.TemporaryDirectory(prefix="export-benchmark-", dir=arguments.directory) as folder:
+            beside_plain[f"{gigabytes:g}"] = plain.measure(gigabytes, arguments.rounds, Path(folder) / "sizes")
+    limits.append(machine_limits(arguments.directory))
+    figures = conversions.figures_of(rounds) if rounds else {}
+    print(f"\n{WORLD_SIZE} ranks' checkpoints, {platform.machine()}, {os.cpu_count()} cores")
+    for text in (conversions.table(figures) if figures else "", plain.table(beside_plain) if beside_plain else ""):
+        if text:
+            print(f"\n{text}")
+    print(f"\n{limits_text(limits)}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        content = {"params": arguments.params, "limits": limits, "conversions": figures, "sizes": beside_plain}
+        arguments.json.write_text(json.dumps({**content, "rounds": rounds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,157 +1,184 @@
-"""The time of a training step and the peak memory of a rank, beside DDP, on two processes of this machine.
+"""The time of a training step and the peak memory of a rank, beside DDP and the other shardings, on two processes.
 
-    python -m benchmarks.step [--rounds 3] [--steps 12] [--width 512] [--json FILE]
+    python -m benchmarks.step [--rounds 3] [--steps 12] [--accumulate 1 4] [--width 512] [--json FILE] [--quick]
 
-Every contestant runs in fresh processes, one round after the other, and each round runs all of them: so that a busy
-moment of the machine falls on all alike. Medians over all rounds; the ratio is taken round by round.
+Every contestant runs in fresh processes, one after the other, and each round runs all of them, in an order that
+rotates: so that a busy moment of the machine falls on all alike. Medians over all rounds; ratios are taken round by
+round. The figure is a whole optimizer step from end to end, over as many micro-batches as `--accumulate` says.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import resource
 import statistics
-import subprocess
 import sys
-import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.launch import rank_environment
+from benchmarks.machine import limits_text, machine_limits
+from benchmarks.ranks import WORLD_SIZE, Figures, installed, run_ranks
+from benchmarks.rounds import median, median_ratio, rotated
 
+DDP = "ddp"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who takes part.
+
+    Attributes:
+        name: in the table.
+        package: what has to be installed for it, if anything.
+        bars: what the time beside DDP's should not exceed, by micro-batches a step.
+    """
+
+    name: str
+    package: str | None = None
+    bars: tuple[tuple[int, float], ...] = ()
+
+
+OUR_BARS = ((1, 0.95), (4, 1.0))
 CONTESTANTS = {
-    "DDP": "ddp",
-    "DDP + ZeroRedundancyOptimizer": "zero_redundancy",
-    "lightning_zero, stage 1": "zero_stage_1",
-    "lightning_zero, stage 2": "zero_stage_2",
+    DDP: Contestant("DDP"),
+    "zero_redundancy": Contestant("DDP + ZeroRedundancyOptimizer"),
+    "fsdp2_keeping": Contestant("FSDP2, keeping parameters"),
+    "fsdp2_resharding": Contestant("FSDP2, resharding"),
+    "deepspeed_1": Contestant("DeepSpeed ZeRO-1", package="deepspeed"),
+    "deepspeed_2": Contestant("DeepSpeed ZeRO-2", package="deepspeed"),
+    "deepspeed_3": Contestant("DeepSpeed ZeRO-3", package="deepspeed"),
+    "zero_stage_1": Contestant("**lightning_zero, stage 1**", bars=OUR_BARS),
+    "zero_stage_2": Contestant("**lightning_zero, stage 2**", bars=OUR_BARS),
+    "alone": Contestant("forward and backward alone: the limit"),
 }
-WORLD_SIZE = 2
 
 
-def train(strategy: str, steps: int, width: int, layers: int) -> None:
-    """One rank: train, and print what it took as JSON on the last line."""
-    import torch
-    from lightning.pytorch import Callback, LightningModule, Trainer
+@dataclass(frozen=True)
+class Figure:
+    """One cell pair of the table: a contestant at a number of micro-batches."""
 
-    import lightning_zero  # noqa: F401  (registers the strategies)
-
-    class Block(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = torch.nn.TransformerEncoderLayer(width, 8, 4 * width, dropout=0.0, batch_first=True)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layer(x)
-
-    class Model(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = torch.nn.Embedding(8192, width)
-            self.blocks = torch.nn.Sequential(*(Block() for _ in range(layers)))
-
-        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-            logits = self.blocks(self.embed(batch)) @ self.embed.weight.T
-            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.flatten())
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            if strategy == "zero_redundancy":
-                from torch.distributed.optim import ZeroRedundancyOptimizer
-
-                return ZeroRedundancyOptimizer(self.parameters(), torch.optim.AdamW, lr=1e-4)
-            return torch.optim.AdamW(self.parameters(), lr=1e-4)
-
-    class Clock(Callback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-
-        def on_train_start(self, *args: object) -> None:
-            self.last = time.perf_counter()
-
-        def on_train_batch_end(self, *args: object) -> None:
-            # From end to end: what the loop does between two batches counts too, such as waiting for the other rank.
-            self.last, before = time.perf_counter(), self.last
-            self.seconds.append(self.last - before)
-
-    torch.manual_seed(0)
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    clock, model = Clock(), Model()
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=WORLD_SIZE,
-        strategy="ddp" if strategy == "zero_redundancy" else strategy,
-        max_steps=steps,
-        callbacks=[clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    batches = [torch.randint(0, 8192, (2, 128)) for _ in range(steps)]
-    trainer.fit(model, torch.utils.data.DataLoader(batches, batch_size=None))
-    print(
-        json.dumps(
-            {
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "seconds": clock.seconds[2:],  # the first touch the memory
-                "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                "base_mib": base,
-            }
-        )
-    )
+    contestant: str
+    name: str
+    accumulate: int
+    ratio: float
+    seconds: float
+    above_imports_mib: float
+    bar: float | None
 
 
-def run(strategy: str, port: int, arguments: argparse.Namespace) -> dict:
-    """All ranks of one contestant."""
-    command = [sys.executable, "-m", "benchmarks.step", "--strategy", strategy]
-    command += [f"--steps={arguments.steps}", f"--width={arguments.width}", f"--layers={arguments.layers}"]
-    ranks = []
-    for rank in range(WORLD_SIZE):
-        env = os.environ | rank_environment(rank, WORLD_SIZE, port) | {"OMP_NUM_THREADS": "1"}
-        ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    outputs = [rank.communicate() for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        raise SystemExit(f"{strategy} failed:\n" + "\n".join(error for _, error in outputs))
-    results = [json.loads(output.strip().splitlines()[-1]) for output, _ in outputs]
+def run(contestant: str, accumulate: int, arguments: argparse.Namespace) -> Figures:
+    """All ranks of one contestant: the median step, and the memory of the rank that needed the most."""
+    options = ("--steps", arguments.steps, "--width", arguments.width, "--layers", arguments.layers)
+    ranks = run_ranks("benchmarks.step.training", contestant, "--accumulate", accumulate, *options)
     return {
-        "seconds": statistics.median(s for result in results for s in result["seconds"]),
-        "peak_mib": max(result["peak_mib"] for result in results),
-        "base_mib": max(result["base_mib"] for result in results),
-        "parameters": results[0]["parameters"],
+        "seconds": statistics.median(second for rank in ranks for second in rank["seconds"]),
+        "above_imports_mib": max(rank["peak_mib"] - rank["base_mib"] for rank in ranks),
+        "peak_mib": max(rank["peak_mib"] for rank in ranks),
+        "parameters": ranks[0]["parameters"],
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def key(contestant: str, accumulate: int) -> str:
+    """Of a round's entry."""
+    return f"{contestant} x{accumulate}"
+
+
+def figures_of(rounds: Sequence[dict[str, Figures]], accumulations: Sequence[int]) -> list[Figure]:
+    """Medians of all rounds, in the table's order."""
+    return [
+        Figure(
+            contestant,
+            entry.name.strip("*"),
+            accumulate,
+            median_ratio(rounds, key(contestant, accumulate), key(DDP, accumulate), "seconds"),
+            median(rounds, key(contestant, accumulate), "seconds"),
+            median(rounds, key(contestant, accumulate), "above_imports_mib"),
+            dict(entry.bars).get(accumulate),
+        )
+        for contestant, entry in CONTESTANTS.items()
+        for accumulate in accumulations
+        if key(contestant, accumulate) in rounds[0]
+    ]
+
+
+def table(figures: Sequence[Figure], accumulations: Sequence[int]) -> str:
+    """As Markdown: three columns for each number of micro-batches."""
+    by_place = {(figure.contestant, figure.accumulate): figure for figure in figures}
+    title, columns = "| |", ("step, DDP = 1", "step, s", "memory, MiB")
+    for accumulate in accumulations:
+        suffix = "" if accumulate == 1 else f" (accumulating {accumulate})"
+        title += "".join(f" {column}{suffix} |" for column in columns)
+    lines = [title, "|---" * (1 + 3 * len(accumulations)) + "|"]
+    for contestant, entry in CONTESTANTS.items():
+        found = [by_place[contestant, each] for each in accumulations if (contestant, each) in by_place]
+        if found:
+            cells = (
+                f"{each.ratio:.2f}{f' (≤ {each.bar:g})' if each.bar else ''} | {each.seconds:.3f} | "
+                f"{each.above_imports_mib:.0f}"
+                for each in found
+            )
+            lines.append(f"| {entry.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def memory_text(figures: Sequence[Figure], parameters: int) -> str:
+    """How much less memory ours need than ZeroRedundancyOptimizer, which keeps all gradients as DDP does."""
+    gradients_mib = parameters * 4 / 2**20
+    memory = {(figure.contestant, figure.accumulate): figure.above_imports_mib for figure in figures}
+    parts = [
+        f"stage {stage}{f' accumulating {accumulate}' if accumulate > 1 else ''} {saved:.0f} MiB less, "
+        f"{saved / gradients_mib:.0%} of the gradients"
+        for stage in (1, 2)
+        for accumulate in sorted({figure.accumulate for figure in figures})
+        if (f"zero_stage_{stage}", accumulate) in memory and ("zero_redundancy", accumulate) in memory
+        for saved in [memory["zero_redundancy", accumulate] - memory[f"zero_stage_{stage}", accumulate]]
+    ]
+    return f"\n\nThan ZeroRedundancyOptimizer needs: {'; '.join(parts)}." if parts else ""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps; the first two are not counted")
+    parser.add_argument("--accumulate", type=int, nargs="+", default=[1, 4], help="micro-batches a step")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="one short round of a small model, for a look")
+    parser.add_argument("--directory", type=Path, default=None, help="where the machine's disk is measured")
     parser.add_argument("--json", type=Path, default=None, help="where to write the figures")
-    parser.add_argument("--strategy", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.strategy:
-        train(arguments.strategy, arguments.steps, arguments.width, arguments.layers)
-        return
-    rounds: list[dict[str, dict]] = []
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.rounds, arguments.steps, arguments.width, arguments.layers = 1, 6, 256, 4
+    if arguments.steps < 4:
+        parser.error("--steps is at least 4, of which two are counted")
+    wanted = {name: CONTESTANTS[name] for name in CONTESTANTS if name in {DDP, *arguments.only}}
+    for package in {entry.package for entry in wanted.values()}:
+        if not installed(package, beside=[entry.name for entry in wanted.values() if entry.package == package]):
+            wanted = {name: entry for name, entry in wanted.items() if entry.package != package}
+    rounds: list[dict[str, Figures]] = []
+    limits = []
     for number in range(arguments.rounds):
+        limits.append(machine_limits(arguments.directory))
         rounds.append({})
-        for index, (name, strategy) in enumerate(CONTESTANTS.items()):
-            rounds[-1][name] = run(strategy, 29600 + number * 10 + index, arguments)
-            print(f"round {number}: {name}: {rounds[-1][name]}", file=sys.stderr)
-    base = rounds[0]["DDP"]["base_mib"]
+        for accumulate in arguments.accumulate:
+            for contestant in rotated(list(wanted), number):
+                found = rounds[-1][key(contestant, accumulate)] = run(contestant, accumulate, arguments)
+                print(f"round {number}: {key(contestant, accumulate)}: {found}", file=sys.stderr)
+    figures = figures_of(rounds, arguments.accumulate)
+    parameters = rounds[0][key(DDP, arguments.accumulate[0])]["parameters"]
     print(
-        f"\n{rounds[0]['DDP']['parameters'] / 1e6:.1f} M parameters, fp32, {WORLD_SIZE} ranks, {platform.machine()}\n"
+        f"\n{parameters / 1e6:.1f} M parameters, fp32 (gradients: {parameters * 4 / 2**20:.0f} MiB), {WORLD_SIZE} "
+        f"ranks, {platform.machine()}; memory is the peak of a rank above its imports\n\n"
+        f"{table(figures, arguments.accumulate)}{memory_text(figures, parameters)}\n\n{limits_text(limits)}"
     )
-    print("| | step, DDP = 1 | step, s | peak memory, MiB | above the imports, MiB |\n|---|---|---|---|---|")
-    figures = {}
-    for name in CONTESTANTS:
-        ratio = statistics.median(r[name]["seconds"] / r["DDP"]["seconds"] for r in rounds)
-        seconds = statistics.median(r[name]["seconds"] for r in rounds)
-        peak = statistics.median(r[name]["peak_mib"] for r in rounds)
-        figures[name] = {"ratio": ratio, "seconds": seconds, "peak_mib": peak, "above_imports_mib": peak - base}
-        print(f"| {name} | {ratio:.2f} | {seconds:.3f} | {peak:.0f} | {peak - base:.0f} |")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"rounds": rounds, "figures": figures}, indent=1) + "\n")
+        content = {"parameters": parameters, "limits": limits, "figures": [asdict(each) for each in figures]}
+        arguments.json.write_text(json.dumps({**content, "rounds": rounds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

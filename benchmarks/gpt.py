@@ -1,4 +1,8 @@
-"""The model whose checkpoints are measured: a plain GPT-2, fp32, AdamW, in two sizes."""
+"""The model that is trained, saved and converted: a plain GPT-2, fp32, AdamW.
+
+Its forward pass gives the loss, so that the same module trains under Lightning's Trainer and, wrapped by FSDP2 or by
+DeepSpeed, in a plain loop.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ class Size:
 
 
 SIZES = {
+    "tiny": Size(layers=1, heads=2, width=32, vocabulary=512, context=64),  # to see that the scripts run
     "small": Size(layers=6, heads=6, width=384, vocabulary=32768),  # 24 M parameters
     "124e6": Size(layers=12, heads=12, width=768, vocabulary=50257),  # GPT-2
 }
@@ -51,6 +56,8 @@ class Block(nn.Module):
 class GPT(LightningModule):
     """A causal language model on given token ids; the head is the embedding, transposed."""
 
+    learning_rate = 1e-5
+
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.tokens = nn.Embedding(size.vocabulary, size.width)
@@ -62,11 +69,16 @@ class GPT(LightningModule):
                 nn.init.uniform_(parameter, -0.03, 0.03)  # a normal distribution takes seconds
 
     @override
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def forward(self, batch: Tensor) -> Tensor:
         x = self.tokens(batch) + self.positions.weight[: batch.shape[1]]
         logits = self.norm(self.blocks(x)) @ self.tokens.weight.T
         return functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
     @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss: Tensor = self(batch)
+        return loss
+
+    @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-5)
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
