@@ -3,15 +3,14 @@
 Importing the package registers the strategies `"zero_stage_1"` and `"zero_stage_2"`.
 
 [Note: names are imported when they are asked for]
-Lightning and torch take seconds to import, and `lightning-zero ls` needs neither. So the public names are resolved
-by `__getattr__`, and the strategies' registration, which has to import Lightning, is left out in one case alone:
-when the process is the command.
+Lightning and torch take seconds to import. `lightning-zero ls` needs neither, and an export no Lightning. So the public
+names are resolved by `__getattr__`, and the strategies are registered when Lightning is there.
 """
 
 import importlib
-import os
-import sys
 from typing import TYPE_CHECKING
+
+from lightning_zero.plugin.registration import register_when_lightning_is_imported
 
 if TYPE_CHECKING:
     from lightning_zero import errors as errors
@@ -60,12 +59,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def _is_command() -> bool:
-    """Whether this process is `lightning-zero`, or `python -m lightning_zero.cli`."""
-    return os.path.basename(sys.argv[0]) in ("lightning-zero", "lightning-zero.exe") or (
-        sys.argv[0] == "-m" and "lightning_zero.cli" in sys.orig_argv
-    )
-
-
-if not _is_command():
-    importlib.import_module("lightning_zero.plugin.registration")
+register_when_lightning_is_imported()

@@ -25,6 +25,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from lightning_zero.engine.arrivals import Arrivals
 from lightning_zero.engine.buckets import ParameterBucket, Piece
 from lightning_zero.engine.buffers import VacatedMemory
 from lightning_zero.engine.collectives import Pending
@@ -173,6 +174,7 @@ class SegmentedOptimizer:
         reducer: brings the gradients.
         take_in_new_parameters: partitions those parameters of the groups that aren't yet.
         before_change: called before masters or states change, after the closure.
+        arrivals: is told of the parameters that are on their way when a step is over.
     """
 
     def __init__(
@@ -181,9 +183,11 @@ class SegmentedOptimizer:
         buckets: Sequence[ParameterBucket],
         reducer: GradientReducer,
         take_in_new_parameters: Callable[[], None],
-        before_change: Callable[[], None] = lambda: None,
+        before_change: Callable[[], None],
+        arrivals: Arrivals,
     ) -> None:
         self.optimizer = optimizer
+        self._arrivals = arrivals
         self._before_change = before_change
         self._reducer = reducer
         self._take_in_new_parameters = take_in_new_parameters
@@ -385,7 +389,7 @@ class SegmentedOptimizer:
         self._end(gathering)
         return result
 
-    def _take_turns(self) -> list[Pending]:
+    def _take_turns(self) -> list[tuple[ParameterBucket, Pending]]:
         """The first turn has been stepped on: gather it, and let the optimizer step on the others."""
         first, *others = self._turns
         gathering = self._publish(first)
@@ -412,6 +416,7 @@ class SegmentedOptimizer:
         """Bring parameters and gradients to the segments: from here on, what the ranks hold changes."""
         self._before_change()
         self._take_in_new_parameters()
+        self._arrivals.wait()
         self._reducer.finish()
         self._active = [bucket for bucket in self.buckets if not bucket.is_idle]
         self._turns = self._cut_into_turns() if self._takes_turns else [self._active]
@@ -421,29 +426,28 @@ class SegmentedOptimizer:
         self.is_stepping = True
 
     def _cut_into_turns(self) -> list[list[ParameterBucket]]:
-        """The active buckets, in runs of about the same size."""
+        """The active buckets, in runs of about the same size; those first that the next forward needs first."""
         turns: list[list[ParameterBucket]] = [[]]
         whole, before = sum(bucket.plan.numel for bucket in self._active), 0
-        for bucket in self._active:
+        for bucket in reversed(self._active):
             if before * _TURNS >= whole * len(turns):
                 turns.append([])
             turns[-1].append(bucket)
             before += bucket.plan.numel
         return turns
 
-    def _end(self, gathering: Iterable[Pending]) -> None:
-        """Wait until every rank has the segments that the others have stepped on."""
+    def _end(self, gathering: Iterable[tuple[ParameterBucket, Pending]]) -> None:
+        """The segments were stepped on, and are on their way to every rank."""
         self.drop_gradients()
-        for gathered in gathering:
-            gathered.wait()
+        self._arrivals.expect(gathering)
         self._active, self._turns = [], []
         self.is_stepping = False
 
-    def _publish(self, buckets: Sequence[ParameterBucket]) -> list[Pending]:
+    def _publish(self, buckets: Sequence[ParameterBucket]) -> list[tuple[ParameterBucket, Pending]]:
         """Send everybody the segments of these buckets."""
         for bucket in buckets:
             bucket.put_masters_back()
-        return [bucket.publish() for bucket in buckets]
+        return [(bucket, bucket.publish()) for bucket in buckets]
 
     def _evaluated(self, closure: Callable[[], Any], asked: list[bool]) -> Callable[[], Any]:
         """The closure as the optimizer gets it: it is evaluated with the user's parameters in the param groups.
@@ -465,7 +469,7 @@ class SegmentedOptimizer:
                 )
             self._to_parameters()
             if asked[0] or moved:
-                for gathered in self._publish(self.buckets):
+                for _, gathered in self._publish(self.buckets):
                     gathered.wait()
             asked[0] = self._asks = True
             self.is_stepping = False

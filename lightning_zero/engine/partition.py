@@ -13,6 +13,7 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from lightning_zero.engine import norms
+from lightning_zero.engine.arrivals import Arrivals
 from lightning_zero.engine.buckets import ParameterBucket, Piece
 from lightning_zero.engine.buffers import VacatedMemory
 from lightning_zero.engine.collectives import Collectives
@@ -75,8 +76,9 @@ class Partition:
             reduce_dtype=reduce_dtype,
             find_unused_parameters=find_unused_parameters,
         )
+        self.arrivals = Arrivals()
         self._segmented = [
-            SegmentedOptimizer(optimizer, [], self.reducer, self.take_in_new_parameters, before_change)
+            SegmentedOptimizer(optimizer, [], self.reducer, self.take_in_new_parameters, before_change, self.arrivals)
             for optimizer in optimizers
         ]
         self._unowned = [p for p in module.parameters() if p.requires_grad]
@@ -163,6 +165,7 @@ class Partition:
     def detach(self) -> None:
         """Undo everything but the memory layout: hooks, stand-ins and wrapped methods. No collective."""
         self.reducer.detach()
+        self.arrivals.detach()
         for segmented in self._segmented:
             segmented.drop_gradients()
             segmented.detach()
@@ -246,8 +249,14 @@ class Partition:
         """Accumulate gradients without communication, at stage 1."""
         return self.reducer.no_sync()
 
+    def overlap_gather(self) -> None:
+        """Let a step's gather go on beside the next forward: see [Note: the gather beside the next forward]."""
+        if self._collectives.world_size > 1:
+            self.arrivals.watch(self._module, self._by_parameter.get)
+
     def take_over_outside_writes(self) -> None:
         """Bring what was written into parameters since the last step into the masters."""
+        self.arrivals.wait()
         for segmented in self._segmented:
             segmented.take_over_outside_writes()
 

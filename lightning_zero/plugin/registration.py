@@ -1,18 +1,75 @@
-"""Importing this registers the strategies' names with Lightning, which has no entry point for them."""
+"""The strategies' names, registered with Lightning, which has no entry point for them.
 
-from lightning.pytorch.strategies import StrategyRegistry
+Importing Lightning takes seconds, and a script that converts a checkpoint needs none of it. So where it isn't there
+yet, it is registered with when somebody imports it.
+"""
 
-from lightning_zero.plugin.strategy import ZeroStrategy
+from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from lightning_zero.plugin.strategy import ZeroStrategy
+
+_LIGHTNING = "lightning.pytorch"
 _START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 
-for _stage in (1, 2):
-    for _suffix, _start_method in _START_METHODS.items():
-        StrategyRegistry.register(
-            f"zero_stage_{_stage}{_suffix}",
-            ZeroStrategy,
-            description=f"ZeRO stage {_stage}, processes started by {_start_method}: see lightning_zero.ZeroStrategy",
-            override=True,
-            stage=_stage,
-            start_method=_start_method,
-        )
+
+def register_when_lightning_is_imported() -> None:
+    """Register now, if Lightning is imported, and else just after that."""
+    if _LIGHTNING in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watch())
+
+
+class _Watch(MetaPathFinder):
+    """Finds nothing itself; has Lightning registered with by whoever loads it."""
+
+    @override
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _LIGHTNING:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = partial(_load, spec.loader.exec_module)  # type: ignore[method-assign]
+        return spec
+
+
+def _load(exec_module: Any, module: ModuleType) -> None:
+    exec_module(module)
+    _register()
+
+
+def _make(**options: Any) -> ZeroStrategy:
+    # Not before it is wanted: `lightning_zero.plugin.strategy` may be what has imported Lightning
+    from lightning_zero.plugin.strategy import ZeroStrategy
+
+    return ZeroStrategy(**options)
+
+
+def _register() -> None:
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    for stage in (1, 2):
+        for suffix, start_method in _START_METHODS.items():
+            StrategyRegistry.register(
+                f"zero_stage_{stage}{suffix}",
+                _make,
+                description=f"ZeRO stage {stage}, processes started by {start_method}: see lightning_zero.ZeroStrategy",
+                override=True,
+                stage=stage,
+                start_method=start_method,
+            )

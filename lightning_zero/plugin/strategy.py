@@ -64,6 +64,7 @@ from lightning_zero.plugin.loader_state import (
 )
 from lightning_zero.plugin.materialize import materialize
 from lightning_zero.plugin.metric_state import finished_metrics, get_metric_states
+from lightning_zero.plugin.overlap import GatherOverlap
 from lightning_zero.plugin.precision import route_clipping, unroute_clipping
 from lightning_zero.plugin.ranks import Ranks, stay_at_exit
 from lightning_zero.plugin.resume import Resume
@@ -95,6 +96,10 @@ class ZeroStrategy(DDPStrategy):
         find_unused_parameters: set this where a parameter may have a gradient on one rank and none on another.
             On gloo it works without; on NCCL it costs a synchronisation a backward.
         broadcast_buffers: give every rank the first rank's buffers before each forward, as DDP does.
+        overlap_gather: let the gather of updated parameters go on beside the next forward, in which each module waits
+            for its own. For a forward that reads no parameter of a module before that one's own forward is called.
+            Where a callback or a hook may look at parameters in between, or a part of the module is compiled, it is
+            waited for as ever, and a line in the log says so.
         tag_validation: what to do where the ranks are given different tags to save: `"fail"`, or take the first
             rank's, and `"warn"` of it, or `"ignore"` it.
         accelerator: as for `DDPStrategy`, like all that follow.
@@ -121,6 +126,7 @@ class ZeroStrategy(DDPStrategy):
         reduce_dtype: str | torch.dtype | None = None,
         find_unused_parameters: bool = False,
         broadcast_buffers: bool = True,
+        overlap_gather: bool = False,
         tag_validation: TagValidation = "fail",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -158,6 +164,7 @@ class ZeroStrategy(DDPStrategy):
         self._reduce_dtype = floating_dtype(reduce_dtype)
         self._find_unused_parameters = find_unused_parameters
         self._broadcast_buffers = broadcast_buffers
+        self._overlap_gather = overlap_gather
         self._buffers_due = True
         self._tag_validation: TagValidation = tag_validation
         self._behind: bool | None = None
@@ -288,6 +295,7 @@ class ZeroStrategy(DDPStrategy):
         if fitting:
             self._partition = None
             self._ranks.renew()
+            GatherOverlap.install(trainer, wanted=self._overlap_gather)
             self.setup_optimizers(trainer)
         self._signals = SharedSignals(trainer, self._ranks.control if self.world_size > 1 else None)
         self.setup_precision_plugin()
@@ -343,6 +351,10 @@ class ZeroStrategy(DDPStrategy):
         if self._partition is not None:
             self._partition.rebase()
 
+    def begin_overlap(self) -> None:
+        """From now on, let a step's gather go on until somebody calls `wait_for_parameters`, or a module needs it."""
+        self._partitioned.overlap_gather()
+
     @property
     def _partitioned(self) -> Partition:
         if self._partition is None:
@@ -396,7 +408,21 @@ class ZeroStrategy(DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         self._log_saves()
         self._before_forward()
-        return super().training_step(*args, **kwargs)
+        self._partitioned.arrivals.before_forward()
+        result = super().training_step(*args, **kwargs)
+        self.wait_for_parameters()  # those of modules that this forward didn't call
+        return result
+
+    def wait_for_parameters(self) -> None:
+        """With `overlap_gather`, return when every parameter is what the last step has made of it."""
+        if self._partition is not None:
+            self._partition.arrivals.wait()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        if not self._interrupted:  # else the ranks may not be there; it is waited for when they are known to be
+            self.wait_for_parameters()
+        return super().lightning_module_state_dict()
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -447,6 +473,7 @@ class ZeroStrategy(DDPStrategy):
 
     def full_state(self, parameter: Parameter) -> dict[str, Any]:
         """The whole fp32 `"param"` and every optimizer state of one parameter. Called on every rank."""
+        self.wait_for_parameters()
         return self._partitioned.full_state(parameter)
 
     def full_grad(self, parameter: Parameter) -> Tensor | None:
@@ -654,6 +681,7 @@ class ZeroStrategy(DDPStrategy):
 
     def _save_by_rank_zero(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None) -> None:
         """Save as DDP does, by a `CheckpointIO` that knows no shards: put together, and written by one rank."""
+        self.wait_for_parameters()
         if self._partition is not None and "optimizer_states" in checkpoint:
             self._partition.take_in_new_parameters()
             states = [self._partition.whole_state_dict(optimizer) for optimizer in self.optimizers]
