@@ -26,6 +26,20 @@ from lightning_zero.engine.buckets import ParameterBucket
 from lightning_zero.engine.collectives import Pending
 
 
+class _Hook:
+    """What a module has in its hooks; a copy of the module, or one that was pickled, waits for nothing."""
+
+    def __init__(self, arrivals: Arrivals | None = None) -> None:
+        self._arrivals = arrivals
+
+    def __call__(self, module: Module, _: object) -> None:
+        if self._arrivals is not None:
+            self._arrivals.before_forward_of(module)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
 class Arrivals:
     """What is being gathered; with nobody watching, it is waited for at once."""
 
@@ -46,7 +60,7 @@ class Arrivals:
         self._bucket_of = bucket_of
         for child in module.modules():
             if any(True for _ in child.parameters(recurse=False)) and not isinstance(child, torch.jit.ScriptModule):
-                self._hooks.append(child.register_forward_pre_hook(self._before_forward_of))
+                self._hooks.append(child.register_forward_pre_hook(_Hook(self)))
 
     def expect(self, gathering: Iterable[tuple[ParameterBucket, Pending]]) -> None:
         """A step is over, and its parameters are on their way."""
@@ -65,7 +79,8 @@ class Arrivals:
                 if any(slot.parameter not in waited_for for slot in bucket.slots)
             )
 
-    def _before_forward_of(self, module: Module, _: object) -> None:
+    def before_forward_of(self, module: Module) -> None:
+        """The forward of one of the modules begins."""
         if self._in_forward:
             self._called.add(module)
         if self._pending:

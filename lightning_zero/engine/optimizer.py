@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -165,6 +164,16 @@ _OWNER = "lightning_zero_owner"
 """The attribute of a wrapped method that says who wrapped it."""
 
 
+def _is_torchs_own(step: Callable[..., Any]) -> bool:
+    """Whether nobody but torch has a part in a method, as its schedulers have, which wrap it."""
+    function: Any = getattr(step, "__func__", step)
+    while function is not None:
+        if not getattr(function, "__globals__", {}).get("__name__", "").startswith("torch."):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
 class SegmentedOptimizer:
     """Makes a user's optimizer step on this rank's segments, in place, until `detach()`.
 
@@ -204,8 +213,8 @@ class SegmentedOptimizer:
         self.add(buckets)
         self._user_step = optimizer.step
         self._user_add_param_group = optimizer.add_param_group
-        # A step that somebody has put in its place may count its calls, or ignore its closure; a scheduler's doesn't.
-        is_torchs_own = inspect.unwrap(self._user_step) is inspect.unwrap(type(optimizer).step)
+        # A step that somebody has put in its place may count its calls, or ignore its closure.
+        is_torchs_own = _is_torchs_own(self._user_step)
         self._takes_turns = reducer.is_distributed and is_torchs_own and type(optimizer) in ELEMENT_WISE
         self._asks = is_torchs_own and type(optimizer) in (*ELEMENT_WISE, *WHOLE_PARAMETERS)
         """It is known to evaluate a closure that it is given; some never do."""
@@ -345,6 +354,8 @@ class SegmentedOptimizer:
             for hook in before:
                 args, kwargs = hook(self.optimizer, args, kwargs) or (args, kwargs)
             result = self._step(*args, **kwargs)
+        if after:
+            self._arrivals.wait()
         for hook in after:
             hook(self.optimizer, args, kwargs)
         return result
@@ -408,6 +419,7 @@ class SegmentedOptimizer:
             with self._on_segments():
                 result = method(self.optimizer, *args, **kwargs)
             self._end(self._publish(self._active))
+            self._arrivals.wait()
             return result
 
         return on_segments
@@ -535,7 +547,9 @@ class SegmentedOptimizer:
             group["params"] = parameters
 
     def load_state(self, state_dict: Mapping[str, Any], vacated: VacatedMemory) -> None:
-        """Take this rank's part of a whole state, replacing what is there; tensors that fit are written in place.
+        """Take this rank's part of a whole state, replacing what is there.
+
+        What is read from a checkpoint is read into the tensors that are there, if they fit.
 
         Args:
             state_dict: as `torch.optim.Optimizer.state_dict()` gives it for whole parameters, whoever saved it. A
@@ -577,7 +591,9 @@ class SegmentedOptimizer:
                 if key == MASTER:
                     copy_range(value, piece.segment.start, piece.segment.stop, piece.master.detach())
                 else:
-                    room = functools.partial(_room, held.get(key), vacated)
+                    # What isn't read from a file may be what is held, or a part of what is still to be taken over
+                    in_place = held.get(key) if hasattr(value, "read_range") else None
+                    room = functools.partial(_room, in_place, vacated)
                     state[piece.master][key] = _part_of(value, key, piece, room)
         self.optimizer.__setstate__({"state": state, "param_groups": groups})
 

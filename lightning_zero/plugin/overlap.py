@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from lightning_zero.plugin.strategy import ZeroStrategy
 
 _WITH_EVERY_BATCH = ("on_train_batch_end", "on_train_batch_start")
-_OF_THE_MODULE = (*_WITH_EVERY_BATCH, "lr_scheduler_step")
+_OF_THE_MODULE = (
+    *_WITH_EVERY_BATCH,
+    "optimizer_step",
+    "lr_scheduler_step",
+    "on_before_batch_transfer",
+    "transfer_batch_to_device",
+    "on_after_batch_transfer",
+    "on_validation_model_eval",  # comes before `on_validation_start`
+)
+"""What a module may have of its own between a step and the next forward."""
 _LOOK_AT_NO_PARAMETERS = tuple(
     f"lightning.pytorch.callbacks.{name}"
     for name in (
@@ -108,4 +117,5 @@ def _home(instance: object, method: str) -> str:
 
 
 def _is_compiled(module: Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    ways = ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")  # torch's two, and Lightning's
+    return any(getattr(module, way, None) is not None for way in ways)

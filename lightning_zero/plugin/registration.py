@@ -26,7 +26,7 @@ _START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": 
 
 def register_when_lightning_is_imported() -> None:
     """Register now, if Lightning is imported, and else just after that."""
-    if _LIGHTNING in sys.modules:
+    if hasattr(sys.modules.get(_LIGHTNING), "Trainer"):
         _register()
     elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch())
@@ -49,7 +49,11 @@ class _Watch(MetaPathFinder):
 
 
 def _load(exec_module: Any, module: ModuleType) -> None:
-    exec_module(module)
+    try:
+        exec_module(module)
+    except BaseException:  # somebody may import it once more
+        register_when_lightning_is_imported()
+        raise
     _register()
 
 

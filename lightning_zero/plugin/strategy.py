@@ -99,7 +99,8 @@ class ZeroStrategy(DDPStrategy):
         overlap_gather: let the gather of updated parameters go on beside the next forward, in which each module waits
             for its own. For a forward that reads no parameter of a module before that one's own forward is called.
             Where a callback or a hook may look at parameters in between, or a part of the module is compiled, it is
-            waited for as ever, and a line in the log says so.
+            waited for as ever, and a line in the log says so. On NCCL a module with buffers needs
+            `broadcast_buffers=False` too: their broadcast would wait for the gather.
         tag_validation: what to do where the ranks are given different tags to save: `"fail"`, or take the first
             rank's, and `"warn"` of it, or `"ignore"` it.
         accelerator: as for `DDPStrategy`, like all that follow.

@@ -1,6 +1,7 @@
 """What happens to gradients, states and memory off the straight path: each once went wrong, or nearly."""
 
 import copy
+import functools
 from contextlib import nullcontext
 
 import pytest
@@ -450,18 +451,48 @@ def test_an_accumulation_that_ends_under_no_sync_is_agreed_on_when_it_is_asked_f
 
 @distributed(world_size=2)
 def test_a_step_that_somebody_has_put_in_place_of_torchs_is_called_once():
-    net = layers("a", "b", "c")
-    calls = []
+    for where in ("instance", "class"):
+        net = layers("a", "b", "c")
+        calls = []
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        place = optimizer if where == "instance" else torch.optim.SGD
+        theirs = place.step
+
+        @functools.wraps(theirs)
+        def step(*args, theirs=theirs, calls=calls, **kwargs):
+            calls.append(args)
+            return theirs(*args, **kwargs)
+
+        place.step = step
+        _, partition = partitioned(net, optimizer=optimizer)
+        for seed in range(3):
+            optimizer.zero_grad()
+            net["c"](net["b"](net["a"](batch(seed)))).pow(2).mean().backward()
+            partition.flush()
+            optimizer.step()
+        assert len(calls) == 3
+        if where == "class":
+            torch.optim.SGD.step = theirs
+
+
+@distributed(world_size=2)
+def test_a_state_that_was_kept_is_not_written_over_by_loading_another():
+    net = layers("a", "b")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    theirs = optimizer.step
-    optimizer.step = lambda *args, **kwargs: calls.append(optimizer.param_groups[0]["lr"]) or theirs(*args, **kwargs)
-    _, partition = partitioned(net, optimizer=optimizer)
-    for seed in range(3):
-        optimizer.zero_grad()
-        net["c"](net["b"](net["a"](batch(seed)))).pow(2).mean().backward()
-        partition.flush()
-        optimizer.step()
-    assert len(calls) == 3
+    partition = Partition(
+        net, [optimizer], collectives_for(dist.group.WORLD), stage=2, partition="parameter", bucket_bytes=SMALL
+    )
+    net["b"](net["a"](batch(0))).pow(2).mean().backward()
+    partition.flush()
+    optimizer.step()
+    kept = optimizer.state_dict()
+    before = {index: state["momentum_buffer"].clone() for index, state in kept["state"].items()}
+    optimizer.load_state_dict({**kept, "state": {i: {"momentum_buffer": b + 1} for i, b in before.items()}})
+    optimizer.load_state_dict(kept)
+    after = optimizer.state_dict()["state"]
+    assert before
+    for index, buffer in before.items():
+        assert torch.equal(after[index]["momentum_buffer"], buffer)
 
 
 @distributed(world_size=2)
@@ -469,9 +500,9 @@ def test_the_first_part_of_a_step_is_sent_before_the_last_is_stepped_on():
     net = layers("a", "b", "c", "d", "e")
     optimizer, partition = partitioned(net)
     torch.optim.lr_scheduler.ConstantLR(optimizer)  # wraps the step once more
-    bucket, stepped = partition.buckets[0], []
+    bucket, stepped = partition.buckets[-1], []  # the next forward needs it first
     publish = bucket.publish
-    last = partition.buckets[-1].pieces[0].master
+    last = partition.buckets[0].pieces[0].master
 
     def spy():
         stepped.append(last._version)

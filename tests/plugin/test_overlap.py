@@ -1,7 +1,9 @@
 """The gather beside the next forward: nobody reads too early, and where somebody might, there is no overlap."""
 
+import copy
 import logging
 import os
+import pickle
 import tempfile
 from functools import partial
 
@@ -147,6 +149,11 @@ def test_where_somebody_may_look_after_each_step_everything_is_there():
         def on_train_batch_start(self, batch, batch_idx):
             assert not under_way
 
+    class StepsItself(Plain):
+        def optimizer_step(self, *args, **kwargs):
+            super().optimizer_step(*args, **kwargs)
+            assert not under_way
+
     class ByHand(Plain):
         def __init__(self):
             super().__init__()
@@ -171,6 +178,7 @@ def test_where_somebody_may_look_after_each_step_everything_is_there():
         (Plain, [Looks], "Looks.on_train_batch_end"),
         (Plain, [lambda: LambdaCallback(on_train_batch_end=does)], "LambdaCallback.on_train_batch_end"),
         (LooksItself, [], "LooksItself.on_train_batch_start"),
+        (StepsItself, [], "StepsItself.optimizer_step"),
         (ByHand, [], "manual optimization"),
         (Compiled, [], "compiled"),
         (Plain, [lambda: StochasticWeightAveraging(swa_lrs=1e-2)], None),
@@ -182,6 +190,31 @@ def test_where_somebody_may_look_after_each_step_everything_is_there():
             assert [obstacle in line for line in said] == [True]
         else:
             assert not said
+
+
+@distributed(world_size=2, process_group=False)
+def test_hooks_of_a_step_see_what_it_has_made_and_a_module_can_be_pickled_and_copied():
+    arrive_late()
+    copies = []
+
+    class Hooked(Plain):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            optimizer.register_step_post_hook(self.look)
+            return optimizer
+
+        def look(self, *args):
+            assert not under_way
+
+        def loss(self, batch):
+            loss = super().loss(batch)
+            copies.extend([pickle.loads(pickle.dumps(self.net)), copy.deepcopy(self.net)])
+            for copied in copies[-2:]:
+                assert torch.equal(copied(batch), self.net(batch))
+            return loss
+
+    fit(Hooked, ZeroStrategy(**options()))
+    assert copies
 
 
 @distributed(world_size=2, process_group=False)
