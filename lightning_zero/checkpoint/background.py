@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from typing import Literal
 
+from lightning_zero.checkpoint import kernel
 from lightning_zero.checkpoint.report import SaveReport
 
 _State = Literal["idle", "running", "failed"]
@@ -39,13 +40,17 @@ class BackgroundSave:
             raise RuntimeError("a save is under way, or has failed; join it first")
         self._state = "running"
         # Not a daemon: a process that ends in order finishes what it has begun to save
-        thread = threading.Thread(target=self._run, args=(save,), name="lightning_zero-save", daemon=False)
+        thread = threading.Thread(target=self._run_aside, args=(save,), name="lightning_zero-save", daemon=False)
         try:
             thread.start()
         except RuntimeError:  # no more threads: the other ranks wait for this one
             self._run(save)
         else:
             self._thread = thread
+
+    def _run_aside(self, save: Callable[[], SaveReport]) -> None:
+        kernel.yield_to_others()
+        self._run(save)
 
     def _run(self, save: Callable[[], SaveReport]) -> None:
         try:

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint import commit, kernel
 from lightning_zero.checkpoint.integrity import read_manifest
 from lightning_zero.checkpoint.manifest import Manifest
 from lightning_zero.checkpoint.storage import Location, is_remote, link, names_in
@@ -84,6 +84,7 @@ class BackgroundExport:
             export.held.staging.abandon()
 
     def _run(self) -> None:
+        kernel.yield_to_others()
         while True:
             with self._lock:
                 if not self._waiting:
