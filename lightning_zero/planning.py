@@ -115,7 +115,7 @@ class Setup:
     world_size: int
     optimizer: OptimizerKind
     policy: Policy
-    bucket_bytes: int
+    bucket_bytes: int = 25 * 2**20
     accumulate: int = 1
     reduce_bytes: int | None = None
     equal_shards: bool = True

@@ -140,20 +140,6 @@ class Bucket:
                 yield Segment(parameter.name, start, stop), offset + start
 
 
-def bucket_bytes_of(size_mb: float | None, *, equal_shards: bool) -> int:
-    """How large a bucket should be.
-
-    Args:
-        size_mb: in MiB, if somebody has asked for a size.
-        equal_shards: as on NCCL, where a message has to be long before a ring of many GPUs works at its full rate: 25
-            MiB, as under DDP. On gloo 8 MiB cost 2 % of a small step more, and the buffers a third of the memory
-            (`benchmarks/step`).
-    """
-    if size_mb is None:
-        size_mb = 25 if equal_shards else 8
-    return max(1, int(size_mb * 2**20))
-
-
 def plan_buckets(
     parameters: Sequence[ParameterSpec],
     world_size: int,

@@ -290,7 +290,7 @@ def test_the_states_that_are_planned_are_the_optimizers(name: str, make: Any) ->
 def test_a_whole_parameter_has_one_owner_and_the_plan_is_that_of_the_rank_with_most() -> None:
     sizes = (1000, 10, 10)
     parameters = tuple(ParameterSpec(str(index), (size,), 4) for index, size in enumerate(sizes))
-    setup = Setup(2, OPTIMIZERS["muon"], "parameter", bucket_bytes=2**20, equal_shards=False)
+    setup = Setup(2, OPTIMIZERS["muon"], "parameter", equal_shards=False)
     assert plan(Model(sum(sizes), parameters=parameters), setup, 2).states == 4 * 1000
 
 

@@ -14,7 +14,7 @@ from lightning_zero.cli.arguments import WrongUseError, add_command, positive
 from lightning_zero.cli.output import bytes_text, print_json, print_table
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.planning import OPTIMIZERS, PRECISIONS, Model, Plan, Setup, plan
-from lightning_zero.segments import ParameterSpec, bucket_bytes_of
+from lightning_zero.segments import ParameterSpec
 
 if TYPE_CHECKING:
     from lightning_zero.cli.arguments import Commands
@@ -55,7 +55,7 @@ def add_to(commands: Commands) -> None:
     command.add_argument("--precision", choices=PRECISIONS, default="32-true", help="the Trainer's; 32-true")
     command.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="adamw")
     command.add_argument("--partition", choices=("auto", "element", "parameter"), default="auto", help="ZeroStrategy's")
-    command.add_argument("--bucket-size-mb", type=float, metavar="MB", help="ZeroStrategy's; 25 on NCCL, and 8 on gloo")
+    command.add_argument("--bucket-size-mb", type=float, default=25.0, metavar="MB", help="ZeroStrategy's; 25")
     command.add_argument("--reduce-dtype", choices=_REDUCE_BYTES, help="ZeroStrategy's; the parameters' own")
     command.add_argument(
         "--accumulate", type=positive, default=1, metavar="N", help="the Trainer's accumulate_grad_batches; 1"
@@ -85,14 +85,14 @@ def _plan(options: argparse.Namespace) -> int:
         raise WrongUseError("--model-args goes with --model")
     if options.model is not None and options.frozen is not None:
         raise WrongUseError("--frozen goes with --params; a --model says by requires_grad what isn't trained")
-    if options.bucket_size_mb is not None and not 0 < options.bucket_size_mb < 1e9:
+    if not 0 < options.bucket_size_mb < 1e9:
         raise WrongUseError(f"--bucket-size-mb must be a positive number, not {options.bucket_size_mb}")
     optimizer = OPTIMIZERS[options.optimizer]
     setup = Setup(
         world_size=options.world_size,
         optimizer=optimizer,
         policy=optimizer.policy if options.partition == "auto" else options.partition,
-        bucket_bytes=bucket_bytes_of(options.bucket_size_mb, equal_shards=options.backend == "nccl"),
+        bucket_bytes=max(1, int(options.bucket_size_mb * 2**20)),
         accumulate=options.accumulate,
         reduce_bytes=_REDUCE_BYTES.get(options.reduce_dtype),
         equal_shards=options.backend == "nccl",

@@ -70,7 +70,6 @@ from lightning_zero.plugin.ranks import Ranks, stay_at_exit
 from lightning_zero.plugin.resume import Resume
 from lightning_zero.plugin.signals import SharedSignals
 from lightning_zero.plugin.telemetry import SaveTelemetry
-from lightning_zero.segments import bucket_bytes_of
 
 _T = TypeVar("_T")
 _CLIENT_STATE = "lightning_zero_client_state"
@@ -92,7 +91,7 @@ class ZeroStrategy(DDPStrategy):
         partition: how optimizer states are cut. `"element"`: flat slices, for optimizers whose update of an
             element looks at that element alone. `"parameter"`: whole parameters, for any optimizer. `"auto"`:
             by element for the optimizers of `torch.optim` that are known to be element-wise, else by parameter.
-        bucket_size_mb: about how many MiB of gradients travel as one message; by default 25 on NCCL, and 8 on gloo.
+        bucket_size_mb: about how many MiB of gradients travel as one message.
         reduce_dtype: the dtype in which gradients travel, such as `"float32"`; the parameters' own by default.
         find_unused_parameters: set this where a parameter may have a gradient on one rank and none on another.
             On gloo it works without; on NCCL it costs a synchronisation a backward.
@@ -124,7 +123,7 @@ class ZeroStrategy(DDPStrategy):
         stage: int = 2,
         *,
         partition: Literal["auto", "element", "parameter"] = "auto",
-        bucket_size_mb: float | None = None,
+        bucket_size_mb: float = 25.0,
         reduce_dtype: str | torch.dtype | None = None,
         find_unused_parameters: bool = False,
         broadcast_buffers: bool = True,
@@ -145,7 +144,7 @@ class ZeroStrategy(DDPStrategy):
             raise ValueError(f"stage must be 1 or 2, not {stage!r}; use DDPStrategy for stage 0, FSDPStrategy for 3")
         if partition not in ("auto", "element", "parameter"):
             raise ValueError(f'partition must be "auto", "element" or "parameter", not {partition!r}')
-        if bucket_size_mb is not None and (not isinstance(bucket_size_mb, (int, float)) or bucket_size_mb <= 0):
+        if not isinstance(bucket_size_mb, (int, float)) or bucket_size_mb <= 0:
             raise ValueError(f"bucket_size_mb must be a positive number, not {bucket_size_mb!r}")
         _require_tag_validation(tag_validation)
         if start_method not in _START_METHODS:
@@ -162,7 +161,7 @@ class ZeroStrategy(DDPStrategy):
         )
         self.stage = stage
         self._partition_by = partition
-        self._bucket_size_mb = bucket_size_mb
+        self._bucket_bytes = max(1, int(bucket_size_mb * 2**20))
         self._reduce_dtype = floating_dtype(reduce_dtype)
         self._find_unused_parameters = find_unused_parameters
         self._broadcast_buffers = broadcast_buffers
@@ -310,7 +309,7 @@ class ZeroStrategy(DDPStrategy):
                 self._ranks.collectives,
                 stage=self.stage,
                 partition=self._partition_by,
-                bucket_bytes=bucket_bytes_of(self._bucket_size_mb, equal_shards=self._ranks.collectives.equal_shards),
+                bucket_bytes=self._bucket_bytes,
                 reduce_dtype=self._reduce_dtype,
                 find_unused_parameters=self._find_unused_parameters,
                 before_change=self._before_step,
