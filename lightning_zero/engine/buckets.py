@@ -163,6 +163,10 @@ class ParameterBucket:
             self._gradient = torch.empty(self._masters.numel(), dtype=self.master_dtype, device=self._masters.device)
         return self._gradient
 
+    def release_gradient(self) -> None:
+        """Let go of the shard's memory: nothing in it is needed any more."""
+        self._gradient = None
+
     @property
     def gradient_bytes(self) -> int:
         """Of this rank's shard of the gradient, if there has been one."""

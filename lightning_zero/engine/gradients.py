@@ -88,6 +88,7 @@ class GradientReducer:
         self._order_is_learned = False
         self._norms: dict[float, dict[str, Tensor]] = {}  # of the gradients as they are
         self._unagreed = False  # there are tentative stand-ins
+        self._has_memory = False  # there are buffers, and shards of gradients
         # Since the last flush:
         self._open = False
         self._queue: list[int] = []
@@ -166,6 +167,8 @@ class GradientReducer:
 
     def _on_gradient(self, index: int, slot: Slot) -> None:
         if not self._reduces:
+            if self._has_memory:
+                self._let_go()
             return
         if not self._open:
             self._begin()
@@ -178,6 +181,14 @@ class GradientReducer:
             self._full.append(index)
         while self._sent < len(self._queue) and self._missing[self._queue[self._sent]] <= 0:
             self._send_next()
+
+    def _let_go(self) -> None:
+        """Whole gradients accumulate: let them have the memory that is needed again with the last of them."""
+        self._has_memory = False
+        self._pool.clear()
+        for bucket in self._buckets:
+            if not any(isinstance(slot.parameter.grad, PartitionedGradient) for slot in bucket.slots):
+                bucket.release_gradient()
 
     def _keep_for_flush(self, slot: Slot) -> None:
         """A gradient whose bucket is gone waits with the stand-in, so that it isn't taken for a whole one."""
@@ -292,6 +303,7 @@ class GradientReducer:
 
     def _flush(self, *, agree: bool) -> None:
         self.forget_norms()
+        self._has_memory = True
         late = True
         while late:
             if not self._open:

@@ -46,6 +46,7 @@ from lightning_zero.checkpoint.nodes import Place
 from lightning_zero.checkpoint.plan import TagValidation
 from lightning_zero.checkpoint.save import holds_model
 from lightning_zero.checkpoint.storage import Location, absolute, locate
+from lightning_zero.engine.buffers import keep_freed_memory
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import (
@@ -262,6 +263,8 @@ class ZeroStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         self._ranks.device = self.root_device
+        if self.root_device.type == "cpu":
+            keep_freed_memory()
         self._require_same_start()
 
     def _require_same_start(self) -> None:

@@ -515,3 +515,26 @@ def test_the_first_part_of_a_step_is_sent_before_the_last_is_stepped_on():
     optimizer.step()
     assert stepped == [before]
     assert last._version > before
+
+
+@distributed(world_size=2)
+def test_at_stage_1_whole_gradients_have_the_buffers_memory_while_they_accumulate():
+    net = layers("a", "b", "c")
+    optimizer, partition = partitioned(net, stage=1)
+
+    def loss(module, x):
+        return module["c"](module["b"](module["a"](x))).pow(2).mean()
+
+    for step in range(2):
+        optimizer.zero_grad()
+        expected = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+        for micro in range(3):
+            for name, gradient in averaged(net, lambda module, x, _: loss(module, x), 10 * step + micro).items():
+                expected[name] += gradient
+            with nullcontext() if micro == 2 else partition.no_sync():
+                loss(net, batch(10 * step + micro)).backward()
+                partition.flush()
+            assert (partition.memory_bytes()["buckets"] > 0) == (micro == 2)
+            assert all((bucket.gradient_bytes > 0) == (micro == 2) for bucket in partition.buckets)
+        assert_gradients(partition, optimizer, expected)
+        optimizer.step()
