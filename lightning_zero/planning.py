@@ -6,7 +6,7 @@ group. With `T` trained elements of `e` bytes, masters of `m = max(4, e)`, `s` o
 | bytes a rank | stage 0: DDP | stage 1, 2 | stage 1, 2 on one rank |
 |---|---|---|---|
 | weights | e T | e T, and the buckets' padding | e T |
-| gradients | e T | m T / N; at stage 1 e T more while they accumulate | e T; m T more in a step if m > e |
+| gradients | e T | m T / N; before, stage 1 accumulates e T | e T; m T more in a step if m > e |
 | masters | | m T / N if m > e: a wider parameter is its own master | m T if m > e |
 | states | s e T | s m T / N | s m T |
 | buckets | e T: DDP's own copy of the gradients | what is under way at a time: `_most_in_flight` | |
@@ -176,8 +176,9 @@ def plan(model: Model, setup: Setup, stage: int) -> Plan:
     if world_size == 1:
         gradients, buckets, traffic = whole + masters, 0, 0
     else:
-        gradients = share_bytes[rank] + (whole if stage == 1 and setup.accumulate > 1 else 0)
-        buckets = _most_in_flight(runs, setup, rank)
+        accumulates_whole = stage == 1 and setup.accumulate > 1
+        gradients = max(share_bytes[rank], whole if accumulates_whole else 0)
+        buckets = _most_in_flight(runs, setup, rank, lends_buffers=accumulates_whole)
         reductions = setup.accumulate if stage == 2 else 1
         traffic = sum(
             run.times
@@ -294,12 +295,12 @@ class _Pool:
         self.free += [size] if size else []
 
 
-def _most_in_flight(runs: Sequence[_Run], setup: Setup, rank: int) -> int:
+def _most_in_flight(runs: Sequence[_Run], setup: Setup, rank: int, *, lends_buffers: bool) -> int:
     """The most memory that gradients take on their way to the segments, at any moment of a backward.
 
     A bucket is filled while at most one other is being reduced. A parameter that fills its bucket alone lends the
     memory of its gradient; any other gradient is there beside the bucket until it has been copied into it. See
-    [Note: the way of a gradient].
+    [Note: the way of a gradient]. Between two reductions the buffers stay, if they aren't lent to whole gradients.
     """
     pool, received = _Pool(), _Pool()
     in_flight: list[tuple[int, int, int]] = []  # of the pool, the gradient's own, of what is received
@@ -316,6 +317,7 @@ def _most_in_flight(runs: Sequence[_Run], setup: Setup, rank: int) -> int:
             received.give_back(got)
 
     for _ in range(2):  # in the first backward the pools grow
+        pool = _Pool() if lends_buffers else pool
         for run in (each for each in runs for _ in range(min(each.times, _IN_FLIGHT + 1))):
             bucket, reduce_bytes = run.bucket, setup.reduce_bytes or run.element_bytes
             nbytes = bucket.numel * reduce_bytes

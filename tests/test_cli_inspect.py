@@ -145,7 +145,8 @@ def test_names_in_the_picture_are_no_markup() -> None:
 def test_a_png_needs_matplotlib_and_says_so(
     save_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("matplotlib", "matplotlib.backends.backend_agg"):  # another test may have imported it
+        monkeypatch.setitem(sys.modules, name, None)
     assert main(["inspect", str(save_dir), "--plot", str(save_dir / "owners.png")]) == 1
     assert "pip install 'lightning-zero[plot]'" in capsys.readouterr().err
 
