@@ -203,8 +203,7 @@ class SegmentedOptimizer:
         self.is_stepping = False
         """A step is under way, or was broken off: masters, states and parameters may not belong together."""
         self._pieces: dict[Parameter, tuple[ParameterBucket, Piece]] = {}
-        self._active: list[ParameterBucket] = []
-        self._turns: list[list[ParameterBucket]] = []  # of the step under way
+        self._turns: list[list[ParameterBucket]] = []  # the buckets of the step under way
         self._users_params: list[list[Parameter]] = []
         self.buckets: list[ParameterBucket] = []
         # An optimizer that is used for a second fit goes on with the state that it has by the first one's masters.
@@ -418,7 +417,7 @@ class SegmentedOptimizer:
             self._begin()
             with self._on_segments():
                 result = method(self.optimizer, *args, **kwargs)
-            self._end(self._publish(self._active))
+            self._end(sent for turn in self._turns for sent in self._publish(turn))
             self._arrivals.wait()
             return result
 
@@ -430,29 +429,18 @@ class SegmentedOptimizer:
         self._take_in_new_parameters()
         self._arrivals.wait()
         self._reducer.finish()
-        self._active = [bucket for bucket in self.buckets if not bucket.is_idle]
-        self._turns = self._cut_into_turns() if self._takes_turns else [self._active]
-        self.take_over_outside_writes(self._active)
+        active = [bucket for bucket in self.buckets if not bucket.is_idle]
+        self._turns = _cut_into_turns(active) if self._takes_turns else [active]
+        self.take_over_outside_writes(active)
         self._give_gradients()
         self._reducer.forget_norms()
         self.is_stepping = True
-
-    def _cut_into_turns(self) -> list[list[ParameterBucket]]:
-        """The active buckets, in runs of about the same size; those first that the next forward needs first."""
-        turns: list[list[ParameterBucket]] = [[]]
-        whole, before = sum(bucket.plan.numel for bucket in self._active), 0
-        for bucket in reversed(self._active):
-            if before * _TURNS >= whole * len(turns):
-                turns.append([])
-            turns[-1].append(bucket)
-            before += bucket.plan.numel
-        return turns
 
     def _end(self, gathering: Iterable[tuple[ParameterBucket, Pending]]) -> None:
         """The segments were stepped on, and are on their way to every rank."""
         self.drop_gradients()
         self._arrivals.expect(gathering)
-        self._active, self._turns = [], []
+        self._turns = []
         self.is_stepping = False
 
     def _publish(self, buckets: Sequence[ParameterBucket]) -> list[tuple[ParameterBucket, Pending]]:
@@ -605,6 +593,18 @@ class SegmentedOptimizer:
                 f"{tuple(value.shape)}, not the parameter's {tuple(shape)}, and can't be cut; use "
                 'ZeroStrategy(partition="parameter")'
             )
+
+
+def _cut_into_turns(buckets: Sequence[ParameterBucket]) -> list[list[ParameterBucket]]:
+    """Runs of about the same size; those first that the next forward needs first."""
+    turns: list[list[ParameterBucket]] = [[]]
+    whole, before = sum(bucket.plan.numel for bucket in buckets), 0
+    for bucket in reversed(buckets):
+        if before * _TURNS >= whole * len(turns):
+            turns.append([])
+        turns[-1].append(bucket)
+        before += bucket.plan.numel
+    return turns
 
 
 def _room(held: Any, vacated: VacatedMemory, like: Tensor, *, dtype: torch.dtype) -> Tensor:
