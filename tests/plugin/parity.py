@@ -39,6 +39,20 @@ class Plain(LightningModule):
         return torch.utils.data.DataLoader(Rows(), batch_size=4)
 
 
+class ByHand(Plain):
+    """Manual optimization in its shortest form."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
 def fit(make, strategy, callbacks=(), ckpt_path=None, **options):
     """Fit what `make()` gives; callbacks are made by calling them."""
     seed_everything(3, verbose=False)

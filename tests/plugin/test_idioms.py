@@ -7,7 +7,7 @@ from torch import nn
 from lightning_zero import ZeroStrategy
 from lightning_zero.errors import UnsupportedModelError
 from tests.launch import distributed, run_ranks
-from tests.plugin.parity import ROUNDED, Plain, assert_equals_ddp, assert_same_modules, fit
+from tests.plugin.parity import ROUNDED, ByHand, Plain, assert_equals_ddp, assert_same_modules, fit
 
 
 class SharedGradient(Plain):
@@ -86,20 +86,6 @@ class LooksAhead(torch.optim.SGD):
                 p.mul_(0.9)
         with torch.enable_grad():
             return super().step(closure)
-
-
-class ByHand(Plain):
-    """Manual optimization in its shortest form."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self.loss(batch))
-        optimizer.step()
 
 
 @distributed(world_size=2, process_group=False)
