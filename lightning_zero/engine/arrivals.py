@@ -23,7 +23,7 @@ from torch.nn import Module, Parameter
 from torch.utils.hooks import RemovableHandle
 
 from lightning_zero.engine.buckets import ParameterBucket
-from lightning_zero.engine.collectives import Pending
+from lightning_zero.engine.transport import Pending
 
 
 class _Hook:

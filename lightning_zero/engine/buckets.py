@@ -34,7 +34,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_zero.engine.buffers import VacatedMemory
-from lightning_zero.engine.collectives import Collectives, Pending
+from lightning_zero.engine.collectives import Collectives
+from lightning_zero.engine.transport import Pending
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.segments import Bucket, Segment
 

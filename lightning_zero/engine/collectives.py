@@ -1,7 +1,7 @@
 """Reduce-scatter and all-gather over the shards of a flat buffer, by the way that is fast on the backend at hand.
 
 Gloo's own `reduce_scatter_tensor` and `all_gather_into_tensor` take 2 to 4 times as long as its `all_reduce`; a
-direct exchange of shards by point-to-point messages takes less. NCCL's own are the fast ones there. Both ways are
+direct exchange of shards (see `transport`) takes less. NCCL's own are the fast ones there. Both ways are
 behind one interface, which is all that the rest of the engine knows.
 
 Every operation is asynchronous: it gives back a `Pending`, and its result stands when `wait()` has returned. All
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -21,16 +22,10 @@ from torch.distributed.distributed_c10d import _coalescing_manager
 from typing_extensions import override
 
 from lightning_zero.engine.buffers import BufferPool
+from lightning_zero.engine.transport import Pending, Sockets, Transport, Works, transport_for
 from lightning_zero.segments import Shards
 
 _T = TypeVar("_T")
-
-
-class Pending(Protocol):
-    """An operation under way."""
-
-    def wait(self) -> None:
-        """Return when the result stands (on CUDA: when the current stream is made to wait for it)."""
 
 
 class Collectives(Protocol):
@@ -68,11 +63,22 @@ class Collectives(Protocol):
         """Let go of the process group; nothing can be sent after that."""
 
 
-def collectives_for(group: dist.ProcessGroup, device: torch.device | None = None) -> Collectives:
-    """The fastest way known for the group's backend, and for tensors on a device (the CPU by default)."""
+def collectives_for(
+    group: dist.ProcessGroup,
+    device: torch.device | None = None,
+    timeout: timedelta | None = None,
+) -> Collectives:
+    """The fastest way known for the group's backend. A collective.
+
+    Args:
+        group: of ranks.
+        device: where the tensors are; on the CPU by default.
+        timeout: how long a rank waits for another, where it isn't the group that waits; None: torch's default.
+    """
     if dist.get_backend(group) == "nccl":
         return NativeCollectives(group)
-    return ExchangeCollectives(group) if device is None or device.type == "cpu" else HostCollectives(group)
+    exchanging = ExchangeCollectives if device is None or device.type == "cpu" else HostCollectives
+    return exchanging(group, transport_for(group, timeout or dist.default_pg_timeout))
 
 
 class _Group(Collectives):
@@ -92,7 +98,7 @@ class _Group(Collectives):
     @override
     def broadcast(self, tensor: Tensor) -> Pending:
         work = dist.broadcast(tensor, src=self._peers[0], group=self._group, async_op=True)
-        return _Works([work])
+        return Works([work])
 
     @override
     def broadcast_all(self, tensors: Sequence[Tensor]) -> None:
@@ -112,14 +118,20 @@ class _Group(Collectives):
 
 
 class ExchangeCollectives(_Group):
-    """Every rank sends each other rank its shard directly: for gloo, whose own collectives are slow."""
+    """Every rank sends each other rank its shard directly: for the CPU, where gloo's own collectives are slow."""
 
     equal_shards = False
     agreement_is_cheap = True
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, transport: Transport | None = None) -> None:
         super().__init__(group)
+        self._transport = transport or Sockets(group)
         self._received = BufferPool()
+
+    @override
+    def release(self) -> None:
+        self._transport.release()
+        super().release()
 
     @override
     def reduce_scatter(self, flat: Tensor, shards: Shards, out: Tensor, *, accumulate: bool) -> Pending:
@@ -128,32 +140,19 @@ class ExchangeCollectives(_Group):
         buffer = self._received.take(size * (self.world_size - 1), flat.dtype, flat.device)
         received = list(torch.split(buffer, size)) if size else []
         pieces = [*received[: self.rank], flat[begin:end], *received[self.rank :]]
-        works = [
-            dist.irecv(pieces[rank], src=peer, group=self._group)
-            for rank, peer in enumerate(self._peers)
-            if size and rank != self.rank
-        ]
-        works += [
-            dist.isend(flat[start:stop], dst=self._peers[owner], group=self._group)
-            for owner, start, stop in shards
-            if owner != self.rank
-        ]
-        return _ExchangedSum(works, pieces, out, accumulate, self._received, buffer)
+        exchange = self._transport.exchange(
+            received=[(rank, piece) for rank, piece in enumerate(pieces) if size and rank != self.rank],
+            sent=[(owner, flat[start:stop]) for owner, start, stop in shards if owner != self.rank],
+        )
+        return _ExchangedSum(exchange, pieces, out, accumulate, self._received, buffer)
 
     @override
     def all_gather(self, flat: Tensor, shards: Shards) -> Pending:
         begin, end = shards.of(self.rank)
-        works = [
-            dist.irecv(flat[start:stop], src=self._peers[owner], group=self._group)
-            for owner, start, stop in shards
-            if owner != self.rank
-        ]
-        works += [
-            dist.isend(flat[begin:end], dst=peer, group=self._group)
-            for rank, peer in enumerate(self._peers)
-            if begin < end and rank != self.rank
-        ]
-        return _Works(works)
+        return self._transport.exchange(
+            received=[(owner, flat[start:stop]) for owner, start, stop in shards if owner != self.rank],
+            sent=[(rank, flat[begin:end]) for rank in range(self.world_size) if begin < end and rank != self.rank],
+        )
 
 
 class HostCollectives(ExchangeCollectives):
@@ -198,8 +197,8 @@ class NativeCollectives(_Group):
     def all_gather(self, flat: Tensor, shards: Shards) -> Pending:
         if self._are_equal(shards):
             begin, end = shards.of(self.rank)
-            return _Works([_all_gather_equal(flat, flat[begin:end], group=self._group, async_op=True)])
-        return _Works(self._with_each_owner(dist.broadcast, flat, shards))
+            return Works([_all_gather_equal(flat, flat[begin:end], group=self._group, async_op=True)])
+        return Works(self._with_each_owner(dist.broadcast, flat, shards))
 
     def _are_equal(self, shards: Shards) -> bool:
         lengths = [stop - start for _, start, stop in shards]
@@ -227,36 +226,24 @@ _reduce_scatter_equal = getattr(dist, "reduce_scatter_single", None) or dist.red
 _all_gather_equal = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class _Works:
-    """Waits for a list of works."""
-
-    def __init__(self, works: Sequence[dist.Work | None]) -> None:
-        self._works = works
-
-    def wait(self) -> None:
-        for work in self._works:
-            if work is not None:
-                work.wait()
-
-
-class _ExchangedSum(_Works):
+class _ExchangedSum:
     """Sums the exchanged pieces in the order of the ranks, so that the result doesn't depend on who owns it."""
 
     def __init__(
         self,
-        works: Sequence[dist.Work | None],
+        exchange: Pending,
         pieces: Sequence[Tensor],
         out: Tensor,
         accumulate: bool,
         pool: BufferPool,
         buffer: Tensor,
     ) -> None:
-        super().__init__(works)
+        self._exchange = exchange
         self._pieces, self._out, self._accumulate = pieces, out, accumulate
         self._pool, self._buffer = pool, buffer
 
     def wait(self) -> None:
-        super().wait()
+        self._exchange.wait()
         first, *others = self._pieces
         if not self._accumulate and others and first.dtype == self._out.dtype:
             torch.add(first, others[0], out=self._out)
@@ -301,7 +288,7 @@ class _Unstaged:
             self._pool.give_back(buffer)
 
 
-class _Moved(_Works):
+class _Moved(Works):
     """Brings the result to where it was asked for."""
 
     def __init__(self, works: Sequence[dist.Work | None], result: Tensor, out: Tensor, accumulate: bool) -> None:

@@ -45,8 +45,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_zero.engine import norms
 from lightning_zero.engine.buckets import ParameterBucket, Slot
 from lightning_zero.engine.buffers import BufferPool, is_unshared
-from lightning_zero.engine.collectives import Collectives, Pending
+from lightning_zero.engine.collectives import Collectives
 from lightning_zero.engine.stand_in import PartitionedGradient
+from lightning_zero.engine.transport import Pending
 
 _IN_FLIGHT = 2
 """Buckets whose reduction may be under way; one more waits for the oldest, which bounds the memory."""

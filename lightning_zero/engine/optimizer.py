@@ -27,8 +27,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from lightning_zero.engine.arrivals import Arrivals
 from lightning_zero.engine.buckets import ParameterBucket, Piece
 from lightning_zero.engine.buffers import VacatedMemory
-from lightning_zero.engine.collectives import Pending
 from lightning_zero.engine.gradients import GradientReducer
+from lightning_zero.engine.transport import Pending
 from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError
 from lightning_zero.segments import Policy
 

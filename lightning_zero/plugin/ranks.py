@@ -78,7 +78,7 @@ class Ranks:
             assert world is not None
             data = dist.new_group(timeout=self._timeout)
             control = dist.new_group(timeout=self._timeout, backend="gloo")
-            self._groups = _Groups(world, data, control, collectives_for(data, self.device))
+            self._groups = _Groups(world, data, control, collectives_for(data, self.device, self._timeout))
             atexit.register(_leave, weakref.ref(self))
         return self._groups
 
@@ -107,6 +107,7 @@ class Ranks:
         groups, self._groups = self._groups, None
         behind, self._behind = self._behind, None
         if groups is not None and groups.world is dist.group.WORLD:
+            groups.collectives.release()
             for group in (groups.data, groups.control, *(behind or ())[1:]):
                 dist.destroy_process_group(group)
         self._renewals += 1

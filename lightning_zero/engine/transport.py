@@ -1,0 +1,345 @@
+"""How tensors get from rank to rank on the CPU: by gloo's sockets, or on one host straight from memory to memory.
+
+[Note: an exchange by reading]
+Ranks of one host can read each other's memory: one copy, made by the kernel, where gloo's sockets take two, and a
+thread at either end. A rank tells each peer where that lies which is meant for it; a thread of the peer's reads it from
+there, and tells that it has. Both go over a Unix socket, a few bytes each. (MPI and UCX call it cross-memory attach.
+Source: process_vm_readv(2).)
+
+The thread is there lest ranks wait for each other, one in an exchange, another in a collective that comes later: an
+exchange goes on whatever the rank itself does. What a rank tells comes in the order of the exchanges, and at most
+`_UNREAD` of them are ahead of a peer, so that telling never blocks.
+
+Where the system forbids it (other hosts, containers with processes of their own, Yama's ptrace_scope above 0), all
+ranks agree on gloo.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import socket
+import struct
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from functools import cache
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from typing_extensions import override
+
+_UNREAD = 64
+"""Far fewer than the messages that a socket holds."""
+_MESSAGE = struct.Struct("<Qq")
+"""The number of an exchange; an address, or for what has been read 0, or an errno."""
+_SECRET_BYTES = 16
+_PURPOSES = (0, 1)
+"""Of a connection: for what is told before it is read, and after."""
+_HELLO = struct.Struct(f"<{_SECRET_BYTES}sII")
+"""The secret of whoever listens, which rank calls, and for which purpose."""
+
+
+class Pending(Protocol):
+    """An operation under way."""
+
+    def wait(self) -> None:
+        """Return when the result stands (on CUDA: when the current stream is made to wait for it)."""
+
+
+class Works(Pending):
+    """Works of torch's."""
+
+    def __init__(self, works: Sequence[dist.Work | None]) -> None:
+        self._works = works
+
+    @override
+    def wait(self) -> None:
+        for work in self._works:
+            if work is not None:
+                work.wait()
+
+
+class Transport(Protocol):
+    """Point-to-point messages among the ranks of a group."""
+
+    def exchange(self, received: Sequence[tuple[int, Tensor]], sent: Sequence[tuple[int, Tensor]]) -> Pending:
+        """Begin to receive into tensors, and to send others; every rank calls it at the same place.
+
+        Args:
+            received: from whom, and a contiguous CPU tensor to fill.
+            sent: to whom, and a contiguous CPU tensor, which nobody may change till `wait()` has returned.
+        """
+
+    def release(self) -> None:
+        """Let go of the group."""
+
+
+def transport_for(group: dist.ProcessGroup, timeout: timedelta) -> Transport:
+    """The fastest one that there is between all ranks of a group of gloo. A collective.
+
+    Args:
+        group: of ranks.
+        timeout: how long a rank waits for another.
+    """
+    return _connect(group, timeout) or Sockets(group)
+
+
+class Sockets(Transport):
+    """Gloo's own messages."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._peers = [dist.get_global_rank(group, rank) for rank in range(dist.get_world_size(group))]
+
+    @override
+    def exchange(self, received: Sequence[tuple[int, Tensor]], sent: Sequence[tuple[int, Tensor]]) -> Pending:
+        works = [dist.irecv(tensor, src=self._peers[rank], group=self._group) for rank, tensor in received]
+        works += [dist.isend(tensor, dst=self._peers[rank], group=self._group) for rank, tensor in sent]
+        return Works(works)
+
+    @override
+    def release(self) -> None:
+        del self._group
+
+
+class MemoryReads(Transport):
+    """See [Note: an exchange by reading].
+
+    Args:
+        peers: each other rank.
+    """
+
+    def __init__(self, peers: Mapping[int, _Peer]) -> None:
+        self._peers = peers
+        self._exchanges = 0
+        self._begun: SimpleQueue[_Reading | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    @override
+    def exchange(self, received: Sequence[tuple[int, Tensor]], sent: Sequence[tuple[int, Tensor]]) -> Pending:
+        self._exchanges += 1
+        reads = [(self._peers[rank], tensor) for rank, tensor in received]
+        reading = _Reading(self._exchanges, reads, [(self._peers[rank], tensor) for rank, tensor in sent])
+        if reads:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="lightning_zero-reads", daemon=True)
+                self._thread.start()
+            self._begun.put(reading)
+        return reading
+
+    def _run(self) -> None:
+        while (reading := self._begun.get()) is not None:
+            reading.run()
+
+    @override
+    def release(self) -> None:
+        for peer in self._peers.values():
+            peer.leave()
+        self._begun.put(None)
+
+
+class _Reading(Pending):
+    """One exchange: what this rank reads, in the thread, and what the others are to have read."""
+
+    def __init__(
+        self, number: int, reads: Sequence[tuple[_Peer, Tensor]], told: Sequence[tuple[_Peer, Tensor]]
+    ) -> None:
+        self._number = number
+        self._reads = reads
+        self._told = told
+        self._error: RuntimeError | None = None
+        self._over = threading.Event()
+        if not reads:
+            self._over.set()
+        for peer, tensor in told:
+            peer.wait_for_reading(number - _UNREAD)
+            peer.tell_where(number, tensor)
+
+    def run(self) -> None:
+        """Read; what goes wrong is raised by `wait`."""
+        try:
+            for peer, tensor in self._reads:
+                peer.read(self._number, tensor)
+        except RuntimeError as error:
+            self._error = error
+        finally:
+            self._over.set()
+
+    @override
+    def wait(self) -> None:
+        self._over.wait()
+        if self._error is not None:
+            raise self._error
+        for peer, _ in self._told:
+            peer.wait_for_reading(self._number)
+
+
+class _Peer:
+    """Another rank of the same host.
+
+    Args:
+        rank: its number, for a message.
+        process: its id.
+        where: the connection for what is told before it is read.
+        done: the connection for what is told then.
+    """
+
+    def __init__(self, rank: int, process: int, where: socket.socket, done: socket.socket) -> None:
+        self._rank = rank
+        self._process = process
+        self._where = where
+        self._done = done
+        self._told: deque[int] = deque()
+        """The exchanges that it hasn't read yet, so far as is known."""
+
+    def tell_where(self, number: int, tensor: Tensor) -> None:
+        """Have it read a tensor."""
+        self._told.append(number)
+        self._send(self._where, number, tensor.data_ptr())
+
+    def wait_for_reading(self, number: int) -> None:
+        """Return when it has read whatever it was told of in an exchange up to this one."""
+        while self._told and self._told[0] <= number:
+            error = self._receive(self._done, self._told[0])
+            self._told.popleft()
+            if error:
+                raise RuntimeError(f"rank {self._rank} can't read this rank's memory any more: {os.strerror(error)}")
+
+    def read(self, number: int, into: Tensor) -> None:
+        """Fill a tensor with what it tells of."""
+        begin = self._receive(self._where, number)
+        try:
+            _read_memory(self._process, begin, into.data_ptr(), into.nbytes)
+        except OSError as error:
+            self._send(self._done, number, error.errno or errno.EFAULT)
+            raise RuntimeError(f"the memory of rank {self._rank} can't be read any more: {error.strerror}") from error
+        self._send(self._done, number, 0)
+
+    def _send(self, connection: socket.socket, number: int, word: int) -> None:
+        try:
+            connection.send(_MESSAGE.pack(number, word))
+        except OSError as error:
+            raise RuntimeError(f"the connection to rank {self._rank} is closed: {error}") from error
+
+    def _receive(self, connection: socket.socket, number: int) -> int:
+        try:
+            message = connection.recv(_MESSAGE.size)
+        except TimeoutError as error:
+            raise RuntimeError(f"rank {self._rank} wasn't heard of for {connection.gettimeout()} s") from error
+        except OSError as error:
+            raise RuntimeError(f"the connection to rank {self._rank} is closed: {error}") from error
+        if not message:
+            raise RuntimeError(f"the connection to rank {self._rank} is closed by it: look for the error there")
+        exchange, word = _MESSAGE.unpack(message)
+        if exchange != number:
+            raise RuntimeError(f"rank {self._rank} is at exchange {exchange}, and this rank at {number}")
+        return int(word)
+
+    def leave(self) -> None:
+        """Close the connections; a thread that waits at one goes on with an error."""
+        for connection in (self._where, self._done):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+
+
+# ----------------------------------------------------------------------------------------------- how it is agreed on
+
+
+def _connect(group: dist.ProcessGroup, timeout: timedelta) -> MemoryReads | None:
+    """Connect with all peers, if every rank can read the memory of all. A collective."""
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    if sys.platform != "linux" or world_size == 1:
+        return None
+    secret = ctypes.create_string_buffer(secrets.token_bytes(_SECRET_BYTES), _SECRET_BYTES)
+    opened: dict[tuple[int, int], socket.socket] = {}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind("")  # the system finds a name, which is no file's: unix(7), "autobind"
+        listening.listen(2 * world_size)
+        everyone: list[Any] = [None] * world_size
+        about = os.getpid(), ctypes.addressof(secret), secret.raw, listening.getsockname()
+        dist.all_gather_object(everyone, about, group=group)
+        try:
+            for peer, (process, address, expected, name) in enumerate(everyone):
+                _require_readable(process, address, expected)
+                for purpose in _PURPOSES if peer < rank else ():
+                    opened[peer, purpose] = connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                    connection.connect(name)
+                    connection.send(_HELLO.pack(expected, rank, purpose))
+            able = True
+        except (OSError, AttributeError):  # or the C library has no such function
+            able = False
+        agreed = torch.tensor([able], dtype=torch.uint8)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=group)
+        if not agreed:
+            for connection in opened.values():
+                connection.close()
+            return None
+        while len(opened) < len(_PURPOSES) * (world_size - 1):  # all have called already
+            connection, _ = listening.accept()
+            claimed, peer, purpose = _HELLO.unpack(connection.recv(_HELLO.size))
+            if claimed == secret.raw:
+                opened[peer, purpose] = connection
+            else:
+                connection.close()
+    for connection in opened.values():
+        connection.settimeout(timeout.total_seconds())
+    return MemoryReads(
+        {
+            peer: _Peer(peer, process, *(opened[peer, purpose] for purpose in _PURPOSES))
+            for peer, (process, *_) in enumerate(everyone)
+            if peer != rank
+        }
+    )
+
+
+def _require_readable(process: int, address: int, expected: bytes) -> None:
+    """Make sure that a process can be read, and is the one that is meant: another host may have one of the same id.
+
+    Raises:
+        OSError: it isn't so.
+    """
+    seen = ctypes.create_string_buffer(len(expected))
+    _read_memory(process, address, ctypes.addressof(seen), len(expected))
+    if seen.raw != expected:
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+
+
+class _Range(ctypes.Structure):
+    _fields_ = (("begin", ctypes.c_void_p), ("nbytes", ctypes.c_size_t))  # struct iovec
+
+
+def _read_memory(process: int, begin: int, into: int, nbytes: int) -> None:
+    """Copy another process's memory from one address to another of this process.
+
+    Raises:
+        OSError: the system forbids it, or there is no such memory.
+    """
+    if sys.platform != "linux":
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    call = _libc().process_vm_readv
+    while nbytes:
+        there, here = _Range(begin, nbytes), _Range(into, nbytes)
+        count = call(process, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+        if count <= 0:
+            number = ctypes.get_errno() or errno.EFAULT
+            raise OSError(number, os.strerror(number))
+        begin, into, nbytes = begin + count, into + count, nbytes - count
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.process_vm_readv.restype = ctypes.c_ssize_t
+    address, count = ctypes.c_void_p, ctypes.c_ulong
+    libc.process_vm_readv.argtypes = [ctypes.c_int, address, count, address, count, count]
+    return libc

@@ -1,0 +1,189 @@
+"""How ranks of one host exchange tensors: see [Note: an exchange by reading]."""
+
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_zero.engine import transport
+from lightning_zero.engine.transport import MemoryReads, Sockets, transport_for
+from tests.launch import distributed, run_ranks
+
+PATIENCE = timedelta(seconds=20)
+
+
+def of(rank, number, numel=1000):
+    return torch.arange(numel) + 10_000 * rank + number
+
+
+def begin(way, number, numel=1000):
+    """Exchange one tensor with every other rank; the operation, and what should be received in the end."""
+    rank = dist.get_rank()
+    others = [other for other in range(dist.get_world_size()) if other != rank]
+    received = {other: torch.zeros(numel, dtype=torch.int64) for other in others}
+    pending = way.exchange(list(received.items()), [(other, of(rank, number, numel)) for other in others])
+    return pending, received, {other: of(other, number, numel) for other in others}
+
+
+def assert_arrived(pending, received, expected):
+    pending.wait()
+    assert all(torch.equal(received[other], expected[other]) for other in expected)
+
+
+@distributed(world_size=3)
+def test_ranks_of_one_host_read_each_others_memory():
+    for way, kind in ((transport_for(dist.group.WORLD, PATIENCE), MemoryReads), (Sockets(dist.group.WORLD), Sockets)):
+        assert type(way) is kind
+        for number in range(5):
+            assert_arrived(*begin(way, number))
+        way.release()
+
+
+@distributed(world_size=3)
+def test_an_exchange_goes_on_whatever_a_rank_waits_for():
+    way, rank = transport_for(dist.group.WORLD, PATIENCE), dist.get_rank()
+    exchanges = [begin(way, number) for number in range(4)]
+    if rank == 0:  # waits at once, and last of all
+        assert_arrived(*exchanges[2])
+        dist.barrier()
+    else:
+        dist.barrier()
+        assert_arrived(*exchanges[3 - rank])
+    for exchange in exchanges:
+        assert_arrived(*exchange)
+
+
+@distributed(world_size=2)
+def test_a_rank_may_be_far_ahead_of_another():
+    way = transport_for(dist.group.WORLD, PATIENCE)
+    exchanges = []
+    for number in range(1000):
+        exchanges.append(begin(way, number, 10))
+        if dist.get_rank() == 1 and number == 500:
+            time.sleep(0.5)
+    for exchange in reversed(exchanges):
+        assert_arrived(*exchange)
+
+
+@distributed(world_size=2)
+def test_what_is_sent_may_be_changed_after_the_wait():
+    way, rank = transport_for(dist.group.WORLD, PATIENCE), dist.get_rank()
+    mine, theirs = torch.zeros(500_000), torch.zeros(500_000)
+    for number in range(1, 50):
+        mine.fill_(number + 1000 * rank)
+        if rank == number % 2:
+            time.sleep(0.002)
+        way.exchange([(1 - rank, theirs)], [(1 - rank, mine)]).wait()
+        mine.fill_(-1)
+        assert (theirs == number + 1000 * (1 - rank)).all()
+
+
+@distributed(world_size=2)
+def test_one_direction_may_have_nothing_to_send():
+    way, rank = transport_for(dist.group.WORLD, PATIENCE), dist.get_rank()
+    for sender in (0, 1, 0):
+        target = torch.zeros(10)
+        message = (1 - rank, torch.full((10,), 7.0) if rank == sender else target)
+        way.exchange([] if rank == sender else [message], [message] if rank == sender else []).wait()
+        assert rank == sender or (target == 7).all()
+    way.exchange([], []).wait()
+
+
+@distributed(world_size=3)
+def test_where_one_rank_is_forbidden_to_read_all_use_gloo():
+    if dist.get_rank() == 1:
+
+        def forbidden(*args):
+            raise PermissionError(1, "Operation not permitted")
+
+        transport._read_memory = forbidden
+    before = len(os.listdir("/proc/self/fd"))
+    way = transport_for(dist.group.WORLD, PATIENCE)
+    assert type(way) is Sockets
+    assert len(os.listdir("/proc/self/fd")) <= before, "a connection was left open"
+    assert_arrived(*begin(way, 1))
+
+
+@distributed(world_size=2)
+def test_another_process_of_the_same_id_is_not_taken_for_the_rank():
+    if dist.get_rank() == 0:
+        original = transport._read_memory
+
+        def elsewhere(process, begin, into, nbytes):  # as on another host
+            return original(os.getpid(), into, into, nbytes)
+
+        transport._read_memory = elsewhere
+    assert type(transport_for(dist.group.WORLD, PATIENCE)) is Sockets
+
+
+@distributed(world_size=2)
+def test_memory_that_cant_be_read_any_more_is_an_error_on_both_ranks():
+    way, rank = transport_for(dist.group.WORLD, PATIENCE), dist.get_rank()
+    if rank == 0:
+
+        def gone(*args):
+            raise OSError(14, "Bad address")
+
+        transport._read_memory = gone
+        received = [(1, torch.zeros(10))]
+        with pytest.raises(RuntimeError, match="rank 1 can't be read any more: Bad address"):
+            way.exchange(received, []).wait()
+    else:
+        with pytest.raises(RuntimeError, match="rank 0 can't read this rank's memory any more: Bad address"):
+            way.exchange([], [(0, torch.zeros(10))]).wait()
+    dist.barrier()
+
+
+def wait_for_a_killed_peer():
+    way = transport_for(dist.group.WORLD, PATIENCE)
+    assert_arrived(*begin(way, 0))
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 1 is closed"):
+        begin(way, 1)[0].wait()
+    assert time.monotonic() - began < 5
+    raise RuntimeError("rank 0 noticed")
+
+
+def test_a_killed_peer_is_noticed_at_once():
+    with pytest.raises(AssertionError, match="rank 0 noticed"):
+        run_ranks(wait_for_a_killed_peer, 2)
+
+
+@distributed(world_size=2)
+def test_a_peer_that_never_comes_is_an_error_within_the_timeout():
+    way = transport_for(dist.group.WORLD, timedelta(seconds=0.5))
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError, match=r"rank 1 wasn't heard of for 0\.5 s"):
+            begin(way, 1)[0].wait()
+    dist.barrier()
+
+
+@distributed(world_size=2)
+def test_ranks_at_different_exchanges_are_an_error():
+    way, rank = transport_for(dist.group.WORLD, PATIENCE), dist.get_rank()
+    if rank == 0:
+        way.exchange([], [])
+    with pytest.raises(
+        RuntimeError, match=f"rank {1 - rank} is at exchange {2 - (1 - rank)}, and this rank at {2 - rank}"
+    ):
+        begin(way, 1)[0].wait()
+    dist.barrier()
+
+
+@distributed(world_size=2)
+def test_release_ends_the_thread_and_closes_the_connections():
+    before = len(os.listdir("/proc/self/fd"))
+    way = transport_for(dist.group.WORLD, PATIENCE)
+    assert_arrived(*begin(way, 1))
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "lightning_zero-reads")
+    way.release()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+    assert len(os.listdir("/proc/self/fd")) <= before
