@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from lightning_zero.checkpoint.export import (
         convert_zero_checkpoint_to_fp32_state_dict as convert_zero_checkpoint_to_fp32_state_dict,
     )
-    from lightning_zero.checkpoint.export import (
+    from lightning_zero.checkpoint.state_dict import (
         get_fp32_state_dict_from_zero_checkpoint as get_fp32_state_dict_from_zero_checkpoint,
     )
-    from lightning_zero.checkpoint.export import (
+    from lightning_zero.checkpoint.state_dict import (
         load_state_dict_from_zero_checkpoint as load_state_dict_from_zero_checkpoint,
     )
     from lightning_zero.engine.optimizer import OwnedSegment as OwnedSegment
@@ -40,8 +40,8 @@ _HOMES = {
     "ZeroCheckpointIO": "plugin.checkpoint_io",
     "ZeroStrategy": "plugin.strategy",
     "convert_zero_checkpoint_to_fp32_state_dict": "checkpoint.export",
-    "get_fp32_state_dict_from_zero_checkpoint": "checkpoint.export",
-    "load_state_dict_from_zero_checkpoint": "checkpoint.export",
+    "get_fp32_state_dict_from_zero_checkpoint": "checkpoint.state_dict",
+    "load_state_dict_from_zero_checkpoint": "checkpoint.state_dict",
 }
 
 __all__ = ["__version__", "errors", *_HOMES]

@@ -41,7 +41,8 @@ def add_to(commands: Commands) -> None:
 
 def _export(options: argparse.Namespace) -> int:
     from lightning_zero.checkpoint import export
-    from lightning_zero.checkpoint.load import Checkpoint, resolve
+    from lightning_zero.checkpoint.reader import Reader
+    from lightning_zero.checkpoint.resolution import resolve
 
     try:
         size = None if options.max_shard_size is None else export.parse_size(options.max_shard_size)
@@ -54,7 +55,7 @@ def _export(options: argparse.Namespace) -> int:
         export.require_suitable(options.out, wanted, size)
     except ValueError as error:
         raise WrongUseError(str(error)) from None
-    checkpoint = Checkpoint(resolve(options.dir, options.tag))
+    checkpoint = Reader(resolve(options.dir, options.tag))
     nbytes = export.exported_bytes(checkpoint, wanted)
     with progress_bar("exporting", nbytes, quiet=options.json) as progress:
         export.export(

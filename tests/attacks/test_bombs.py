@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_zero.checkpoint.export import get_fp32_state_dict_from_zero_checkpoint
-from lightning_zero.checkpoint.load import Checkpoint, UntrustedContentError
-from lightning_zero.errors import CorruptCheckpointError, ZeroError
+from lightning_zero.checkpoint.load import Checkpoint
+from lightning_zero.checkpoint.state_dict import get_fp32_state_dict_from_zero_checkpoint
+from lightning_zero.errors import CorruptCheckpointError, UntrustedContentError, ZeroError
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ZeroCheckpointIO
 from lightning_zero.plugin.resume import Resume
 from tests.attacks.entrances import READING, command, enter_all

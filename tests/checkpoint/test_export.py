@@ -17,13 +17,15 @@ from lightning_zero.checkpoint.export import (
     Wanted,
     convert_zero_checkpoint_to_fp32_state_dict,
     exported_bytes,
-    get_fp32_state_dict_from_zero_checkpoint,
-    load_state_dict_from_zero_checkpoint,
     parse_size,
 )
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.manifest import Entry, Role
 from lightning_zero.checkpoint.save import save_checkpoint
+from lightning_zero.checkpoint.state_dict import (
+    get_fp32_state_dict_from_zero_checkpoint,
+    load_state_dict_from_zero_checkpoint,
+)
 from lightning_zero.errors import CheckpointMismatchError, IncompleteCheckpointError
 from tests.checkpoint.sample import Sample
 
