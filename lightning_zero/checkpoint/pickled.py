@@ -42,8 +42,8 @@ class Object:
         opcode: pickle.REDUCE, if the function is called, or pickle.NEWOBJ, if its `__new__` is.
         function: what is called.
         arguments: of the call.
-        steps: what is done to it then, in this order: pickle.BUILD and a state, pickle.APPENDS and a list of items, or
-            pickle.SETITEMS and a list of keys and values by turns.
+        steps: what is done to it then, in this order: pickle.BUILD and a state, pickle.APPENDS and a list of items,
+            pickle.SETITEMS and a list of keys and values by turns, or pickle.POP and a call whose result is of no use.
     """
 
     opcode: bytes
@@ -68,40 +68,51 @@ ORDERED_DICT = Global("collections", "OrderedDict")
 # --------------------------------------------------------------------------------------------------------- read
 
 
-def read_pickle(
-    content: bytes, persistent_load: Callable[[Any], object], *, any_class: bool = False
-) -> tuple[Any, set[Global]]:
+@dataclass(frozen=True, slots=True)
+class Pickled:
+    """What a pickle describes.
+
+    Attributes:
+        value: that it would make.
+        names: every name that it would import.
+        unusual: whether `torch.load(weights_only=True)` may refuse what it does, whatever the names: it knows fewer
+            opcodes, and puts items into few classes.
+    """
+
+    value: Any
+    names: frozenset[Global]
+    unusual: bool
+
+
+def read_pickle(content: bytes, persistent_load: Callable[[Any], object]) -> Pickled:
     """Read a pickle: see the module.
 
     Args:
         content: the pickle.
         persistent_load: makes a value of what a persistent id says.
-        any_class: allow what only classes need that `torch.load(weights_only=True)` refuses whatever their names.
-
-    Returns:
-        What it describes, and every name in it.
     """
-    reader = _Reader(content, persistent_load, any_class)
-    return reader.load(), reader.names
+    reader = _Reader(content, persistent_load)
+    return Pickled(reader.load(), frozenset(reader.names), reader.unusual)
 
 
 class _Reader:
-    def __init__(self, content: bytes, persistent_load: Callable[[Any], object], any_class: bool) -> None:
+    def __init__(self, content: bytes, persistent_load: Callable[[Any], object]) -> None:
         self._content = content
         self._position = 0
         self._persistent_load = persistent_load
-        self._any_class = any_class
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # what lies below each mark, where nothing but the mark's own opcode reaches
         self._memo: dict[int, Any] = {}
         self.names: set[Global] = set()
+        self.unusual = False
 
     def load(self) -> Any:
         while (opcode := self._take(1)) != pickle.STOP:
-            operation = _OPERATIONS.get(opcode) or (_MORE_OPERATIONS.get(opcode) if self._any_class else None)
+            operation = _OPERATIONS.get(opcode)
             if operation is None:
                 raise pickle.UnpicklingError(f"the opcode {opcode!r} is none that torch.save writes")
             operation(self)
+            self.unusual |= opcode in _UNUSUAL
         return self._stack.pop()
 
     def _take(self, nbytes: int) -> bytes:
@@ -139,8 +150,9 @@ class _Reader:
 
     def _make(self, opcode: bytes) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
-        if type(arguments) is not tuple or not isinstance(function, Global | Object if self._any_class else Global):
+        if type(arguments) is not tuple or type(function) not in (Global, Object):
             raise pickle.UnpicklingError("what is called is no name, or its arguments are no tuple")
+        self.unusual |= type(function) is Object
         empty = function == ORDERED_DICT and not arguments
         self._push(Ordered() if empty else Object(opcode, function, arguments))
 
@@ -172,11 +184,19 @@ class _Reader:
 
     def _step(self, opcode: bytes, items: list[Any]) -> None:
         target = self._stack[-1]
-        # torch's own loader takes the items of a Counter, and of no other class
-        counter = type(target) is Object and target.function == Global("collections", "Counter")
-        if type(target) is not Object or not (self._any_class or (counter and opcode == pickle.SETITEMS)):
+        if type(target) is not Object:
             raise pickle.UnpicklingError(f"items are put into {type(target).__name__}")
         target.steps.append((opcode, items))
+        self.unusual |= target.function != Global("collections", "Counter")
+
+    def _pop(self) -> None:
+        value = self._stack.pop()
+        if type(value) is Object and not any(value is known for known in self._memo.values()):
+            # What was called for its effect, on an object: a state setter of copyreg's
+            target = value.arguments[0] if value.arguments else None
+            if type(target) is not Object:
+                raise pickle.UnpicklingError("what a call gives is thrown away")
+            target.steps.append((pickle.POP, value))
 
     def _persistent(self) -> None:
         self._push(self._persistent_load(self._stack.pop()))
@@ -220,13 +240,12 @@ _OPERATIONS: dict[bytes, Callable[[_Reader], object]] = {
     pickle.LONG_BINGET: lambda it: it._get(it._number("<I")),
     pickle.BINPUT: lambda it: it._put(it._number("<B")),
     pickle.LONG_BINPUT: lambda it: it._put(it._number("<I")),
-}
-_MORE_OPERATIONS: dict[bytes, Callable[[_Reader], object]] = {
-    pickle.POP: lambda it: it._stack.pop(),
+    pickle.POP: _Reader._pop,
     pickle.POP_MARK: _Reader._pop_mark,
     pickle.LONG4: lambda it: it._push(pickle.decode_long(it._take(it._number("<I")))),
 }
-"""What torch.save writes for tuples that hold themselves and for huge numbers, and torch.load reads only on request."""
+_UNUSUAL = frozenset((pickle.POP, pickle.POP_MARK, pickle.LONG4))
+"""Written for tuples that hold themselves, for state setters, and for huge numbers."""
 
 
 def _require_key(key: object) -> None:

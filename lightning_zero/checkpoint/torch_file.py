@@ -118,25 +118,25 @@ def read_torch_file(content: bytes, where: str, *, weights_only: bool) -> dict[A
         if tag != "storage" or type(kind) is not Global or type(key) is not str or type(numel) is not int:
             raise UnpicklingError("a persistent id is none of a storage")
         record = records[f"data/{key}"]
-        if numel < 0 or numel * _STORAGES.get(kind, 0) > len(record):
-            raise UnpicklingError(f"the storage {key!r:.20} is said to have more elements than it has")
+        if kind in _STORAGES and numel * _STORAGES[kind] != len(record):
+            raise UnpicklingError(f"the storage {key!r:.20} is of another size than is said")
         return storages.setdefault(key, Storage(kind, numel, record))
 
     try:
         records = _records(content, where)
         pickle = bytes(records["data.pkl"])
-        loaded, names = read_pickle(pickle, storage, any_class=not weights_only)
+        found = read_pickle(pickle, storage)
     except ZeroError:
         raise
     except Exception as error:
         raise CorruptCheckpointError(
             f"{where} is not what torch.save writes: {type(error).__name__}, {str(error)!r:.200}"
         ) from error
-    if weights_only and not names <= _ALWAYS_ALLOWED:
+    if weights_only and (found.unusual or not found.names <= _ALWAYS_ALLOWED):
         from lightning_zero.checkpoint.trust import require_allowed
 
-        require_allowed(pickle, where)
-    return require_dict(loaded, where)
+        require_allowed(content, pickle, where, unusual=found.unusual)
+    return require_dict(found.value, where)
 
 
 def require_dict(value: object, what: str) -> dict[Any, Any]:

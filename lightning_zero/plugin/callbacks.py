@@ -323,7 +323,8 @@ class Fp32Export(Callback):
             assert self._exports is not None
             self._exports.wait()  # an older one may be on its way to the same file
             trainer = io.BytesIO()
-            torch.save(rest, trainer)
+            if output.suffix == ".ckpt":
+                torch.save(rest, trainer)
             # This process's own objects: there is nobody to mistrust
             export(saved, output, self._wanted, trainer=trainer.getvalue(), weights_only=False)
             self._exports.join()

@@ -328,6 +328,45 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     assert all(bool((loaded[f"w{n}"] == n).all()) for n in range(5))
 
 
+IN_A_PROCESS = """
+import sys
+from lightning_zero import convert_zero_checkpoint_to_fp32_state_dict
+from lightning_zero.cli import main
+
+def by_function(*arguments, **options):
+    convert_zero_checkpoint_to_fp32_state_dict(*arguments, **options)
+
+def by_command(*arguments):
+    assert main(["export", *arguments]) == 0
+
+{call}
+imported = {{"torch", "numpy", "lightning", "rich", "fsspec"}} & sys.modules.keys()
+assert imported == set({expected!r}), imported
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ("by_function({saved!r}, {out!r} + '.ckpt')", ()),
+        ("by_function({saved!r}, {out!r} + '.safetensors')", ()),
+        ("by_command({saved!r}, {out!r} + '.ckpt')", ()),
+        ("by_command({saved!r}, {out!r} + '.ckpt', '--unsafe')", ()),
+        ("by_command({saved!r}, {out!r} + '.ckpt', '--with-optimizer')", ()),
+        ("by_command({saved!r}, {out!r} + '.ckpt', '--dtype', 'fp32')", ()),
+        ("by_command({saved!r}, {out!r} + '.safetensors', '--submodule', 'head')", ()),
+        ("by_command({saved!r}, {out!r}, '--max-shard-size', '1KB', '--exclude-frozen')", ()),
+        ("by_command({saved!r}, {out!r} + '.safetensors', '--dtype', 'bf16')", ("torch", "numpy")),
+    ],
+)
+def test_torch_is_imported_to_cast_and_for_nothing_else(tmp_path: Path, call: str, expected: tuple[str, ...]) -> None:
+    states = {"checkpoint": {"best": torch.tensor(0.5)}, "ema": {"shadow": torch.ones(3, 2).t()}}
+    settings = {"callbacks": states, "hyper_parameters": {"betas": (0.9, 0.95)}}
+    Sample(world_size=2, trainer=settings, frozen_dtype=torch.float32).save(tmp_path / "tag")
+    call = call.format(saved=str(tmp_path), out=str(tmp_path / "out"))
+    subprocess.run([sys.executable, "-c", IN_A_PROCESS.format(call=call, expected=expected)], check=True)
+
+
 def test_sizes_are_read_as_people_write_them() -> None:
     assert [parse_size(size) for size in (7, "7", "5GB", "5 gb", "1.5KiB", "2MB")] == [
         7, 7, 5 * 10**9, 5 * 10**9, 1536, 2 * 10**6
