@@ -3,7 +3,7 @@
 Importing the package registers the strategies `"zero_stage_1"` and `"zero_stage_2"`.
 
 [Note: names are imported when they are asked for]
-Lightning and torch take seconds to import. `lightning-zero ls` needs neither, and an export no Lightning. So the public
+Lightning and torch take seconds to import, and neither `lightning-zero ls` nor an export needs them. So the public
 names are resolved by `__getattr__`, and the strategies are registered when Lightning is there.
 """
 

@@ -137,7 +137,8 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         submodule: write this part of the module alone, under the names that it has by itself: `"model"`, where
             `self.model` is what `from_pretrained` is to load.
         progress: is told of the model's bytes as they are written.
-        weights_only: for a Lightning checkpoint: refuse a `trainer.pt` whose objects would run code when loaded.
+        weights_only: for a Lightning checkpoint: refuse a `trainer.pt` whose objects would run code when the output is
+            loaded. Here they don't in any case.
 
     Raises:
         ZeroError: there is no such checkpoint, it is damaged, or has no such submodule.

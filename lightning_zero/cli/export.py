@@ -34,7 +34,7 @@ def add_to(commands: Commands) -> None:
         "--with-optimizer", action="store_true", help="write a .ckpt from which any other strategy resumes training"
     )
     export.add_argument(
-        "--unsafe", action="store_true", help="load hyper-parameters of any class: runs what the checkpoint says"
+        "--unsafe", action="store_true", help="keep hyper-parameters of any class, which run code when OUT is loaded"
     )
     add_tag(export)
 

@@ -314,7 +314,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """Of a process of its own, as the kernel counts it."""
     save_tensors(tmp_path / "tag", {f"w{n}": ("parameter", torch.full((8 << 20,), float(n))) for n in range(5)})
     script = (
-        "import sys, torch\n"
+        "import sys\n"
         "peak = lambda: next(int(line.split()[1]) for line in open('/proc/self/status') if 'VmHWM' in line) / 1024\n"
         "base = peak()\n"
         "from lightning_zero.checkpoint.export import convert_zero_checkpoint_to_fp32_state_dict as convert\n"
@@ -323,7 +323,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         "print(peak() - base)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, stdout=subprocess.PIPE, text=True)
-    assert float(done.stdout) < 200
+    assert float(done.stdout) < 60
     loaded = torch.load(tmp_path / "m.ckpt", mmap=True, weights_only=True)["state_dict"]
     assert all(bool((loaded[f"w{n}"] == n).all()) for n in range(5))
 
