@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_MOST_IN_A_KEY = 1000
+_MOST_IN_A_KEY = 100
 """Of the tuples and elements that are met on all ways through a dict's key."""
 
 
@@ -103,6 +103,7 @@ class _Reader:
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # what lies below each mark, where nothing but the mark's own opcode reaches
         self._memo: dict[int, Any] = {}
+        self._known: dict[int, Any] = {}  # what was put into the memo, by its identity
         self.names: set[Global] = set()
         self.unusual = False
 
@@ -191,7 +192,7 @@ class _Reader:
 
     def _pop(self) -> None:
         value = self._stack.pop()
-        if type(value) is Object and not any(value is known for known in self._memo.values()):
+        if type(value) is Object and id(value) not in self._known:
             # What was called for its effect, on an object: a state setter of copyreg's
             target = value.arguments[0] if value.arguments else None
             if type(target) is not Object:
@@ -205,7 +206,8 @@ class _Reader:
         self._push(self._memo[index])
 
     def _put(self, index: int) -> None:
-        self._memo[index] = self._stack[-1]
+        self._memo[index] = value = self._stack[-1]
+        self._known[id(value)] = value
 
 
 _OPERATIONS: dict[bytes, Callable[[_Reader], object]] = {

@@ -322,11 +322,9 @@ class Fp32Export(Callback):
         def write(saved: Checkpoint, rest: dict[str, Any]) -> None:
             assert self._exports is not None
             self._exports.wait()  # an older one may be on its way to the same file
-            trainer = io.BytesIO()
-            if output.suffix == ".ckpt":
-                torch.save(rest, trainer)
+            trainer = _saved(rest) if output.suffix == ".ckpt" else None
             # This process's own objects: there is nobody to mistrust
-            export(saved, output, self._wanted, trainer=trainer.getvalue(), weights_only=False)
+            export(saved, output, self._wanted, trainer=trainer, weights_only=False)
             self._exports.join()
 
         trainer.strategy.export(checkpoint, output, write)
@@ -348,3 +346,9 @@ class Fp32Export(Callback):
         listeners = getattr(trainer.strategy, "save_listeners", [])
         if self._after_save in listeners:
             listeners.remove(self._after_save)
+
+
+def _saved(content: dict[str, Any]) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
