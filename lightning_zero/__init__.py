@@ -3,7 +3,7 @@
 Importing the package registers the strategies `"zero_stage_1"` and `"zero_stage_2"`.
 
 [Note: names are imported when they are asked for]
-Lightning and torch take seconds to import. `lightning-zero ls` needs neither, and an export no Lightning. So the public
+Lightning and torch take seconds to import, and neither `lightning-zero ls` nor an export needs them. So the public
 names are resolved by `__getattr__`, and the strategies are registered when Lightning is there.
 """
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from lightning_zero.checkpoint.export import (
         convert_zero_checkpoint_to_fp32_state_dict as convert_zero_checkpoint_to_fp32_state_dict,
     )
-    from lightning_zero.checkpoint.export import (
+    from lightning_zero.checkpoint.state_dict import (
         get_fp32_state_dict_from_zero_checkpoint as get_fp32_state_dict_from_zero_checkpoint,
     )
-    from lightning_zero.checkpoint.export import (
+    from lightning_zero.checkpoint.state_dict import (
         load_state_dict_from_zero_checkpoint as load_state_dict_from_zero_checkpoint,
     )
     from lightning_zero.engine.optimizer import OwnedSegment as OwnedSegment
@@ -40,8 +40,8 @@ _HOMES = {
     "ZeroCheckpointIO": "plugin.checkpoint_io",
     "ZeroStrategy": "plugin.strategy",
     "convert_zero_checkpoint_to_fp32_state_dict": "checkpoint.export",
-    "get_fp32_state_dict_from_zero_checkpoint": "checkpoint.export",
-    "load_state_dict_from_zero_checkpoint": "checkpoint.export",
+    "get_fp32_state_dict_from_zero_checkpoint": "checkpoint.state_dict",
+    "load_state_dict_from_zero_checkpoint": "checkpoint.state_dict",
 }
 
 __all__ = ["__version__", "errors", *_HOMES]

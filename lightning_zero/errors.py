@@ -3,6 +3,8 @@
 A message says what is wrong, where (file, tensor, rank), and what to do about it.
 """
 
+from pickle import UnpicklingError
+
 
 class ZeroError(Exception):
     """Base class of every error that lightning_zero raises on purpose."""
@@ -38,3 +40,7 @@ class UnreachableRankError(ZeroError):
 
 class UnsupportedModelError(ZeroError, ValueError):
     """A model, an optimizer or a setting that ZeRO can't train; the message says why, and the way out."""
+
+
+class UntrustedContentError(ZeroError, UnpicklingError):
+    """A checkpoint holds objects that are only loaded on request, with `weights_only=False`."""

@@ -26,7 +26,7 @@ import torch
 from benchmarks.scale.models import MODELS
 from lightning_zero.checkpoint import finish
 from lightning_zero.checkpoint.content import SharedContent
-from lightning_zero.checkpoint.load import Checkpoint
+from lightning_zero.checkpoint.load import Checkpoint, as_tensor
 from lightning_zero.checkpoint.manifest import Entry, FileEntry, Manifest, OptimizerEntry, StoredTensor, TrainerFile
 from lightning_zero.checkpoint.plan import Plan
 from lightning_zero.checkpoint.report import Written
@@ -124,7 +124,7 @@ def resume(model: str, world_size: int, directory: Path, saved_on: int | None = 
     took = stopwatch()
     checkpoint = Checkpoint(directory, "none")
     read = took()
-    state_dict, (optimizer,) = checkpoint.state_dict(), checkpoint.optimizer_states(None)
+    state_dict, (optimizer,) = checkpoint.state_dict(), checkpoint.optimizer_states(None, as_tensor)
     assert len(state_dict) == len(optimizer["state"]) == len(MODELS[model])
     opened = took()
     wanted = segments_of(partition(model, world_size), min(RANK, world_size - 1))

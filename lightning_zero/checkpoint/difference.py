@@ -13,21 +13,20 @@ torch is imported when there is something to read.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
-from lightning_zero.checkpoint.integrity import THREADS, read_manifest, require_sound
-from lightning_zero.checkpoint.manifest import Manifest, Role, Stored, StoredTensor, StoredValue, label, state_kind
-from lightning_zero.checkpoint.storage import Location, ReadableFile, open_file
+from lightning_zero.checkpoint.integrity import THREADS
+from lightning_zero.checkpoint.manifest import Role, Stored, StoredTensor, StoredValue, label, state_kind
+from lightning_zero.checkpoint.reader import Reader
+from lightning_zero.checkpoint.storage import Location
 from lightning_zero.errors import ZeroError
 from lightning_zero.segments import Segment, SegmentIndex
 
 _CHUNK_BYTES = 2 << 20
-_OPEN_FILES = 64
 _SETTINGS = ("hyper_parameters", "datamodule_hyper_parameters", "lr_schedulers")
 """What is compared of `trainer.pt`, besides the optimizers' param groups."""
 
@@ -80,22 +79,15 @@ class Difference:
         return not self.settings and all(comparison.verdict == "same" for comparison in self.comparisons)
 
 
-class Side:
+class Side(Reader):
     """One of the two checkpoints; several threads may read from it at once.
 
     Args:
-        directory: the tag's.
-
-    Raises:
-        IncompleteCheckpointError: something is missing, cut short, or another save's.
-        CorruptCheckpointError: the manifest can't be believed.
+        directory: the tag's; see `Reader` for what is raised.
     """
 
     def __init__(self, directory: Location) -> None:
-        self.directory = directory
-        self.manifest: Manifest = read_manifest(directory)
-        require_sound(directory, self.manifest, "sizes")
-        self._open: Callable[[Location], ReadableFile] = functools.lru_cache(maxsize=_OPEN_FILES)(open_file)
+        super().__init__(directory)
         self.entries = {entry.name: entry for entry in self.manifest.entries}
         self.states: dict[str, list[str]] = {}
         """The labels of each parameter's states, by the parameter's name."""
@@ -112,11 +104,6 @@ class Side:
         """The bytes of what has a label."""
         pieces = (item for _, item in self.manifest.index.payloads(of))
         return sum(item.nbytes for item in pieces if isinstance(item, StoredTensor))
-
-    def read(self, stored: Stored, offset_bytes: int, target: memoryview) -> None:
-        """Fill `target` from a stored tensor."""
-        file, tensor = stored
-        self._open(self.directory / file).read_into(cast("StoredTensor", tensor).offset + offset_bytes, target)
 
 
 def compare(a: Side, b: Side, progress: Callable[[int], None] = lambda nbytes: None) -> Difference:

@@ -1,6 +1,7 @@
-"""The model out of a checkpoint, in fp32: in memory, unread, or as files that need no lightning_zero to be read.
+"""The model out of a checkpoint, in fp32, as files that need no lightning_zero to be read.
 
-One process, no process group. A file is written through a few small buffers, so that its peak memory does not grow with
+One process, no process group; and no torch, unless values are cast, or `trainer.pt` holds objects of unusual classes
+(see `torch_file`). A file is written through a few small buffers, so that its peak memory does not grow with
 the model; it appears under its name by a rename, whole or not at all, and what stood there before stays until then.
 
 | what | its dtype in the export |
@@ -22,30 +23,25 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lightning_zero.checkpoint import kernel
+from lightning_zero.checkpoint.elements import FLOATING, NAMES, Elements
 from lightning_zero.checkpoint.hugging_face import write_folder, write_safetensors
-from lightning_zero.checkpoint.load import Checkpoint, resolve
 from lightning_zero.checkpoint.plain_loops import plain_loops
-from lightning_zero.checkpoint.read_ahead import Overflows
+from lightning_zero.checkpoint.reader import Reader
+from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.checkpoint.storage import PathOrUrl
-from lightning_zero.checkpoint.tensors import LazyTensor
 from lightning_zero.checkpoint.torch_file import write_torch_file
 from lightning_zero.errors import CheckpointMismatchError, CorruptCheckpointError
 
+if TYPE_CHECKING:
+    import torch
+
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_DTYPES = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-}
+_DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
+"""The codes of the dtypes to export in."""
+
 _BESIDE_WEIGHTS = (".json", ".jinja", ".md", ".model", ".txt")
 """What a Hugging Face folder has beside its weights: the configuration, the tokenizer, the model card."""
 _OURS = "lightning_zero_"
@@ -64,13 +60,13 @@ class Wanted:
 
     Attributes:
         exclude_frozen_parameters: leave out the parameters that were not trained.
-        dtype: of the floating parameters; None: fp32, or wider where they are.
+        dtype: the code of the floating parameters' dtype (`parse_dtype`); None: fp32, or wider where they are.
         with_optimizer: the optimizers' states too.
         submodule: this part of the module alone, under the names that it has by itself; all of it where it is empty.
     """
 
     exclude_frozen_parameters: bool = False
-    dtype: torch.dtype | None = None
+    dtype: str | None = None
     with_optimizer: bool = False
     submodule: str = ""
 
@@ -81,20 +77,20 @@ class Wanted:
                 "leave dtype and submodule out"
             )
 
-    def state_dict(self, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
-        """The module's, unread; tied tensors are one object.
+    def of(self, checkpoint: Reader) -> dict[str, Elements]:
+        """The module's state dict, unread; tied tensors are one object.
 
         Raises:
             CheckpointMismatchError: there is no such submodule.
         """
-        stored = cast("dict[str, LazyTensor]", checkpoint.state_dict())
+        stored = checkpoint.model()
         roles = {entry.name: entry.role for entry in checkpoint.manifest.entries}
-        shown: dict[str, LazyTensor] = {}
+        shown: dict[str, Elements] = {}
         for name, role in roles.items():
             tensor = stored[name]
-            if role != "buffer" and tensor.dtype.is_floating_point:
-                wide = self.dtype is None and tensor.dtype == torch.float64
-                tensor = tensor if wide else tensor.shown_in(self.dtype or torch.float32)
+            if role != "buffer" and tensor.stored in FLOATING:
+                wide = self.dtype is None and tensor.stored == "F64"
+                tensor = tensor if wide else tensor.shown_in(self.dtype or "F32")
             shown[name] = tensor
         first = {name: checkpoint.manifest.aliases.get(name, name) for name in stored}
         prefix = f"{self.submodule}." if self.submodule else ""
@@ -109,56 +105,6 @@ class Wanted:
                 f"{checkpoint.directory} has no submodule {self.submodule!r} with tensors in it; the module has {parts}"
             )
         return found
-
-
-def get_fp32_state_dict_from_zero_checkpoint(
-    checkpoint_dir: PathOrUrl,
-    tag: str | None = None,
-    exclude_frozen_parameters: bool = False,
-    lazy_mode: bool = False,
-) -> dict[str, Tensor]:
-    """The model's state dict, parameters in fp32 (fp64 stays), buffers in their own dtype, tied tensors as one.
-
-    Args:
-        checkpoint_dir: a save directory, or a tag's.
-        tag: of the save directory; `latest` decides where it is None.
-        exclude_frozen_parameters: leave out the parameters that were not trained.
-        lazy_mode: give stand-ins with `.shape`, `.dtype` and `.contiguous()`, which reads one, and keeps nothing.
-
-    Raises:
-        ZeroError: there is no such checkpoint, or it is damaged.
-    """
-    wanted = Wanted(exclude_frozen_parameters=exclude_frozen_parameters)
-    stand_ins = wanted.state_dict(Checkpoint(resolve(checkpoint_dir, tag)))
-    if lazy_mode:
-        return dict(stand_ins)
-    read = {id(tensor): tensor.contiguous() for tensor in stand_ins.values()}
-    return {name: read[id(tensor)] for name, tensor in stand_ins.items()}
-
-
-def load_state_dict_from_zero_checkpoint(
-    model: torch.nn.Module, checkpoint_dir: PathOrUrl, tag: str | None = None
-) -> torch.nn.Module:
-    """Fill a plain module in place, each tensor read straight into the parameter's memory.
-
-    Args:
-        model: with the names and shapes of the one that was saved; of any dtype, on any device.
-        checkpoint_dir: a save directory, or a tag's.
-        tag: of the save directory; `latest` decides where it is None.
-
-    Returns:
-        The same module.
-
-    Raises:
-        CheckpointMismatchError: a name or a shape differs.
-        ZeroError: there is no such checkpoint, or it is damaged.
-    """
-    directory = resolve(checkpoint_dir, tag)
-    try:
-        model.load_state_dict(Checkpoint(directory).state_dict())
-    except RuntimeError as error:
-        raise CheckpointMismatchError(f"the checkpoint {directory} is of another model: {error}") from error
-    return model
 
 
 def convert_zero_checkpoint_to_fp32_state_dict(
@@ -191,7 +137,8 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         submodule: write this part of the module alone, under the names that it has by itself: `"model"`, where
             `self.model` is what `from_pretrained` is to load.
         progress: is told of the model's bytes as they are written.
-        weights_only: for a Lightning checkpoint: refuse a `trainer.pt` whose objects would run code when loaded.
+        weights_only: for a Lightning checkpoint: refuse a `trainer.pt` whose objects would run code when the output is
+            loaded. Here they don't in any case.
 
     Raises:
         ZeroError: there is no such checkpoint, it is damaged, or has no such submodule.
@@ -205,7 +152,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         submodule=submodule,
     )
     export(
-        Checkpoint(resolve(checkpoint_dir, tag)),
+        Reader(resolve(checkpoint_dir, tag)),
         Path(output_file),
         wanted,
         max_shard_bytes=None if max_shard_size is None else parse_size(max_shard_size),
@@ -215,12 +162,12 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
 
 def export(
-    checkpoint: Checkpoint,
+    checkpoint: Reader,
     output: Path,
     wanted: Wanted,
     *,
     max_shard_bytes: int | None = None,
-    trainer: dict[str, Any] | None = None,
+    trainer: bytes | None = None,
     progress: Progress = _no_progress,
     weights_only: bool = True,
 ) -> None:
@@ -231,11 +178,12 @@ def export(
         output: by its ending.
         wanted: of it.
         max_shard_bytes: if the output is a folder.
-        trainer: Lightning's dict without its tensors, where it isn't to be read.
+        trainer: what is read in place of `trainer.pt`.
         progress: is told of bytes.
-        weights_only: for `Checkpoint.trainer`.
+        weights_only: for `Reader.trainer_content`.
     """
-    tensors, overflows = wanted.state_dict(checkpoint), Overflows()
+    tensors = wanted.of(checkpoint)
+    overflows: set[Elements] = set()
     require_suitable(output, wanted, max_shard_bytes)
     with _appears(output) as path:
         if max_shard_bytes is not None:
@@ -244,28 +192,34 @@ def export(
         elif output.suffix == ".safetensors":
             write_safetensors(path, tensors, progress, overflows)
         else:
-            content = dict(checkpoint.trainer(weights_only) if trainer is None else trainer)
-            states = content.pop("optimizer_states", None)
-            if wanted.with_optimizer:
-                if states is None:
-                    raise CheckpointMismatchError(f"{checkpoint.directory} holds weights alone: no optimizer's state")
-                content["optimizer_states"] = [_plain(state) for state in checkpoint.optimizer_states(states)]
-                content["loops"] = plain_loops(content.get("loops", {}))
+            loaded = checkpoint.trainer_content(trainer, weights_only=weights_only)
+            content = _lightning_content(checkpoint, wanted, loaded)
             content["state_dict"] = tensors | content.get("state_dict", {})
-            content = {key: value for key, value in content.items() if not str(key).startswith(_OURS)}
-            try:
-                write_torch_file(path, content, ("state_dict", "optimizer_states"), progress, overflows)
-            except RecursionError as error:
-                where = checkpoint.directory / checkpoint.manifest.trainer.name
-                raise CorruptCheckpointError(f"{where} holds what is too deep to be written again") from error
+            write_torch_file(path, content, output.name, progress, overflows)
     names = [name for name, tensor in tensors.items() if tensor in overflows]
     if names:
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         warnings.warn(
             f"{output} has infinite values: what these parameters hold is too large for "
-            f"{str(wanted.dtype or torch.float32).removeprefix('torch.')}: {shown}. Export to bf16 or fp32",
+            f"{NAMES[wanted.dtype or 'F32']}: {shown}. Export to bf16 or fp32",
             stacklevel=3,
         )
+
+
+def _lightning_content(checkpoint: Reader, wanted: Wanted, trainer: dict[Any, Any]) -> dict[Any, Any]:
+    """Lightning's dict for any other strategy, but for the module's state dict."""
+    content = {key: value for key, value in trainer.items() if not _is_ours(key)}
+    states = content.pop("optimizer_states", None)
+    if wanted.with_optimizer:
+        if states is None:
+            raise CheckpointMismatchError(f"{checkpoint.directory} holds weights alone: no optimizer's state")
+        content["optimizer_states"] = [_plain(state) for state in checkpoint.optimizer_states(states)]
+        try:
+            content["loops"] = plain_loops(content.get("loops", {}))
+        except RecursionError as error:
+            where = checkpoint.directory / checkpoint.manifest.trainer.name
+            raise CorruptCheckpointError(f"{where}: the state of a data loader is too deep") from error
+    return content
 
 
 def require_suitable(output: Path, wanted: Wanted, max_shard_bytes: int | None) -> None:
@@ -278,25 +232,26 @@ def require_suitable(output: Path, wanted: Wanted, max_shard_bytes: int | None) 
         raise ValueError(f"an optimizer's state goes into one .ckpt, and not into {output.name!r}")
 
 
-def exported_bytes(checkpoint: Checkpoint, wanted: Wanted) -> int:
+def exported_bytes(checkpoint: Reader, wanted: Wanted) -> int:
     """The bytes of the tensors that an export writes: what `progress` adds up to."""
-    tensors: Iterable[object] = wanted.state_dict(checkpoint).values()
+    tensors: Iterable[object] = wanted.of(checkpoint).values()
     if wanted.with_optimizer:
         states = checkpoint.optimizer_states(None)
         tensors = [*tensors, *(value for state in states for of in state["state"].values() for value in of.values())]
-    unread = {id(tensor): tensor.nbytes for tensor in tensors if isinstance(tensor, LazyTensor)}
-    return sum(unread.values())
+    return sum(elements.nbytes for elements in {tensor for tensor in tensors if isinstance(tensor, Elements)})
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """An optimizer's state without what only a ZeroStrategy looks for in it."""
     kept = {
-        index: {name: value for name, value in of.items() if not str(name).startswith(_OURS)}
-        if isinstance(index, int)
-        else of
+        index: {name: value for name, value in of.items() if not _is_ours(name)} if isinstance(index, int) else of
         for index, of in state["state"].items()
     }
     return {**state, "state": kept}
+
+
+def _is_ours(key: object) -> bool:
+    return isinstance(key, str) and key.startswith(_OURS)
 
 
 def parse_size(size: int | str) -> int:
@@ -316,16 +271,18 @@ def parse_size(size: int | str) -> int:
     return nbytes
 
 
-def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype that a model is exported in: torch's own, or `"bf16"`, `"fp16"`, `"fp32"`.
+def parse_dtype(dtype: torch.dtype | str | None) -> str | None:
+    """The code of a dtype that a model is exported in: torch's own, or `"bf16"`, `"fp16"`, `"fp32"`.
 
     Raises:
         ValueError: it is none.
     """
-    found = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in _DTYPES.values():
+    if dtype is None:
+        return None
+    code = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if code is None:
         raise ValueError(f'{dtype!r} is not a dtype to export in; give "bf16", "fp16" or "fp32"')
-    return found
+    return code
 
 
 @contextmanager

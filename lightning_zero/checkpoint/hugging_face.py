@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lightning_zero.checkpoint.read_ahead import Overflows, read_ahead
+from lightning_zero.checkpoint.elements import NAMES, Elements
+from lightning_zero.checkpoint.manifest import ITEM_BYTES
+from lightning_zero.checkpoint.read_ahead import read_ahead
 from lightning_zero.checkpoint.storage import create_file
-from lightning_zero.checkpoint.tensors import CODES, LazyTensor
 from lightning_zero.errors import UnsupportedModelError
 
 WEIGHTS = "model.safetensors"
@@ -23,7 +22,7 @@ _HEADER_ALIGNMENT = 64
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, LazyTensor], progress: Callable[[int], None], overflows: Overflows
+    path: Path, tensors: Mapping[str, Elements], progress: Callable[[int], None], overflows: set[Elements]
 ) -> None:
     """Write one file, which is durable when this returns.
 
@@ -32,15 +31,15 @@ def write_safetensors(
     """
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     # The widest elements first: then each tensor is aligned to its elements
-    ordered = sorted(_untie(tensors).items(), key=lambda item: -item[1].dtype.itemsize)
+    ordered = sorted(_untie(tensors).items(), key=lambda item: -ITEM_BYTES[item[1].shown])
     offset = 0
     for name, tensor in ordered:
-        if tensor.dtype not in CODES or tensor.dtype == torch.complex128:
+        if tensor.shown == "C128":
             raise UnsupportedModelError(
-                f"{name!r} is {tensor.dtype}, which a .safetensors can't hold; export to a .ckpt"
+                f"{name!r} is torch.{NAMES[tensor.shown]}, which a .safetensors can't hold; export to a .ckpt"
             )
         table[name] = {
-            "dtype": CODES[tensor.dtype],
+            "dtype": tensor.shown,
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset := offset + tensor.nbytes],
         }
@@ -55,13 +54,13 @@ def write_safetensors(
 
 def write_folder(
     folder: Path,
-    tensors: Mapping[str, LazyTensor],
+    tensors: Mapping[str, Elements],
     max_shard_bytes: int,
     progress: Callable[[int], None],
-    overflows: Overflows,
+    overflows: set[Elements],
 ) -> None:
     """Write `model.safetensors`, or numbered files with an index that says where each tensor is."""
-    shards: list[dict[str, LazyTensor]] = [{}]
+    shards: list[dict[str, Elements]] = [{}]
     filled = 0
     for name, tensor in _untie(tensors).items():
         if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
@@ -83,7 +82,7 @@ def write_folder(
         file.write(index)
 
 
-def _untie(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+def _untie(tensors: Mapping[str, Elements]) -> dict[str, Elements]:
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
         first.setdefault(id(tensor), name)

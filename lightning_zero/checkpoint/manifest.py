@@ -68,9 +68,13 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 }
 """The code and the bytes of an element of each dtype that a checkpoint can hold, by torch's name."""
 
+ITEM_BYTES: Mapping[str, int] = dict(DTYPES.values())
+"""The bytes of an element, by its dtype's code."""
+
+MASTER_CODES = frozenset(("F32", "F64", "C64", "C128"))
+"""What a parameter's masters are stored in."""
+
 _KINDS = get_args(Kind)
-_ITEM_BYTES = dict(DTYPES.values())
-_MASTER_CODES = frozenset(("F32", "F64", "C64", "C128"))
 _LARGEST = 2**63 - 1
 _LARGEST_NUMEL = _LARGEST // 16  # so the bytes fit in 63 bits in every dtype, stored or asked for
 _LARGEST_HEADER = 8 + 100_000_000  # safetensors' own limit; a header is read into memory
@@ -557,9 +561,9 @@ def _tensor(row: object, where: str) -> StoredTensor:
     tensor = StoredTensor(**fields)
     if not _XXH3.fullmatch(tensor.xxh3):
         _check_digest(tensor.xxh3, f"{where}: {tensor.name!r}")
-    if tensor.dtype not in _ITEM_BYTES:
+    if tensor.dtype not in ITEM_BYTES:
         raise CorruptCheckpointError(f"{where}: {tensor.name!r} has the unknown dtype {tensor.dtype!r:.40}")
-    if tensor.nbytes != math.prod(shape) * _ITEM_BYTES[tensor.dtype]:
+    if tensor.nbytes != math.prod(shape) * ITEM_BYTES[tensor.dtype]:
         raise CorruptCheckpointError(
             f"{where}: {tensor.name!r} is said to have {tensor.nbytes} bytes, "
             f"which is not what the shape {shape} makes in {tensor.dtype}"
@@ -701,7 +705,7 @@ def state_kind(pieces: list[StoredTensor | StoredValue], of: str) -> Literal["el
 
 def _check_dtype(entry: Entry, pieces: Iterable[StoredTensor | StoredValue]) -> None:
     stored = {cast("StoredTensor", piece).dtype for piece in pieces}
-    allowed = _MASTER_CODES if entry.role == "parameter" else {DTYPES[entry.dtype][0]}
+    allowed = MASTER_CODES if entry.role == "parameter" else {DTYPES[entry.dtype][0]}
     if len(stored) != 1 or not stored <= allowed:
         raise CorruptCheckpointError(
             f"entry {entry.name!r}, a {entry.role} of dtype {entry.dtype}, is stored as {', '.join(sorted(stored))}"

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import xxhash
 
 from lightning_zero.checkpoint.manifest import (
-    DTYPES,
     FORMAT_VERSION,
+    ITEM_BYTES,
     FileEntry,
     Kind,
     StoredTensor,
@@ -40,7 +40,6 @@ _VERIFY_BYTES = 1 << 20
 _HEADER_ALIGNMENT = 4096
 """So that the tensors begin with a page of the file: what goes past the page cache needs that, and a map likes it."""
 _TENSOR_ALIGNMENT = 64
-_ITEM_BYTES = dict(DTYPES.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ class Item:
     @property
     def nbytes(self) -> int:
         """The number of bytes that `chunks` is to give."""
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 def shard_name(rank: int, world_size: int, *, frozen: bool = False, save_id: str = "") -> str:
@@ -112,7 +111,7 @@ def write_shard(
         OSError: the disk is full, or otherwise refuses.
         FileExistsError: there is a file of that name; nothing is ever overwritten in place.
     """
-    ordered = sorted(items, key=lambda item: place_in_file(_ITEM_BYTES[item.dtype], item.nbytes))
+    ordered = sorted(items, key=lambda item: place_in_file(ITEM_BYTES[item.dtype], item.nbytes))
     header = _header(ordered, {"rank": str(rank), "step": str(step), "save_id": save_id})
     tensors = []
     with create_file(path, len(header) + sum(item.nbytes for item in ordered), fsync=fsync, direct=direct) as file:

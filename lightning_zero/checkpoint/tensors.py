@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_zero.checkpoint.elements import Elements
 from lightning_zero.checkpoint.manifest import DTYPES
 from lightning_zero.errors import UnsupportedModelError
 
@@ -101,20 +102,6 @@ def _buffer(numel: int, dtype: torch.dtype, purpose: str, *, pinned: bool = Fals
     return memory[:nbytes].view(dtype)
 
 
-class Source(Protocol):
-    """Where a `LazyTensor` reads: the flattened elements of one stored tensor, in the dtype that they have there."""
-
-    dtype: torch.dtype
-
-    def require(self) -> None:
-        """Raise what `read` would, if it can be told before there is memory for the elements."""
-        ...
-
-    def read(self, start: int, stop: int, target: memoryview) -> None:
-        """Fill `target` with the elements `[start, stop)`."""
-        ...
-
-
 class LazyTensor(Tensor):
     """A tensor that is still in the checkpoint: it has a shape and a dtype, and reads its bytes when they are wanted.
 
@@ -129,33 +116,18 @@ class LazyTensor(Tensor):
     a tensor over.
     """
 
-    _source: Source
+    _elements: Elements
     _kept: Tensor | None
 
     @staticmethod
-    def __new__(cls, source: Source, shape: Sequence[int], dtype: torch.dtype | None = None) -> LazyTensor:
-        """A stand-in of the given shape.
-
-        Args:
-            source: where the elements are.
-            shape: of the tensor.
-            dtype: the tensor's, if it isn't the one in which the elements are stored.
-        """
+    def __new__(cls, elements: Elements) -> LazyTensor:
+        """These elements, as torch knows tensors."""
         lazy = torch.Tensor._make_wrapper_subclass(
-            cls, tuple(shape), dtype=dtype or source.dtype, device=torch.device("cpu")
+            cls, elements.shape, dtype=DTYPES_BY_CODE[elements.shown], device=torch.device("cpu")
         )
-        lazy._source = source
+        lazy._elements = elements
         lazy._kept = None
         return lazy
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """The dtype in which the elements are stored."""
-        return self._source.dtype
-
-    def shown_in(self, dtype: torch.dtype) -> LazyTensor:
-        """The same elements, unread, as a tensor of another dtype."""
-        return LazyTensor(self._source, self.shape, dtype)
 
     def read_range(self, start: int, stop: int, out: Tensor) -> None:
         """Read the flattened elements `[start, stop)` into `out`.
@@ -172,10 +144,10 @@ class LazyTensor(Tensor):
         if self._kept is not None:
             out.copy_(self._kept.view(-1)[start:stop].view(out.shape))
             return
-        out, stored = out.detach(), self._source.dtype
+        out, source, stored = out.detach(), self._elements.source, DTYPES_BY_CODE[self._elements.stored]
         flat = out.view(-1) if out.is_contiguous() else out
         if out.is_cpu and out.is_contiguous() and out.dtype == self.dtype == stored:
-            self._source.read(start, stop, tensor_bytes(out))
+            source.read(start, stop, tensor_bytes(out))
             return
         # By rows: a row is one element of a flat tensor, and a slice along the first dimension of a strided one
         row_numel = flat.numel() // len(flat)
@@ -184,7 +156,7 @@ class LazyTensor(Tensor):
             block = flat[row : row + rows]
             part = _buffer(block.numel(), stored, "range", pinned=out.is_cuda)
             begin = start + row * row_numel
-            self._source.read(begin, begin + part.numel(), tensor_bytes(part))
+            source.read(begin, begin + part.numel(), tensor_bytes(part))
             block.copy_(part.to(self.dtype).view(block.shape))
 
     @override
@@ -195,7 +167,7 @@ class LazyTensor(Tensor):
     def _read(self) -> Tensor:
         if self._kept is not None:
             return self._kept
-        self._source.require()
+        self._elements.source.require()
         read = torch.empty(self.shape, dtype=self.dtype)
         self.read_range(0, self.numel(), read.view(-1))
         return read

@@ -34,14 +34,15 @@ def add_to(commands: Commands) -> None:
         "--with-optimizer", action="store_true", help="write a .ckpt from which any other strategy resumes training"
     )
     export.add_argument(
-        "--unsafe", action="store_true", help="load hyper-parameters of any class: runs what the checkpoint says"
+        "--unsafe", action="store_true", help="keep hyper-parameters of any class, which run code when OUT is loaded"
     )
     add_tag(export)
 
 
 def _export(options: argparse.Namespace) -> int:
     from lightning_zero.checkpoint import export
-    from lightning_zero.checkpoint.load import Checkpoint, resolve
+    from lightning_zero.checkpoint.reader import Reader
+    from lightning_zero.checkpoint.resolution import resolve
 
     try:
         size = None if options.max_shard_size is None else export.parse_size(options.max_shard_size)
@@ -54,7 +55,7 @@ def _export(options: argparse.Namespace) -> int:
         export.require_suitable(options.out, wanted, size)
     except ValueError as error:
         raise WrongUseError(str(error)) from None
-    checkpoint = Checkpoint(resolve(options.dir, options.tag))
+    checkpoint = Reader(resolve(options.dir, options.tag))
     nbytes = export.exported_bytes(checkpoint, wanted)
     with progress_bar("exporting", nbytes, quiet=options.json) as progress:
         export.export(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -21,8 +23,9 @@ from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.background_export import BackgroundExport
 from lightning_zero.checkpoint.export import Wanted, export, parse_dtype
 from lightning_zero.checkpoint.integrity import read_manifest
-from lightning_zero.checkpoint.load import Checkpoint, is_checkpoint, resolve
+from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME, Manifest
+from lightning_zero.checkpoint.resolution import is_checkpoint, resolve
 from lightning_zero.checkpoint.storage import Location, is_remote, locate, names_in
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.plugin.strategy import ZeroStrategy
@@ -319,7 +322,9 @@ class Fp32Export(Callback):
         def write(saved: Checkpoint, rest: dict[str, Any]) -> None:
             assert self._exports is not None
             self._exports.wait()  # an older one may be on its way to the same file
-            export(saved, output, self._wanted, trainer=rest)
+            trainer = _saved(rest) if output.suffix == ".ckpt" else None
+            # This process's own objects: there is nobody to mistrust
+            export(saved, output, self._wanted, trainer=trainer, weights_only=False)
             self._exports.join()
 
         trainer.strategy.export(checkpoint, output, write)
@@ -341,3 +346,9 @@ class Fp32Export(Callback):
         listeners = getattr(trainer.strategy, "save_listeners", [])
         if self._after_save in listeners:
             listeners.remove(self._after_save)
+
+
+def _saved(content: dict[str, Any]) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()

@@ -16,11 +16,12 @@ from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.background import BackgroundSave
 from lightning_zero.checkpoint.content import RankContent, SharedContent
 from lightning_zero.checkpoint.integrity import Depth, read_manifest
-from lightning_zero.checkpoint.load import Checkpoint, is_checkpoint, resolve
+from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.manifest import Manifest
 from lightning_zero.checkpoint.nodes import Place
 from lightning_zero.checkpoint.plan import TagValidation
 from lightning_zero.checkpoint.report import MOST_LINKS, SaveReport, StoredFile
+from lightning_zero.checkpoint.resolution import is_checkpoint, resolve
 from lightning_zero.checkpoint.save import begin_save
 from lightning_zero.checkpoint.snapshot import Snapshot
 from lightning_zero.checkpoint.storage import Location, locate, remove_file

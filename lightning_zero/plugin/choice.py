@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from lightning_zero.checkpoint.integrity import Depth, find_problems, problems_as_error, read_manifest
-from lightning_zero.checkpoint.load import is_checkpoint, is_tag, resolve
 from lightning_zero.checkpoint.manifest import Manifest
+from lightning_zero.checkpoint.resolution import is_checkpoint, is_tag, resolve
 from lightning_zero.checkpoint.storage import Location, locate
 from lightning_zero.errors import ZeroError
 from lightning_zero.plugin.ranks import Ranks

@@ -19,7 +19,7 @@ from typing import Any
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from torch.nn import Module
 
-from lightning_zero.checkpoint.load import unpickle
+from lightning_zero.checkpoint.trust import unpickle
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint
 from lightning_zero.plugin.loader_state import Iterators, draw_once, finish_epochs, next_epoch
 from lightning_zero.plugin.metric_state import MetricState, set_metric_states

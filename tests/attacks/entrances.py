@@ -21,13 +21,14 @@ import torch
 from torch import nn
 
 from lightning_zero.checkpoint import commit
-from lightning_zero.checkpoint.export import (
-    convert_zero_checkpoint_to_fp32_state_dict,
+from lightning_zero.checkpoint.export import convert_zero_checkpoint_to_fp32_state_dict
+from lightning_zero.checkpoint.integrity import Depth
+from lightning_zero.checkpoint.load import Checkpoint
+from lightning_zero.checkpoint.resolution import is_checkpoint, resolve
+from lightning_zero.checkpoint.state_dict import (
     get_fp32_state_dict_from_zero_checkpoint,
     load_state_dict_from_zero_checkpoint,
 )
-from lightning_zero.checkpoint.integrity import Depth
-from lightning_zero.checkpoint.load import Checkpoint, is_checkpoint, resolve
 from lightning_zero.checkpoint.tensors import LazyTensor
 from lightning_zero.cli import main
 from lightning_zero.errors import ZeroError

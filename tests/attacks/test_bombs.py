@@ -3,22 +3,26 @@
 All are sealed with right checksums. Whether a bomb went off is seen by the directory that it makes.
 """
 
+import argparse
 import contextlib
 import io
 import os
 import pickle
 import tarfile
-from collections import OrderedDict
+import zipfile
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.data import AttributeDict
 
-from lightning_zero.checkpoint.export import get_fp32_state_dict_from_zero_checkpoint
-from lightning_zero.checkpoint.load import Checkpoint, UntrustedContentError
-from lightning_zero.errors import CorruptCheckpointError, ZeroError
+from lightning_zero.checkpoint.export import convert_zero_checkpoint_to_fp32_state_dict
+from lightning_zero.checkpoint.load import Checkpoint
+from lightning_zero.checkpoint.state_dict import get_fp32_state_dict_from_zero_checkpoint
+from lightning_zero.errors import CorruptCheckpointError, UntrustedContentError, ZeroError
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ZeroCheckpointIO
 from lightning_zero.plugin.resume import Resume
 from tests.attacks.entrances import READING, command, enter_all
@@ -109,6 +113,46 @@ def test_a_bomb_is_named_with_the_way_to_trust_it(tag: Path, tmp_path: Path) -> 
     assert "posix.mkdir" in error
 
 
+@pytest.mark.parametrize("where", BOMBS)
+def test_a_bomb_does_not_go_off_in_an_export_that_trusts_it(where: str, tag: Path, tmp_path: Path) -> None:
+    """It is written as it is, for whoever loads the export."""
+    sign = tmp_path / "went off"
+    set_trainer(tag, BOMBS[where](sign))
+    status, _, error = command("export", tag, tmp_path / "x.ckpt", "--unsafe")
+    assert status == 0 or error.count("\n") == 1
+    assert not sign.exists()
+    if where == "in the hyper-parameters":
+        with pytest.raises(pickle.UnpicklingError, match="mkdir"):
+            torch.load(tmp_path / "x.ckpt", weights_only=True)
+        torch.load(tmp_path / "x.ckpt", weights_only=False)
+        assert sign.exists()
+
+
+def test_classes_that_torch_was_told_of_are_exported(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="Namespace"):
+        Sample(trainer={"hyper_parameters": {"args": argparse.Namespace(lr=0.1)}}).save(tmp_path / "tag")
+    with pytest.raises(UntrustedContentError, match=r"argparse\.Namespace"):
+        convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "x.ckpt")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "x.ckpt")
+        loaded = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert loaded["hyper_parameters"]["args"].lr == 0.1
+
+
+@pytest.mark.parametrize(
+    "value", [AttributeDict(a=1), defaultdict(list, a=[1]), deque([1]), {"x": frozenset((1,))}, {"x": Path("a")}]
+)
+def test_classes_that_torch_refuses_are_named(value: object, tmp_path: Path) -> None:
+    name = type(value["x"] if isinstance(value, dict) and "x" in value else value).__name__
+    with pytest.warns(UserWarning, match=name):
+        Sample(trainer={"hyper_parameters": {"value": value}}).save(tmp_path / "tag")
+    for read in (Checkpoint(tmp_path / "tag").trainer, Checkpoint(tmp_path / "tag").trainer_content):
+        with pytest.raises(UntrustedContentError, match=name):
+            read()
+    convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "x.ckpt", weights_only=False)
+    assert torch.load(tmp_path / "x.ckpt", weights_only=False)["hyper_parameters"]["value"] == value
+
+
 def test_a_bomb_touches_neither_the_model_nor_its_export_to_safetensors(tag: Path, tmp_path: Path) -> None:
     set_trainer(tag, saved(Bomb(tmp_path / "went off")))
     assert get_fp32_state_dict_from_zero_checkpoint(tag)["bias"].shape == (19,)
@@ -151,6 +195,14 @@ def deep_pickle(depth: int) -> bytes:
     return b"\x80\x02}X\x01\x00\x00\x00x" + b"]" * depth + b"a" * (depth - 1) + b"s."
 
 
+def doctored(old: bytes, new: bytes) -> bytes:
+    """A trainer with a tensor of seven elements, and something else in its pickle."""
+    with zipfile.ZipFile(io.BytesIO(saved(TRAINER | {"x": torch.ones(7)}))) as whole:
+        records = {name.partition("/")[2]: whole.read(name) for name in whole.namelist()}
+    assert old in records["data.pkl"]
+    return archive(records | {"data.pkl": records["data.pkl"].replace(old, new)})
+
+
 NOT_A_TRAINER: dict[str, Callable[[], bytes]] = {
     "nothing": lambda: b"",
     "one byte": lambda: b"\x80",
@@ -179,6 +231,15 @@ NOT_A_TRAINER: dict[str, Callable[[], bytes]] = {
     "a state dict that is a list": lambda: saved(TRAINER | {"state_dict": [1]}),
     "a state dict that is None": lambda: saved(TRAINER | {"state_dict": None}),
     "keys that are numbers": lambda: saved({0: 1, None: 2, (1, 2): 3}),
+    "a storage that is larger than its record": lambda: doctored(b"K\x07t", b"M\xff\xfft"),
+    "a storage that is smaller than its record": lambda: doctored(b"K\x07t", b"K\x06t"),
+    "a storage of a negative size": lambda: doctored(b"K\x07t", b"J\xff\xff\xff\xfft"),
+    "a storage without a record": lambda: doctored(b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x007"),
+    "a storage beside its folder": lambda: doctored(b"X\x01\x00\x00\x000", b"X\x07\x00\x00\x00../../x"),
+    "a storage of no class": lambda: doctored(b"ctorch\nFloatStorage\n", b"X\x01\x00\x00\x00x"),
+    "two pickles": lambda: archive({"data.pkl": pickled({}), "../x/data.pkl": b"x", "version": b"3"}).replace(
+        b"archive/../x/data.pkl", b"archi/" + b"x" * 6 + b"/data.pkl"
+    ),
     "a room of a terabyte": lambda: saved({"x": Calls(bytearray, 2**40)}),
     "a tensor of a terabyte": lambda: saved({"x": Calls(torch.empty, 2**38)}),
 }

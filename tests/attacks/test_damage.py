@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from lightning_zero.checkpoint.integrity import Depth
-from lightning_zero.checkpoint.load import Checkpoint, resolve
+from lightning_zero.checkpoint.load import Checkpoint
+from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.errors import CorruptCheckpointError, IncompleteCheckpointError, ZeroError
 from tests.attacks.entrances import command, read_all
 from tests.attacks.forge import flip, read_json, replace

@@ -13,10 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightning_zero.checkpoint.export import get_fp32_state_dict_from_zero_checkpoint
 from lightning_zero.checkpoint.integrity import find_problems, read_manifest
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.manifest import Manifest
+from lightning_zero.checkpoint.state_dict import get_fp32_state_dict_from_zero_checkpoint
 from lightning_zero.errors import CorruptCheckpointError, ZeroError
 from tests.attacks.entrances import READING, enter_all
 from tests.attacks.forge import (

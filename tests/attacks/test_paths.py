@@ -11,12 +11,12 @@ import torch
 
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.commit import InvalidTagError
-from lightning_zero.checkpoint.export import (
-    convert_zero_checkpoint_to_fp32_state_dict,
+from lightning_zero.checkpoint.export import convert_zero_checkpoint_to_fp32_state_dict
+from lightning_zero.checkpoint.resolution import is_checkpoint, resolve
+from lightning_zero.checkpoint.state_dict import (
     get_fp32_state_dict_from_zero_checkpoint,
     load_state_dict_from_zero_checkpoint,
 )
-from lightning_zero.checkpoint.load import is_checkpoint, resolve
 from lightning_zero.errors import CheckpointNotFoundError, CorruptCheckpointError, ZeroError
 from tests.attacks.entrances import command, module, refused_everywhere, unchanged
 from tests.attacks.forge import edit_manifest, read_json, replace

@@ -32,12 +32,13 @@ class Sample:
     seed: int = 0
     shapes: dict[str, tuple[int, ...]] = field(default_factory=lambda: dict(SHAPES))
     trainer: dict[str, object] = field(default_factory=dict)
+    frozen_dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
         random = torch.Generator().manual_seed(1000 * self.seed + self.step)
         self.masters = {name: torch.randn(shape, generator=random) for name, shape in self.shapes.items()}
         self.moments = {name: torch.randn(shape, generator=random) for name, shape in self.shapes.items()}
-        self.frozen = torch.randn(11, 3, generator=random).to(torch.bfloat16)
+        self.frozen = torch.randn(11, 3, generator=random).to(self.frozen_dtype)
         self.counter = torch.tensor(2**40 + self.step)
 
     def rank(self, rank: int) -> RankContent:
@@ -55,7 +56,7 @@ class Sample:
                     TensorToSave("optimizer", name, start, stop, torch.arange(3.0), 0, "factors"),
                 ]
                 values.append(StoredValue(0, name, start, stop, "bound", float("inf")))
-        frozen, frozen_part = ParameterSpec("frozen", (11, 3), 2), []
+        frozen, frozen_part = ParameterSpec("frozen", (11, 3), self.frozen_dtype.itemsize), []
         for segment, _ in plan_buckets([frozen], self.world_size, "element", 10**6)[0].owned(rank):
             part = self.frozen.view(-1)[segment.start : segment.stop]
             frozen_part.append(TensorToSave("model", "frozen", segment.start, segment.stop, part))
@@ -69,7 +70,10 @@ class Sample:
 
     def _shared(self, aliases: dict[str, str]) -> SharedContent:
         entries = [Entry(name, shape, "bfloat16", "parameter") for name, shape in self.shapes.items()]
-        entries += [Entry("frozen", (11, 3), "bfloat16", "frozen"), Entry("counter", (), "int64", "buffer")]
+        entries += [
+            Entry("frozen", (11, 3), str(self.frozen_dtype).removeprefix("torch."), "frozen"),
+            Entry("counter", (), "int64", "buffer"),
+        ]
         groups = [{"lr": 0.1, "params": list(range(len(self.shapes)))}]
         trainer = {
             "epoch": 1,

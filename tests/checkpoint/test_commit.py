@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from lightning_zero.checkpoint import commit, kernel
-from lightning_zero.checkpoint.load import Checkpoint, resolve
+from lightning_zero.checkpoint.load import Checkpoint
+from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.errors import CheckpointNotFoundError, CheckpointWriteError, CorruptCheckpointError
 from tests.checkpoint.sample import Sample
 

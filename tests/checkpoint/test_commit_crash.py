@@ -20,7 +20,8 @@ import pytest
 import torch.distributed as dist
 
 from lightning_zero.checkpoint import commit, kernel
-from lightning_zero.checkpoint.load import Checkpoint, resolve
+from lightning_zero.checkpoint.load import Checkpoint
+from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.checkpoint.save import save_checkpoint
 from lightning_zero.errors import CheckpointWriteError
 from tests.checkpoint.sample import Sample

@@ -9,9 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_zero.checkpoint import commit
-from lightning_zero.checkpoint.load import Checkpoint, UntrustedContentError, is_checkpoint, resolve
+from lightning_zero.checkpoint.load import Checkpoint
+from lightning_zero.checkpoint.resolution import is_checkpoint, resolve
 from lightning_zero.checkpoint.tensors import LazyTensor
-from lightning_zero.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompleteCheckpointError
+from lightning_zero.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    IncompleteCheckpointError,
+    UntrustedContentError,
+)
 from lightning_zero.segments import ParameterSpec, plan_buckets
 from tests.checkpoint.sample import Sample
 

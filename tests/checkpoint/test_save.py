@@ -15,8 +15,9 @@ import torch.distributed as dist
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint import save as saving
 from lightning_zero.checkpoint.content import RankContent, TensorToSave
-from lightning_zero.checkpoint.load import Checkpoint, resolve
+from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.report import SaveReport
+from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.checkpoint.save import save_checkpoint
 from lightning_zero.errors import CheckpointWriteError, TagMismatchError
 from tests.checkpoint.sample import Sample

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 
 from lightning_zero.checkpoint import tensors
+from lightning_zero.checkpoint.elements import Elements
 from lightning_zero.checkpoint.tensors import CODES, LazyTensor, code_of, tensor_bytes, tensor_chunks
 from lightning_zero.errors import UnsupportedModelError
 
@@ -21,7 +22,6 @@ class Source:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self.dtype = tensor.dtype
         self.elements = 0
 
     def require(self) -> None:
@@ -34,7 +34,7 @@ class Source:
 
 def lazy(tensor: Tensor, dtype: torch.dtype | None = None) -> tuple[LazyTensor, Source]:
     source = Source(tensor)
-    return LazyTensor(source, tensor.shape, dtype), source
+    return LazyTensor(Elements(source, tuple(tensor.shape), CODES[tensor.dtype], CODES[dtype or tensor.dtype])), source
 
 
 @pytest.mark.parametrize("dtype", CODES)

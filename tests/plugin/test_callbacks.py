@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 
 from lightning_zero import ZeroCheckpoint, ZeroStrategy, get_fp32_state_dict_from_zero_checkpoint
-from lightning_zero.checkpoint.load import resolve
+from lightning_zero.checkpoint.resolution import resolve
 from tests.launch import distributed, run_ranks
 from tests.models import quiet_trainer
 from tests.plugin.parity import Plain, assert_equals_ddp, assert_same_modules, fit

@@ -19,7 +19,8 @@ from lightning_zero import ZeroCheckpoint, ZeroCheckpointIO, ZeroStrategy
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint import save as saving
 from lightning_zero.checkpoint.integrity import find_problems, read_manifest
-from lightning_zero.checkpoint.load import Checkpoint, resolve
+from lightning_zero.checkpoint.load import Checkpoint
+from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.errors import CheckpointWriteError, UnsupportedModelError
 from tests.launch import distributed
 from tests.models import fit

@@ -17,7 +17,8 @@ from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroCheckpointIO, ZeroStr
 from lightning_zero import get_fp32_state_dict_from_zero_checkpoint as get_fp32
 from lightning_zero.checkpoint import commit, finish, remote
 from lightning_zero.checkpoint import save as saving
-from lightning_zero.checkpoint.load import Checkpoint, resolve
+from lightning_zero.checkpoint.load import Checkpoint
+from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.checkpoint.storage import locate
 from lightning_zero.cli import main
 from lightning_zero.errors import CheckpointNotFoundError, CheckpointWriteError, IncompleteCheckpointError

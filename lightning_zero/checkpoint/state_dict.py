@@ -1,0 +1,65 @@
+"""The model out of a checkpoint, in memory or unread, as `export.Wanted` says: no process group, and no Lightning."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_zero.checkpoint.elements import Elements
+from lightning_zero.checkpoint.export import Wanted
+from lightning_zero.checkpoint.load import Checkpoint
+from lightning_zero.checkpoint.reader import Reader
+from lightning_zero.checkpoint.resolution import resolve
+from lightning_zero.checkpoint.storage import PathOrUrl
+from lightning_zero.checkpoint.tensors import LazyTensor
+from lightning_zero.errors import CheckpointMismatchError
+
+
+def get_fp32_state_dict_from_zero_checkpoint(
+    checkpoint_dir: PathOrUrl,
+    tag: str | None = None,
+    exclude_frozen_parameters: bool = False,
+    lazy_mode: bool = False,
+) -> dict[str, Tensor]:
+    """The model's state dict, parameters in fp32 (fp64 stays), buffers in their own dtype, tied tensors as one.
+
+    Args:
+        checkpoint_dir: a save directory, or a tag's.
+        tag: of the save directory; `latest` decides where it is None.
+        exclude_frozen_parameters: leave out the parameters that were not trained.
+        lazy_mode: give stand-ins with `.shape`, `.dtype` and `.contiguous()`, which reads one, and keeps nothing.
+
+    Raises:
+        ZeroError: there is no such checkpoint, or it is damaged.
+    """
+    wanted = Wanted(exclude_frozen_parameters=exclude_frozen_parameters)
+    elements = wanted.of(Reader(resolve(checkpoint_dir, tag)))
+    tensors: dict[Elements, Tensor] = {each: LazyTensor(each) for each in elements.values()}
+    if not lazy_mode:
+        tensors = {each: tensor.contiguous() for each, tensor in tensors.items()}
+    return {name: tensors[each] for name, each in elements.items()}
+
+
+def load_state_dict_from_zero_checkpoint(
+    model: torch.nn.Module, checkpoint_dir: PathOrUrl, tag: str | None = None
+) -> torch.nn.Module:
+    """Fill a plain module in place, each tensor read straight into the parameter's memory.
+
+    Args:
+        model: with the names and shapes of the one that was saved; of any dtype, on any device.
+        checkpoint_dir: a save directory, or a tag's.
+        tag: of the save directory; `latest` decides where it is None.
+
+    Returns:
+        The same module.
+
+    Raises:
+        CheckpointMismatchError: a name or a shape differs.
+        ZeroError: there is no such checkpoint, or it is damaged.
+    """
+    directory = resolve(checkpoint_dir, tag)
+    try:
+        model.load_state_dict(Checkpoint(directory).state_dict())
+    except RuntimeError as error:
+        raise CheckpointMismatchError(f"the checkpoint {directory} is of another model: {error}") from error
+    return model
