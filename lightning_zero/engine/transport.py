@@ -139,6 +139,7 @@ class MemoryReads(Transport):
     def _run(self) -> None:
         while (reading := self._begun.get()) is not None:
             reading.run()
+            del reading  # or its tensors would live until the next exchange
 
     @override
     def release(self) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from datetime import timedelta
 
 import pytest
@@ -81,6 +82,19 @@ def test_what_is_sent_may_be_changed_after_the_wait():
         way.exchange([(1 - rank, theirs)], [(1 - rank, mine)]).wait()
         mine.fill_(-1)
         assert (theirs == number + 1000 * (1 - rank)).all()
+
+
+@distributed(world_size=2)
+def test_what_was_exchanged_is_let_go():
+    way, rank = transport_for(dist.group.WORLD, PATIENCE), dist.get_rank()
+    mine, theirs = torch.zeros(10), torch.zeros(10)
+    way.exchange([(1 - rank, theirs)], [(1 - rank, mine)]).wait()
+    held = [weakref.ref(mine), weakref.ref(theirs)]
+    del mine, theirs
+    deadline = time.monotonic() + 5  # the thread may be a moment behind
+    while any(reference() is not None for reference in held):
+        assert time.monotonic() < deadline, "the exchange lives on"
+        time.sleep(0.001)
 
 
 @distributed(world_size=2)
