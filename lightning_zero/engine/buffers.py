@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
@@ -64,6 +65,8 @@ class VacatedMemory:
     def __init__(self, nbytes: int) -> None:
         self._wanted = nbytes
         self._blocks: list[Tensor] = []
+        self._sizes: list[int] = []
+        """Of the blocks, ascending."""
 
     def keep(self, left: Tensor) -> None:
         """Take over the memory of a tensor that nobody needs any more, if nobody else can see it."""
@@ -71,23 +74,29 @@ class VacatedMemory:
         seen = not is_unshared(left) or not storage.resizable() or storage.is_shared()  # NumPy's, a file's
         if self._wanted >= storage.nbytes() > 0 and left.is_cpu and not seen:
             self._wanted -= storage.nbytes()
-            self._blocks.append(torch.empty(0, dtype=torch.uint8).set_(storage))
+            self._insert(torch.empty(0, dtype=torch.uint8).set_(storage))
+
+    def _insert(self, block: Tensor) -> None:
+        place = bisect_left(self._sizes, block.nbytes)
+        self._sizes.insert(place, block.nbytes)
+        self._blocks.insert(place, block)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised tensor: in what was kept, where there is room for it in one piece."""
         nbytes = dtype.itemsize * torch.Size(shape).numel()
-        fitting = [index for index, block in enumerate(self._blocks) if len(block) >= nbytes and device.type == "cpu"]
-        if not fitting or not nbytes:
+        tightest = bisect_left(self._sizes, nbytes)
+        if tightest == len(self._sizes) or not nbytes or device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)
-        tightest = min(fitting, key=lambda index: len(self._blocks[index]))
-        block = self._blocks[tightest]
-        self._blocks[tightest] = block[nbytes + -nbytes % self._ALIGNMENT :]
+        del self._sizes[tightest]
+        block = self._blocks.pop(tightest)
+        self._insert(block[nbytes + -nbytes % self._ALIGNMENT :])
         return block[:nbytes].view(dtype).view(shape)
 
     def release(self) -> None:
         """Let go of what hasn't been used, and keep nothing any more."""
         self._wanted = 0
         self._blocks.clear()
+        self._sizes.clear()
 
 
 def is_unshared(tensor: Tensor) -> bool:
