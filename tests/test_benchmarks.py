@@ -117,7 +117,7 @@ def made_up_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "machine_limits", lambda *_: LIMITS)
     figures = {"seconds": 2.0, "peak_mib": 240.0}
     monkeypatch.setattr(conversions, "_convert", lambda *_: figures)
-    sizes = {"ratio": 1.0, "seconds": 1.0, "above_torch_mib": 140.0, "rounds": []}
+    sizes = {"ratio": 1.0, "seconds": 1.0, "peak_mib": 140.0, "rounds": []}
     monkeypatch.setattr(plain, "measure", lambda *_: {".ckpt": sizes})
 
 
