@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import threading
 import time
+import weakref
 from datetime import timedelta
 
 import pytest
@@ -110,6 +112,36 @@ def test_where_one_rank_is_forbidden_to_read_all_use_gloo():
 
 
 @distributed(world_size=2)
+def test_where_one_rank_has_no_such_sockets_all_use_gloo():
+    if dist.get_rank() == 0:
+
+        def unknown(*args):
+            raise OSError(94, "Socket type not supported")
+
+        transport.socket.socket = unknown
+    assert type(transport_for(dist.group.WORLD, PATIENCE)) is Sockets
+
+
+@distributed(world_size=2)
+def test_strangers_who_call_are_sent_away():
+    if dist.get_rank() == 0:
+        gather, strangers = dist.all_gather_object, []
+
+        def gather_among_strangers(everyone, about, group):
+            for words in (b"", b"short", bytes(100)):
+                strangers.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                strangers[-1].connect(about[-1])
+                if words:
+                    strangers[-1].send(words)
+            gather(everyone, about, group=group)
+
+        dist.all_gather_object = gather_among_strangers
+    way = transport_for(dist.group.WORLD, PATIENCE)
+    assert type(way) is MemoryReads
+    assert_arrived(*begin(way, 1))
+
+
+@distributed(world_size=2)
 def test_another_process_of_the_same_id_is_not_taken_for_the_rank():
     if dist.get_rank() == 0:
         original = transport._read_memory
@@ -137,6 +169,49 @@ def test_memory_that_cant_be_read_any_more_is_an_error_on_both_ranks():
         with pytest.raises(RuntimeError, match="rank 0 can't read this rank's memory any more: Bad address"):
             way.exchange([], [(0, torch.zeros(10))]).wait()
     dist.barrier()
+
+
+@distributed(world_size=2)
+def test_whatever_else_goes_wrong_while_it_reads_is_an_error_too():
+    way, rank = transport_for(dist.group.WORLD, PATIENCE), dist.get_rank()
+    if rank == 0:
+
+        def gone(*args):
+            raise MemoryError
+
+        transport._read_memory = gone
+        for _ in range(2):
+            with pytest.raises((MemoryError, RuntimeError)):
+                way.exchange([(1, torch.zeros(10))], []).wait()
+    else:
+        for _ in range(2):
+            way.exchange([], [(0, torch.zeros(10))])
+    dist.barrier()
+
+
+@distributed(world_size=2)
+def test_what_is_sent_stays_till_it_is_read_and_nothing_stays_longer():
+    way, rank = transport_for(dist.group.WORLD, PATIENCE), dist.get_rank()
+    if rank == 0:
+        sent = torch.full((4,), 7.0)
+        still_there = weakref.ref(sent)
+        way.exchange([], [(1, sent)])  # and an exception comes
+        del sent
+        assert still_there() is not None
+        dist.barrier()
+    else:
+        dist.barrier()
+        received = torch.zeros(4)
+        way.exchange([(0, received)], []).wait()
+        assert (received == 7).all()
+    pending, received, expected = begin(way, 1)
+    assert_arrived(pending, received, expected)
+    (received,) = (weakref.ref(tensor) for tensor in received.values())
+    del pending
+    deadline = time.monotonic() + 5
+    while received() is not None and time.monotonic() < deadline:  # the thread lets go of it right after the wait
+        time.sleep(0.01)
+    assert received() is None
 
 
 def wait_for_a_killed_peer():
@@ -183,7 +258,11 @@ def test_release_ends_the_thread_and_closes_the_connections():
     way = transport_for(dist.group.WORLD, PATIENCE)
     assert_arrived(*begin(way, 1))
     (thread,) = (thread for thread in threading.enumerate() if thread.name == "lightning_zero-reads")
+    pending = way.exchange([(1 - dist.get_rank(), torch.zeros(1))], [])  # of which nothing comes
     way.release()
-    thread.join(timeout=5)
     assert not thread.is_alive()
     assert len(os.listdir("/proc/self/fd")) <= before
+    with pytest.raises(RuntimeError, match=r"the connection to rank \d is closed"):
+        pending.wait()
+    with pytest.raises(AttributeError):
+        way.exchange([(1 - dist.get_rank(), torch.zeros(1))], [])
