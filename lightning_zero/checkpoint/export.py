@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import PicklingError
 from typing import TYPE_CHECKING, Any
 
 from lightning_zero.checkpoint import kernel
@@ -195,7 +196,11 @@ def export(
             loaded = checkpoint.trainer_content(trainer, weights_only=weights_only)
             content = _lightning_content(checkpoint, wanted, loaded)
             content["state_dict"] = tensors | content.get("state_dict", {})
-            write_torch_file(path, content, output.name, progress, overflows)
+            try:
+                write_torch_file(path, content, output.name, progress, overflows)
+            except PicklingError as error:
+                where = checkpoint.directory / checkpoint.manifest.trainer.name
+                raise CorruptCheckpointError(f"{where} can't be written again: {error}") from error
     names = [name for name, tensor in tensors.items() if tensor in overflows]
     if names:
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

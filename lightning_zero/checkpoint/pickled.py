@@ -12,6 +12,7 @@ since Python's has too many ways to come to code: names with dots, registered ex
 | claims a length | EOFError before there is memory for it; memory is in proportion to the pickle's own bytes |
 | deep, or shares without end | read and written without recursion, each thing once |
 | has tuples of tuples for keys | refused: Python would hash every path through them |
+| holds itself in many ways | refused: each way is written once more |
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _MOST_IN_A_KEY = 100
-"""Of the tuples and elements that are met on all ways through a dict's key."""
+"""Of the tuples that are met on all ways through a dict's key."""
+_HASHES_PER_BYTE = 10
+"""How many elements of tuples may be hashed for each byte of the pickle."""
+_MOST_AGAIN = 100_000
+"""How many elements of what holds itself may be written more than once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +81,8 @@ class Pickled:
         value: that it would make.
         names: every name that it would import.
         unusual: whether `torch.load(weights_only=True)` may refuse what it does, whatever the names: it knows fewer
-            opcodes, and puts items into few classes.
+            opcodes, puts items into few classes, sets states of few; and what is called with a number, perhaps a
+            length, may need more memory than there is.
     """
 
     value: Any
@@ -104,6 +110,7 @@ class _Reader:
         self._below: list[list[Any]] = []  # what lies below each mark, where nothing but the mark's own opcode reaches
         self._memo: dict[int, Any] = {}
         self._known: dict[int, Any] = {}  # what was put into the memo, by its identity
+        self._hashes_left = _HASHES_PER_BYTE * len(content)
         self.names: set[Global] = set()
         self.unusual = False
 
@@ -153,7 +160,7 @@ class _Reader:
         arguments, function = self._stack.pop(), self._stack.pop()
         if type(arguments) is not tuple or type(function) not in (Global, Object):
             raise pickle.UnpicklingError("what is called is no name, or its arguments are no tuple")
-        self.unusual |= type(function) is Object
+        self.unusual |= type(function) is Object or (arguments != () and type(arguments[0]) is int)
         empty = function == ORDERED_DICT and not arguments
         self._push(Ordered() if empty else Object(opcode, function, arguments))
 
@@ -163,6 +170,7 @@ class _Reader:
             target.states.append(state)
         elif type(target) is Object:
             target.steps.append((pickle.BUILD, state))
+            self.unusual = True
         else:
             raise pickle.UnpicklingError(f"a state is set of {type(target).__name__}")
 
@@ -177,11 +185,23 @@ class _Reader:
         target = self._stack[-1]
         pairs = list(zip(items[::2], items[1::2], strict=True))
         for key, _ in pairs:
-            _require_key(key)
+            self._require_key(key)
         if type(target) in (dict, Ordered):
             target.update(pairs)
         else:
             self._step(pickle.SETITEMS, items)
+
+    def _require_key(self, key: object) -> None:
+        waiting, tuples = [key], 0
+        while waiting:
+            value = waiting.pop()
+            if type(value) is tuple:
+                tuples += 1
+                self._hashes_left -= len(value)
+            if type(value) in (dict, Ordered, list) or tuples > _MOST_IN_A_KEY or self._hashes_left < 0:
+                raise TypeError("the key of a dict is no key, or a tuple of too many things")
+            if type(value) is tuple:
+                waiting.extend(value)
 
     def _step(self, opcode: bytes, items: list[Any]) -> None:
         target = self._stack[-1]
@@ -250,16 +270,6 @@ _UNUSUAL = frozenset((pickle.POP, pickle.POP_MARK, pickle.LONG4))
 """Written for tuples that hold themselves, for state setters, and for huge numbers."""
 
 
-def _require_key(key: object) -> None:
-    waiting, met = [key], 0
-    while waiting:
-        value, met = waiting.pop(), met + 1
-        if type(value) is tuple:
-            waiting.extend(value[:_MOST_IN_A_KEY])
-        if type(value) in (dict, Ordered, list) or met + len(waiting) > _MOST_IN_A_KEY:
-            raise TypeError("the key of a dict is no key, or a tuple of too many things")
-
-
 # -------------------------------------------------------------------------------------------------------- write
 
 
@@ -272,6 +282,9 @@ def write_pickle(
         value: made of what `read_pickle` gives.
         persistent_id: the persistent id of a value that is written elsewhere, or None.
         reduce: describes any other value.
+
+    Raises:
+        pickle.PicklingError: something holds itself in too many ways.
     """
     return _Writer(persistent_id, reduce).dump(value)
 
@@ -302,6 +315,8 @@ class _Writer:
         self._out = bytearray()
         self._memo: dict[object, tuple[int, object]] = {}  # keeps what it knows: an id may not become another's
         self._waiting: list[object] = []
+        self._begun: set[int] = set()  # tuples and objects, by their identity
+        self._again = 0
 
     def dump(self, value: object) -> bytes:
         self._out += pickle.PROTO + b"\x02"
@@ -341,6 +356,7 @@ class _Writer:
             self._out += pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode()
             self._put(value)
         elif kind is tuple:
+            self._begin(value, len(value))
             if len(value) <= 3:
                 short = (pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)[len(value) - 1]
                 self._later(*value, _Then(short, value, pickle.POP * len(value)))
@@ -365,8 +381,17 @@ class _Writer:
             self._object(value, self._reduce(value))
 
     def _object(self, made: object, described: Object) -> None:
+        self._begin(made, 2)
         end = _Then(described.opcode, made, pickle.POP * 2, described.steps)
         self._later(described.function, described.arguments, end)
+
+    def _begin(self, value: object, count: int) -> None:
+        """What isn't in the memo till all that it is made of is written: till then, it is written where it is met."""
+        if id(value) in self._begun:
+            self._again += count
+        self._begun.add(id(value))
+        if self._again > _MOST_AGAIN:
+            raise pickle.PicklingError("something in it holds itself in too many ways")
 
     def _do(self, steps: Iterable[tuple[bytes, Any]]) -> None:
         items: list[object] = []

@@ -24,9 +24,10 @@ import socket
 import struct
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import cache
 from queue import SimpleQueue
@@ -123,6 +124,8 @@ class MemoryReads(Transport):
         self._exchanges = 0
         self._begun: SimpleQueue[_Reading | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._end = weakref.finalize(self, self._begun.put, None)  # nobody may come to release it
+        self._end.atexit = False
 
     @override
     def exchange(self, received: Sequence[tuple[int, Tensor]], sent: Sequence[tuple[int, Tensor]]) -> Pending:
@@ -131,21 +134,31 @@ class MemoryReads(Transport):
         reading = _Reading(self._exchanges, reads, [(self._peers[rank], tensor) for rank, tensor in sent])
         if reads:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="lightning_zero-reads", daemon=True)
+                # It knows the queue alone: all else goes when its last owner lets go of it
+                self._thread = threading.Thread(
+                    target=_read_in_turn, args=(self._begun,), name="lightning_zero-reads", daemon=True
+                )
                 self._thread.start()
             self._begun.put(reading)
         return reading
 
-    def _run(self) -> None:
-        while (reading := self._begun.get()) is not None:
-            reading.run()
-            del reading  # or its tensors would live until the next exchange
-
     @override
     def release(self) -> None:
-        for peer in self._peers.values():
+        peers = self._peers.values()
+        del self._peers
+        for peer in peers:
             peer.leave()
-        self._begun.put(None)
+        self._end()
+        if self._thread is not None:
+            self._thread.join()  # lest a connection is closed, and its number another file's, while it reads there
+        for peer in peers:
+            peer.close()
+
+
+def _read_in_turn(begun: SimpleQueue[_Reading | None]) -> None:
+    while (reading := begun.get()) is not None:
+        reading.run()
+        del reading  # or its tensors would live until the next exchange
 
 
 class _Reading(Pending):
@@ -157,7 +170,7 @@ class _Reading(Pending):
         self._number = number
         self._reads = reads
         self._told = told
-        self._error: RuntimeError | None = None
+        self._error: Exception | None = None
         self._over = threading.Event()
         if not reads:
             self._over.set()
@@ -170,7 +183,7 @@ class _Reading(Pending):
         try:
             for peer, tensor in self._reads:
                 peer.read(self._number, tensor)
-        except RuntimeError as error:
+        except Exception as error:
             self._error = error
         finally:
             self._over.set()
@@ -199,18 +212,19 @@ class _Peer:
         self._process = process
         self._where = where
         self._done = done
-        self._told: deque[int] = deque()
-        """The exchanges that it hasn't read yet, so far as is known."""
+        self._told: deque[tuple[int, Tensor]] = deque()
+        """The exchanges that it hasn't read yet, so far as is known, and what it reads there: nobody may have the
+        memory in the meantime, even if nobody waits for the exchange any more."""
 
     def tell_where(self, number: int, tensor: Tensor) -> None:
         """Have it read a tensor."""
-        self._told.append(number)
+        self._told.append((number, tensor))
         self._send(self._where, number, tensor.data_ptr())
 
     def wait_for_reading(self, number: int) -> None:
         """Return when it has read whatever it was told of in an exchange up to this one."""
-        while self._told and self._told[0] <= number:
-            error = self._receive(self._done, self._told[0])
+        while self._told and (first := self._told[0][0]) <= number:
+            error = self._receive(self._done, first)
             self._told.popleft()
             if error:
                 raise RuntimeError(f"rank {self._rank} can't read this rank's memory any more: {os.strerror(error)}")
@@ -246,11 +260,15 @@ class _Peer:
         return int(word)
 
     def leave(self) -> None:
-        """Close the connections; a thread that waits at one goes on with an error."""
+        """End the conversation; whoever waits for a word goes on with an error, here as there."""
         for connection in (self._where, self._done):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-            connection.close()
+
+    def close(self) -> None:
+        """Close the connections, which nobody uses any more."""
+        self._where.close()
+        self._done.close()
 
 
 # ----------------------------------------------------------------------------------------------- how it is agreed on
@@ -263,37 +281,40 @@ def _connect(group: dist.ProcessGroup, timeout: timedelta) -> MemoryReads | None
         return None
     secret = ctypes.create_string_buffer(secrets.token_bytes(_SECRET_BYTES), _SECRET_BYTES)
     opened: dict[tuple[int, int], socket.socket] = {}
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
-        listening.bind("")  # the system finds a name, which is no file's: unix(7), "autobind"
-        listening.listen(2 * world_size)
+    listening = _listen(2 * world_size)
+    with listening or nullcontext():
         everyone: list[Any] = [None] * world_size
-        about = os.getpid(), ctypes.addressof(secret), secret.raw, listening.getsockname()
+        name = b"" if listening is None else listening.getsockname()
+        about = os.getpid(), ctypes.addressof(secret), secret.raw, name
         dist.all_gather_object(everyone, about, group=group)
         try:
             for peer, (process, address, expected, name) in enumerate(everyone):
                 _require_readable(process, address, expected)
                 for purpose in _PURPOSES if peer < rank else ():
                     opened[peer, purpose] = connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                    connection.settimeout(timeout.total_seconds())
                     connection.connect(name)
                     connection.send(_HELLO.pack(expected, rank, purpose))
-            able = True
+            able = listening is not None
         except (OSError, AttributeError):  # or the C library has no such function
             able = False
         agreed = torch.tensor([able], dtype=torch.uint8)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=group)
-        if not agreed:
+        if listening is None or not agreed:
             for connection in opened.values():
                 connection.close()
             return None
-        while len(opened) < len(_PURPOSES) * (world_size - 1):  # all have called already
+        while len(opened) < len(_PURPOSES) * (world_size - 1):  # all have called already, and said who they are
             connection, _ = listening.accept()
-            claimed, peer, purpose = _HELLO.unpack(connection.recv(_HELLO.size))
-            if claimed == secret.raw:
+            hello = b""
+            with suppress(OSError):  # it is a stranger who says nothing: any process of the host can call
+                hello = connection.recv(_HELLO.size, socket.MSG_DONTWAIT)
+            connection.settimeout(timeout.total_seconds())
+            if len(hello) == _HELLO.size and hello.startswith(secret.raw):
+                _, peer, purpose = _HELLO.unpack(hello)
                 opened[peer, purpose] = connection
             else:
                 connection.close()
-    for connection in opened.values():
-        connection.settimeout(timeout.total_seconds())
     return MemoryReads(
         {
             peer: _Peer(peer, process, *(opened[peer, purpose] for purpose in _PURPOSES))
@@ -301,6 +322,20 @@ def _connect(group: dist.ProcessGroup, timeout: timedelta) -> MemoryReads | None
             if peer != rank
         }
     )
+
+
+def _listen(backlog: int) -> socket.socket | None:
+    """A socket that peers can connect to; None where the system has none of the kind."""
+    listening = None
+    try:
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listening.bind("")  # the system finds a name, which is no file's: unix(7), "autobind"
+        listening.listen(backlog)
+    except OSError:
+        if listening is not None:
+            listening.close()
+        return None
+    return listening
 
 
 def _require_readable(process: int, address: int, expected: bytes) -> None:

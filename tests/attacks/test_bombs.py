@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import pickle
+import struct
 import tarfile
 import zipfile
 from collections import OrderedDict, defaultdict, deque
@@ -190,6 +191,15 @@ def circle() -> Any:
     return made
 
 
+def holding_itself(count: int) -> bytes:
+    """A tuple of lists, each of which holds it, and which no pickler of Python's own could go through."""
+    numbers = [struct.pack("<I", number) for number in range(1, count + 2)]
+    *lists, whole = numbers
+    empty = b"".join(b"]r" + number for number in lists)
+    filled = b"".join(b"j" + number + b"j" + whole + b"a" for number in lists)  # and left on the stack
+    return b"\x80\x02}q\x00K\x01(" + empty + b"tr" + whole + b"s" + filled + b"h\x00."
+
+
 def deep_pickle(depth: int) -> bytes:
     """Lists within lists, deeper than the pickler would go."""
     return b"\x80\x02}X\x01\x00\x00\x00x" + b"]" * depth + b"a" * (depth - 1) + b"s."
@@ -282,6 +292,21 @@ def test_a_ranks_own_state_is_refused_or_a_dict_that_holds(what: str, tag: Path)
     assert isinstance(checkpoint, LoadedCheckpoint)
     with contextlib.suppress(ZeroError):
         Resume(checkpoint, rank=0, world_size=2, fitting=True, by_steps=True, weights_only=True)
+
+
+WEARING: dict[str, Callable[[], bytes]] = {
+    "makes a terabyte": lambda: saved(TRAINER | {"x": Calls(bytearray, 2**40)}),
+    "sets a state of what has none": lambda: archived_pickle(b"\x80\x02}K\x00c__builtin__\nset\n]\x85R}K\x01K\x02sbs."),
+    "holds itself in many ways": lambda: archived_pickle(holding_itself(20_000)),
+}
+
+
+@pytest.mark.parametrize("what", WEARING)
+def test_nothing_is_exported_that(what: str, tag: Path, tmp_path: Path) -> None:
+    set_trainer(tag, WEARING[what]())
+    with pytest.raises(CorruptCheckpointError, match=r"trainer\S*\.pt can't be"):
+        convert_zero_checkpoint_to_fp32_state_dict(tag, tmp_path / "model.ckpt")
+    assert not list(tmp_path.glob("*model*"))
 
 
 @pytest.mark.filterwarnings("ignore:Serializing tensors on the meta device")

@@ -65,6 +65,11 @@ def test_whatever_is_plain_comes_back(value: object) -> None:
     assert repr(again([value, value])) == repr([value, value])
 
 
+def test_a_key_may_be_as_long_as_it_is_written() -> None:
+    value = {tuple(range(10_000)): 1, ("x",) * 500: 2, ((1, 2), (3,)): 3}
+    assert again(value) == value
+
+
 class Slots:
     __slots__ = ("a",)
 
@@ -218,6 +223,7 @@ MALFORMED: dict[str, bytes] = {
     "a pop of nothing": b"0.",
     "a call that is thrown away": TRAP + b")R0K\x01.",
     "tuples of tuples for a key": b"})" + b"\x85" * 200_000 + b"K\x01s.",
+    "a long tuple for many keys": b"}(" + b"K\x01" * 9000 + b"tq\x000(" + b"h\x00\x85K\x01" * 9000 + b"u.",
     "every path through tuples for a key": b"}K\x01q\x00" + b"h\x00\x86q\x00" * 60 + b"K\x01s.",
 }
 

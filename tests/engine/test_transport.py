@@ -1,7 +1,9 @@
 """How ranks of one host exchange tensors: see [Note: an exchange by reading]."""
 
+import gc
 import os
 import signal
+import socket
 import threading
 import time
 import weakref
@@ -85,19 +87,6 @@ def test_what_is_sent_may_be_changed_after_the_wait():
 
 
 @distributed(world_size=2)
-def test_what_was_exchanged_is_let_go():
-    way, rank = transport_for(dist.group.WORLD, PATIENCE), dist.get_rank()
-    mine, theirs = torch.zeros(10), torch.zeros(10)
-    way.exchange([(1 - rank, theirs)], [(1 - rank, mine)]).wait()
-    held = [weakref.ref(mine), weakref.ref(theirs)]
-    del mine, theirs
-    deadline = time.monotonic() + 5  # the thread may be a moment behind
-    while any(reference() is not None for reference in held):
-        assert time.monotonic() < deadline, "the exchange lives on"
-        time.sleep(0.001)
-
-
-@distributed(world_size=2)
 def test_one_direction_may_have_nothing_to_send():
     way, rank = transport_for(dist.group.WORLD, PATIENCE), dist.get_rank()
     for sender in (0, 1, 0):
@@ -120,6 +109,36 @@ def test_where_one_rank_is_forbidden_to_read_all_use_gloo():
     way = transport_for(dist.group.WORLD, PATIENCE)
     assert type(way) is Sockets
     assert len(os.listdir("/proc/self/fd")) <= before, "a connection was left open"
+    assert_arrived(*begin(way, 1))
+
+
+@distributed(world_size=2)
+def test_where_one_rank_has_no_such_sockets_all_use_gloo():
+    if dist.get_rank() == 0:
+
+        def unknown(*args):
+            raise OSError(94, "Socket type not supported")
+
+        transport.socket.socket = unknown
+    assert type(transport_for(dist.group.WORLD, PATIENCE)) is Sockets
+
+
+@distributed(world_size=2)
+def test_strangers_who_call_are_sent_away():
+    if dist.get_rank() == 0:
+        gather, strangers = dist.all_gather_object, []
+
+        def gather_among_strangers(everyone, about, group):
+            for words in (b"", b"short", bytes(100)):
+                strangers.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                strangers[-1].connect(about[-1])
+                if words:
+                    strangers[-1].send(words)
+            gather(everyone, about, group=group)
+
+        dist.all_gather_object = gather_among_strangers
+    way = transport_for(dist.group.WORLD, PATIENCE)
+    assert type(way) is MemoryReads
     assert_arrived(*begin(way, 1))
 
 
@@ -151,6 +170,49 @@ def test_memory_that_cant_be_read_any_more_is_an_error_on_both_ranks():
         with pytest.raises(RuntimeError, match="rank 0 can't read this rank's memory any more: Bad address"):
             way.exchange([], [(0, torch.zeros(10))]).wait()
     dist.barrier()
+
+
+@distributed(world_size=2)
+def test_whatever_else_goes_wrong_while_it_reads_is_an_error_too():
+    way, rank = transport_for(dist.group.WORLD, PATIENCE), dist.get_rank()
+    if rank == 0:
+
+        def gone(*args):
+            raise MemoryError
+
+        transport._read_memory = gone
+        for _ in range(2):
+            with pytest.raises((MemoryError, RuntimeError)):
+                way.exchange([(1, torch.zeros(10))], []).wait()
+    else:
+        for _ in range(2):
+            way.exchange([], [(0, torch.zeros(10))])
+    dist.barrier()
+
+
+@distributed(world_size=2)
+def test_what_is_sent_stays_till_it_is_read_and_nothing_stays_longer():
+    way, rank = transport_for(dist.group.WORLD, PATIENCE), dist.get_rank()
+    if rank == 0:
+        sent = torch.full((4,), 7.0)
+        still_there = weakref.ref(sent)
+        way.exchange([], [(1, sent)])  # and an exception comes
+        del sent
+        assert still_there() is not None
+        dist.barrier()
+    else:
+        dist.barrier()
+        received = torch.zeros(4)
+        way.exchange([(0, received)], []).wait()
+        assert (received == 7).all()
+    pending, received, expected = begin(way, 1)
+    assert_arrived(pending, received, expected)
+    (received,) = (weakref.ref(tensor) for tensor in received.values())
+    del pending
+    deadline = time.monotonic() + 5
+    while received() is not None and time.monotonic() < deadline:  # the thread lets go of it right after the wait
+        time.sleep(0.01)
+    assert received() is None
 
 
 def wait_for_a_killed_peer():
@@ -197,7 +259,25 @@ def test_release_ends_the_thread_and_closes_the_connections():
     way = transport_for(dist.group.WORLD, PATIENCE)
     assert_arrived(*begin(way, 1))
     (thread,) = (thread for thread in threading.enumerate() if thread.name == "lightning_zero-reads")
+    pending = way.exchange([(1 - dist.get_rank(), torch.zeros(1))], [])  # of which nothing comes
     way.release()
+    assert not thread.is_alive()
+    assert len(os.listdir("/proc/self/fd")) <= before
+    with pytest.raises(RuntimeError, match=r"the connection to rank \d is closed"):
+        pending.wait()
+    with pytest.raises(AttributeError):
+        way.exchange([(1 - dist.get_rank(), torch.zeros(1))], [])
+
+
+@distributed(world_size=2)
+def test_a_transport_that_nobody_holds_any_more_leaves_neither_thread_nor_connections():
+    before = len(os.listdir("/proc/self/fd"))
+    way = transport_for(dist.group.WORLD, PATIENCE)
+    assert_arrived(*begin(way, 1))
+    dist.barrier()
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "lightning_zero-reads")
+    del way
+    gc.collect()
     thread.join(timeout=5)
     assert not thread.is_alive()
     assert len(os.listdir("/proc/self/fd")) <= before
