@@ -105,7 +105,20 @@ def made_up_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def ranks_say(module: str, *arguments: object, world_size: int = 2) -> list[dict[str, Any]]:
         step_figures = {"seconds": [0.5, 0.6], "peak_mib": 900.0, "base_mib": 300.0, "parameters": 1000}
-        keys = ("write", "save", "copy", "stall", "durable", "lost", "above_mib", "read", "read_fresh", "load", "full")
+        keys = (
+            "write",
+            "save",
+            "copy",
+            "stall",
+            "durable",
+            "lost",
+            "above_mib",
+            "read",
+            "read_fresh",
+            "load",
+            "again",
+            "full",
+        )
         turns = [{**dict.fromkeys(keys, 0.25), "steps_beside": [0.5, 0.6]} for _ in range(3)]
         checkpoint_figures = {"turns": turns, "parameters": 1000, "steps_quiet": [0.5]}
         return [step_figures if module == "benchmarks.step.training" else checkpoint_figures] * 2

@@ -16,6 +16,7 @@ from lightning_zero import ZeroStrategy, planning
 from lightning_zero.cli import main
 from lightning_zero.engine.gradients import GradientReducer
 from lightning_zero.engine.optimizer import ELEMENT_WISE
+from lightning_zero.engine.transport import MemoryReads, Sockets
 from lightning_zero.planning import OPTIMIZERS, Model, Setup, plan
 from lightning_zero.segments import ParameterSpec, plan_buckets
 from tests.engine.long_rounds import cut_in_long_rounds
@@ -119,13 +120,20 @@ class Measured(Callback):
 
     def watch_traffic(self) -> None:
         """Count the bytes of everything that is sent from here on."""
-        for name in ("isend", "all_reduce"):
-            setattr(dist, name, self._counted(getattr(dist, name)))
+        reduce = dist.all_reduce
 
-    def _counted(self, send: Any) -> Any:
-        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def counted_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.sent.append(tensor.nbytes)
-            return send(tensor, *args, **kwargs)
+            return reduce(tensor, *args, **kwargs)
+
+        dist.all_reduce = counted_reduce
+        for transport in (MemoryReads, Sockets):
+            transport.exchange = self._counted(transport.exchange)
+
+    def _counted(self, exchange: Any) -> Any:
+        def counted(transport: Any, received: Any, sent: Any) -> Any:
+            self.sent += [tensor.nbytes for _, tensor in sent]
+            return exchange(transport, received, sent)
 
         return counted
 
