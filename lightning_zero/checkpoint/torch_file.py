@@ -189,16 +189,13 @@ def write_torch_file(
         progress: is told of the unread tensors' bytes as they are written.
         overflows: where to note what became infinite.
     """
-    storages: list[Storage] = []
     numbers: dict[Storage, int] = {}
 
     def persistent_id(value: object) -> tuple[object, ...] | None:
         if not isinstance(value, Storage):
             return None
-        if value not in numbers:
-            numbers[value] = len(storages)
-            storages.append(value)
-        return "storage", value.kind, str(numbers[value]), "cpu", value.numel
+        number = numbers.setdefault(value, len(numbers))
+        return "storage", value.kind, str(number), "cpu", value.numel
 
     pickle = write_pickle(content, persistent_id, _rebuilt)
     folder = Path(name).stem if name.isascii() else "archive"  # as torch.save names it
@@ -206,7 +203,7 @@ def write_torch_file(
     small["byteorder"] = sys.byteorder.encode()
     contents = [
         *((name, memoryview(record)) for name, record in small.items()),
-        *((f"data/{number}", storage.content) for number, storage in enumerate(storages)),
+        *((f"data/{number}", storage.content) for storage, number in numbers.items()),
         ("version", memoryview(b"3\n")),
         # Of the same pickle, the same: whoever writes the same checkpoint twice gets the same bytes
         (".data/serialization_id", memoryview(f"{zlib.crc32(pickle):020d}{len(pickle):020d}".encode())),

@@ -88,7 +88,7 @@ class _Group(Collectives):
         self._group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
-        self._peers = [dist.get_global_rank(group, rank) for rank in range(self.world_size)]
+        self._peers = dist.get_process_group_ranks(group)
 
     @override
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:

@@ -99,7 +99,7 @@ class Sockets(Transport):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
-        self._peers = [dist.get_global_rank(group, rank) for rank in range(dist.get_world_size(group))]
+        self._peers = dist.get_process_group_ranks(group)
 
     @override
     def exchange(self, received: Sequence[tuple[int, Tensor]], sent: Sequence[tuple[int, Tensor]]) -> Pending:
@@ -169,7 +169,7 @@ class _Reading(Pending):
     ) -> None:
         self._number = number
         self._reads = reads
-        self._told = told
+        self._told = [peer for peer, _ in told]
         self._error: Exception | None = None
         self._over = threading.Event()
         if not reads:
@@ -193,7 +193,7 @@ class _Reading(Pending):
         self._over.wait()
         if self._error is not None:
             raise self._error
-        for peer, _ in self._told:
+        for peer in self._told:
             peer.wait_for_reading(self._number)
 
 
