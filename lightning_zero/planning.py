@@ -109,7 +109,7 @@ class Setup:
         bucket_bytes: as `ZeroStrategy(bucket_size_mb=...)` says.
         accumulate: backwards a step.
         reduce_bytes: of an element on its way, if it isn't the parameter's own number.
-        equal_shards: as on NCCL. Without it, what a rank receives needs memory of its own, as on gloo.
+        equal_shards: as on NCCL. Without it, what a rank receives needs memory of its own, as over gloo's sockets.
     """
 
     world_size: int

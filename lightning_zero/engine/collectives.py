@@ -126,7 +126,6 @@ class ExchangeCollectives(_Group):
     def __init__(self, group: dist.ProcessGroup, transport: Transport | None = None) -> None:
         super().__init__(group)
         self._transport = transport or Sockets(group)
-        self._received = BufferPool()
 
     @override
     def release(self) -> None:
@@ -135,16 +134,9 @@ class ExchangeCollectives(_Group):
 
     @override
     def reduce_scatter(self, flat: Tensor, shards: Shards, out: Tensor, *, accumulate: bool) -> Pending:
-        begin, end = shards.of(self.rank)
-        size = end - begin
-        buffer = self._received.take(size * (self.world_size - 1), flat.dtype, flat.device)
-        received = list(torch.split(buffer, size)) if size else []
-        pieces = [*received[: self.rank], flat[begin:end], *received[self.rank :]]
-        exchange = self._transport.exchange(
-            received=[(rank, piece) for rank, piece in enumerate(pieces) if size and rank != self.rank],
-            sent=[(owner, flat[start:stop]) for owner, start, stop in shards if owner != self.rank],
-        )
-        return _ExchangedSum(exchange, pieces, out, accumulate, self._received, buffer)
+        own = slice(*shards.of(self.rank))
+        sent = [(owner, flat[start:stop]) for owner, start, stop in shards if owner != self.rank]
+        return self._transport.sum(flat[own], out, sent, accumulate=accumulate)
 
     @override
     def all_gather(self, flat: Tensor, shards: Shards) -> Pending:
@@ -161,20 +153,24 @@ class HostCollectives(ExchangeCollectives):
     For ranks that share a GPU, and for machines without NCCL.
     """
 
+    def __init__(self, group: dist.ProcessGroup, transport: Transport | None = None) -> None:
+        super().__init__(group, transport)
+        self._staged = BufferPool()
+
     @override
     def reduce_scatter(self, flat: Tensor, shards: Shards, out: Tensor, *, accumulate: bool) -> Pending:
-        host = self._received.take(flat.numel(), flat.dtype, torch.device("cpu"))
+        host = self._staged.take(flat.numel(), flat.dtype, torch.device("cpu"))
         host.copy_(flat)
-        summed = self._received.take(out.numel(), out.dtype, torch.device("cpu"))
+        summed = self._staged.take(out.numel(), out.dtype, torch.device("cpu"))
         pending = super().reduce_scatter(host, shards, summed, accumulate=False)
-        return _Unstaged(pending, out, accumulate, summed, (host, summed), self._received)
+        return _Unstaged(pending, out, accumulate, summed, (host, summed), self._staged)
 
     @override
     def all_gather(self, flat: Tensor, shards: Shards) -> Pending:
-        host = self._received.take(flat.numel(), flat.dtype, torch.device("cpu"))
+        host = self._staged.take(flat.numel(), flat.dtype, torch.device("cpu"))
         own = slice(*shards.of(self.rank))
         host[own].copy_(flat[own])
-        return _Unstaged(super().all_gather(host, shards), flat, False, host, (host,), self._received)
+        return _Unstaged(super().all_gather(host, shards), flat, False, host, (host,), self._staged)
 
 
 class NativeCollectives(_Group):
@@ -224,43 +220,6 @@ class NativeCollectives(_Group):
 # torch 2.13 renames both and warns at the old names, the only ones that torch 2.6 has.
 _reduce_scatter_equal = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather_equal = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-class _ExchangedSum:
-    """Sums the exchanged pieces in the order of the ranks, so that the result doesn't depend on who owns it."""
-
-    def __init__(
-        self,
-        exchange: Pending,
-        pieces: Sequence[Tensor],
-        out: Tensor,
-        accumulate: bool,
-        pool: BufferPool,
-        buffer: Tensor,
-    ) -> None:
-        self._exchange = exchange
-        self._pieces, self._out, self._accumulate = pieces, out, accumulate
-        self._pool, self._buffer = pool, buffer
-
-    def wait(self) -> None:
-        self._exchange.wait()
-        first, *others = self._pieces
-        if not self._accumulate and others and first.dtype == self._out.dtype:
-            torch.add(first, others[0], out=self._out)
-            others = others[1:]
-        elif not self._accumulate:
-            self._out.copy_(first)
-        elif first.dtype == self._out.dtype:
-            # The sum of this backward first, and then onto what is there: as DDP adds an averaged gradient.
-            for piece in others:
-                first.add_(piece)
-            self._out.add_(first)
-            others = []
-        else:
-            self._out.add_(first)
-        for piece in others:
-            self._out.add_(piece)
-        self._pool.give_back(self._buffer)
 
 
 class _Unstaged:

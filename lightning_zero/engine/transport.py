@@ -4,7 +4,8 @@
 Ranks of one host can read each other's memory: one copy, made by the kernel, where gloo's sockets take two, and a
 thread at either end. A rank tells each peer where that lies which is meant for it; a thread of the peer's reads it from
 there, and tells that it has. Both go over a Unix socket, a few bytes each. (MPI and UCX call it cross-memory attach.
-Source: process_vm_readv(2).)
+Source: process_vm_readv(2).) What is summed is read a chunk at a time, and added while it is in the processor's cache:
+whole pieces of the others are never held.
 
 The thread is there lest ranks wait for each other, one in an exchange, another in a collective that comes later: an
 exchange goes on whatever the rank itself does. What a rank tells comes in the order of the exchanges, and at most
@@ -26,10 +27,10 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -38,10 +39,15 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_zero.engine.buffers import BufferPool
+
 _UNREAD = 64
 """Far fewer than the messages that a socket holds."""
 _MESSAGE = struct.Struct("<Qq")
 """The number of an exchange; an address, or for what has been read 0, or an errno."""
+_CHUNK = 32768
+"""Elements that are read before they are added: half of a small cache of level 2, and no more than torch leaves to one
+thread."""
 _SECRET_BYTES = 16
 _PURPOSES = (0, 1)
 """Of a connection: for what is told before it is read, and after."""
@@ -80,8 +86,41 @@ class Transport(Protocol):
             sent: to whom, and a contiguous CPU tensor, which nobody may change till `wait()` has returned.
         """
 
+    def sum(self, own: Tensor, out: Tensor, sent: Sequence[tuple[int, Tensor]], *, accumulate: bool) -> Pending:
+        """Begin to sum a tensor with one from every other rank, and to send others; every rank calls it there too.
+
+        They are summed in the order of the ranks, so that the sum doesn't depend on whose it is.
+
+        Args:
+            own: this rank's addend, a contiguous CPU tensor, and scratch memory afterwards; where it is empty, nobody
+                sends anything here.
+            out: as long; the sum replaces it, or is added to it. Of any dtype.
+            sent: as in `exchange`; every other rank that has an addend is sent one as long.
+            accumulate: add the sum to `out`.
+        """
+
     def release(self) -> None:
         """Let go of the group."""
+
+
+def add_in_order(addends: Sequence[Tensor], out: Tensor, *, accumulate: bool) -> None:
+    """Sum tensors from the first to the last into another, or onto what is in there; the first may be changed."""
+    first, *others = addends
+    if not accumulate and others and first.dtype == out.dtype:
+        torch.add(first, others[0], out=out)
+        others = others[1:]
+    elif not accumulate:
+        out.copy_(first)
+    elif first.dtype == out.dtype:
+        # The sum of this backward first, and then onto what is there: as DDP adds an averaged gradient.
+        for addend in others:
+            first.add_(addend)
+        out.add_(first)
+        others = []
+    else:
+        out.add_(first)
+    for addend in others:
+        out.add_(addend)
 
 
 def transport_for(group: dist.ProcessGroup, timeout: timedelta) -> Transport:
@@ -99,7 +138,9 @@ class Sockets(Transport):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
+        self._rank = dist.get_rank(group)
         self._peers = dist.get_process_group_ranks(group)
+        self._received = BufferPool()
 
     @override
     def exchange(self, received: Sequence[tuple[int, Tensor]], sent: Sequence[tuple[int, Tensor]]) -> Pending:
@@ -108,18 +149,44 @@ class Sockets(Transport):
         return Works(works)
 
     @override
+    def sum(self, own: Tensor, out: Tensor, sent: Sequence[tuple[int, Tensor]], *, accumulate: bool) -> Pending:
+        if not own.numel():
+            return self.exchange([], sent)
+        buffer = self._received.take(own.numel() * (len(self._peers) - 1), own.dtype, own.device)
+        others = torch.split(buffer, own.numel())
+        addends = [*others[: self._rank], own, *others[self._rank :]]
+        received = [(rank, addend) for rank, addend in enumerate(addends) if rank != self._rank]
+        add = partial(add_in_order, addends, out, accumulate=accumulate)
+        return _ReceivedSum(self.exchange(received, sent), add, self._received, buffer)
+
+    @override
     def release(self) -> None:
         del self._group
+
+
+class _ReceivedSum(Pending):
+    """Adds what was exchanged, and gives the memory back that it was received in."""
+
+    def __init__(self, exchange: Pending, add: Callable[[], None], pool: BufferPool, buffer: Tensor) -> None:
+        self._exchange, self._add, self._pool, self._buffer = exchange, add, pool, buffer
+
+    @override
+    def wait(self) -> None:
+        self._exchange.wait()
+        self._add()
+        self._pool.give_back(self._buffer)
 
 
 class MemoryReads(Transport):
     """See [Note: an exchange by reading].
 
     Args:
-        peers: each other rank.
+        rank: this one's number.
+        peers: each other rank, ascending.
     """
 
-    def __init__(self, peers: Mapping[int, _Peer]) -> None:
+    def __init__(self, rank: int, peers: Mapping[int, _Peer]) -> None:
+        self._rank = rank
         self._peers = peers
         self._exchanges = 0
         self._begun: SimpleQueue[_Reading | None] = SimpleQueue()
@@ -129,10 +196,18 @@ class MemoryReads(Transport):
 
     @override
     def exchange(self, received: Sequence[tuple[int, Tensor]], sent: Sequence[tuple[int, Tensor]]) -> Pending:
-        self._exchanges += 1
         reads = [(self._peers[rank], tensor) for rank, tensor in received]
-        reading = _Reading(self._exchanges, reads, [(self._peers[rank], tensor) for rank, tensor in sent])
-        if reads:
+        return self._begin(partial(_fill, reads) if reads else None, sent)
+
+    @override
+    def sum(self, own: Tensor, out: Tensor, sent: Sequence[tuple[int, Tensor]], *, accumulate: bool) -> Pending:
+        read = partial(_sum, self._peers, self._rank, own, out, accumulate)
+        return self._begin(read if own.numel() else None, sent)
+
+    def _begin(self, read: Callable[[int], None] | None, sent: Sequence[tuple[int, Tensor]]) -> Pending:
+        self._exchanges += 1
+        reading = _Reading(self._exchanges, read, [(self._peers[rank], tensor) for rank, tensor in sent])
+        if read:
             if self._thread is None:
                 # It knows the queue alone: all else goes when its last owner lets go of it
                 self._thread = threading.Thread(
@@ -155,24 +230,51 @@ class MemoryReads(Transport):
             peer.close()
 
 
+@torch.no_grad()  # a gradient that is to be differentiated again has a graph
 def _read_in_turn(begun: SimpleQueue[_Reading | None]) -> None:
     while (reading := begun.get()) is not None:
         reading.run()
         del reading  # or its tensors would live until the next exchange
 
 
-class _Reading(Pending):
-    """One exchange: what this rank reads, in the thread, and what the others are to have read."""
+def _fill(reads: Sequence[tuple[_Peer, Tensor]], number: int) -> None:
+    """Read a tensor from each peer of an exchange."""
+    for peer, tensor in reads:
+        peer.read(number, peer.is_told_where(number), tensor)
+        peer.tell_that_it_is_read(number)
 
-    def __init__(
-        self, number: int, reads: Sequence[tuple[_Peer, Tensor]], told: Sequence[tuple[_Peer, Tensor]]
-    ) -> None:
+
+def _sum(peers: Mapping[int, _Peer], rank: int, own: Tensor, out: Tensor, accumulate: bool, number: int) -> None:
+    """Read from all peers of an exchange what is added to a tensor in the order of the ranks."""
+    where = [(peer, peer.is_told_where(number)) for peer in peers.values()]
+    scratch = list(torch.empty(len(peers), min(_CHUNK, own.numel()), dtype=own.dtype))
+    offset = 0
+    for addend, target in zip(torch.split(own, _CHUNK), torch.split(out, _CHUNK), strict=True):
+        others = scratch if addend.numel() == _CHUNK else [whole[: addend.numel()] for whole in scratch]
+        for (peer, begin), into in zip(where, others, strict=True):
+            peer.read(number, begin + offset, into)
+        add_in_order([*others[:rank], addend, *others[rank:]], target, accumulate=accumulate)
+        offset += addend.nbytes
+    for peer in peers.values():
+        peer.tell_that_it_is_read(number)
+
+
+class _Reading(Pending):
+    """One exchange: what this rank reads, in the thread, and what the others are to have read.
+
+    Args:
+        number: of the exchange.
+        read: what does it, given the number; None if there is nothing to read.
+        told: whom to tell of which tensor.
+    """
+
+    def __init__(self, number: int, read: Callable[[int], None] | None, told: Sequence[tuple[_Peer, Tensor]]) -> None:
         self._number = number
-        self._reads = reads
+        self._read = read
         self._told = [peer for peer, _ in told]
         self._error: Exception | None = None
         self._over = threading.Event()
-        if not reads:
+        if read is None:
             self._over.set()
         for peer, tensor in told:
             peer.wait_for_reading(number - _UNREAD)
@@ -181,8 +283,8 @@ class _Reading(Pending):
     def run(self) -> None:
         """Read; what goes wrong is raised by `wait`."""
         try:
-            for peer, tensor in self._reads:
-                peer.read(self._number, tensor)
+            if self._read is not None:
+                self._read(self._number)
         except Exception as error:
             self._error = error
         finally:
@@ -208,7 +310,7 @@ class _Peer:
     """
 
     def __init__(self, rank: int, process: int, where: socket.socket, done: socket.socket) -> None:
-        self._rank = rank
+        self.rank = rank
         self._process = process
         self._where = where
         self._done = done
@@ -227,36 +329,42 @@ class _Peer:
             error = self._receive(self._done, first)
             self._told.popleft()
             if error:
-                raise RuntimeError(f"rank {self._rank} can't read this rank's memory any more: {os.strerror(error)}")
+                raise RuntimeError(f"rank {self.rank} can't read this rank's memory any more: {os.strerror(error)}")
 
-    def read(self, number: int, into: Tensor) -> None:
-        """Fill a tensor with what it tells of."""
-        begin = self._receive(self._where, number)
+    def is_told_where(self, number: int) -> int:
+        """The address of what it lets this rank read in an exchange."""
+        return self._receive(self._where, number)
+
+    def read(self, number: int, begin: int, into: Tensor) -> None:
+        """Fill a tensor from an address of its memory, as part of an exchange."""
         try:
             _read_memory(self._process, begin, into.data_ptr(), into.nbytes)
         except OSError as error:
             self._send(self._done, number, error.errno or errno.EFAULT)
-            raise RuntimeError(f"the memory of rank {self._rank} can't be read any more: {error.strerror}") from error
+            raise RuntimeError(f"the memory of rank {self.rank} can't be read any more: {error.strerror}") from error
+
+    def tell_that_it_is_read(self, number: int) -> None:
+        """This rank has read all that it was told of in an exchange."""
         self._send(self._done, number, 0)
 
     def _send(self, connection: socket.socket, number: int, word: int) -> None:
         try:
             connection.send(_MESSAGE.pack(number, word))
         except OSError as error:
-            raise RuntimeError(f"the connection to rank {self._rank} is closed: {error}") from error
+            raise RuntimeError(f"the connection to rank {self.rank} is closed: {error}") from error
 
     def _receive(self, connection: socket.socket, number: int) -> int:
         try:
             message = connection.recv(_MESSAGE.size)
         except TimeoutError as error:
-            raise RuntimeError(f"rank {self._rank} wasn't heard of for {connection.gettimeout()} s") from error
+            raise RuntimeError(f"rank {self.rank} wasn't heard of for {connection.gettimeout()} s") from error
         except OSError as error:
-            raise RuntimeError(f"the connection to rank {self._rank} is closed: {error}") from error
+            raise RuntimeError(f"the connection to rank {self.rank} is closed: {error}") from error
         if not message:
-            raise RuntimeError(f"the connection to rank {self._rank} is closed by it: look for the error there")
+            raise RuntimeError(f"the connection to rank {self.rank} is closed by it: look for the error there")
         exchange, word = _MESSAGE.unpack(message)
         if exchange != number:
-            raise RuntimeError(f"rank {self._rank} is at exchange {exchange}, and this rank at {number}")
+            raise RuntimeError(f"rank {self.rank} is at exchange {exchange}, and this rank at {number}")
         return int(word)
 
     def leave(self) -> None:
@@ -316,11 +424,12 @@ def _connect(group: dist.ProcessGroup, timeout: timedelta) -> MemoryReads | None
             else:
                 connection.close()
     return MemoryReads(
+        rank,
         {
             peer: _Peer(peer, process, *(opened[peer, purpose] for purpose in _PURPOSES))
             for peer, (process, *_) in enumerate(everyone)
             if peer != rank
-        }
+        },
     )
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.memory import peak_mib
 from lightning_zero.engine import transport
-from lightning_zero.engine.transport import MemoryReads, Sockets, transport_for
+from lightning_zero.engine.transport import MemoryReads, Sockets, add_in_order, transport_for
 from tests.launch import distributed, run_ranks
 
 PATIENCE = timedelta(seconds=20)
@@ -45,6 +46,63 @@ def test_ranks_of_one_host_read_each_others_memory():
         for number in range(5):
             assert_arrived(*begin(way, number))
         way.release()
+
+
+def both_ways():
+    yield transport_for(dist.group.WORLD, PATIENCE)
+    yield Sockets(dist.group.WORLD)
+
+
+@distributed(world_size=3)
+def test_a_sum_is_the_same_whoever_owns_it_and_however_it_travels():
+    rank, world_size, numel = dist.get_rank(), dist.get_world_size(), 2 * transport._CHUNK + 5
+    everyone = torch.randn(world_size, numel, generator=torch.Generator().manual_seed(1))
+    for dtype, out_dtype in ((torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.float64,) * 2):
+        before = torch.linspace(-1, 1, numel, dtype=out_dtype)
+        for accumulate in (False, True):
+            addends = everyone.to(dtype)
+            expected = before.clone()
+            add_in_order(list(addends.clone()), expected, accumulate=accumulate)
+            for way in both_ways():
+                mine, out = addends[rank].clone(), before.clone()
+                sent = [(other, mine.clone()) for other in range(world_size) if other != rank]
+                way.sum(mine, out, sent, accumulate=accumulate).wait()
+                assert torch.equal(out, expected)
+                way.release()
+
+
+@distributed(world_size=3)
+def test_a_rank_may_have_nothing_to_sum():
+    rank = dist.get_rank()
+    for way in both_ways():
+        own, out = torch.full((7 * (rank == 1),), 1.0), torch.zeros(7 * (rank == 1))
+        way.sum(own, out, [(1, torch.full((7,), 2.0))] if rank != 1 else [], accumulate=False).wait()
+        assert (out == 5).all()
+        way.release()
+
+
+@distributed(world_size=2)
+def test_what_is_summed_may_have_a_graph():
+    rank = dist.get_rank()
+    for way in both_ways():
+        own = torch.ones(4, requires_grad=True) * 2
+        with torch.no_grad():
+            out = torch.zeros(4)
+            way.sum(own.view(-1), out, [(1 - rank, own)], accumulate=False).wait()
+        assert (out == 4).all()
+        way.release()
+
+
+@distributed(world_size=2)
+def test_a_sum_of_what_is_read_holds_none_of_it_whole():
+    way, rank = transport_for(dist.group.WORLD, PATIENCE), dist.get_rank()
+    sums = [[torch.ones(numel) for _ in ("own", "out", "sent")] for numel in (10, 4 * 2**20)]
+    for own, out, sent in sums:
+        before = peak_mib()
+        way.sum(own, out, [(1 - rank, sent)], accumulate=False).wait()
+        needed = peak_mib() - before
+        assert (out == 2).all()
+    assert needed < own.nbytes / 2**20 / 4
 
 
 @distributed(world_size=3)
