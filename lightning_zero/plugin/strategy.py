@@ -471,8 +471,10 @@ class ZeroStrategy(DDPStrategy):
 
         Returns:
             Segments with `.name`, `.start`, `.stop` (in flattened elements), `.master` (the fp32 tensor that the
-            optimizer steps on) and `.state` (its optimizer state by name).
+            optimizer steps on) and `.state` (its optimizer state by name). They may be written to until the next
+            batch: what a save behind training had to copy of them has been copied.
         """
+        self._before_step()
         return self._partitioned.segments(optimizer)
 
     def full_state(self, parameter: Parameter) -> dict[str, Any]:
