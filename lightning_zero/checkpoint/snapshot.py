@@ -26,6 +26,8 @@ from lightning_zero.errors import CheckpointWriteError
 
 _PAGE_BYTES = 4096
 _TOUCHED_BYTES = 16 << 20
+_PIECE = 1 << 20
+"""Elements that are copied before another thread may go on: the one that trains isn't to wait long for a nice one."""
 
 
 class Snapshot:
@@ -37,8 +39,8 @@ class Snapshot:
         self._events: list[torch.cuda.Event] = []
         self._reserving: threading.Thread | None = None
         self._copying = threading.Lock()
-        self._left: deque[tuple[TensorToSave, int, Tensor]] = deque()
-        """What isn't copied yet on the CPU, the version of it that is meant, and where to."""
+        self._left: deque[tuple[TensorToSave, int, Tensor, Tensor]] = deque()
+        """What isn't copied yet on the CPU, in pieces: of which tensor, which version of it, from where and to."""
         self._changed = ""
         self.fence_seconds = 0.0
         """How long training has waited at `fence` since the last `take`."""
@@ -90,7 +92,8 @@ class Snapshot:
                 copy.copy_(source, non_blocking=True)
             source.record_stream(self._streams[source.device])
         elif item.steady and not source.is_cuda:
-            self._left.append((item, source._version, copy))
+            pieces = zip(torch.split(source.reshape(-1), _PIECE), torch.split(copy.view(-1), _PIECE), strict=True)
+            self._left += ((item, source._version, *piece) for piece in pieces)
         else:
             copy.copy_(source, non_blocking=True)
         return replace(item, tensor=copy)
@@ -101,8 +104,8 @@ class Snapshot:
             with self._copying:
                 if not self._left:
                     return
-                item, version, copy = self._left.popleft()
-                copy.copy_(item.tensor.detach())
+                item, version, source, copy = self._left.popleft()
+                copy.copy_(source)
                 if item.tensor._version != version:
                     self._changed = f"the {item.state or 'master'} of {item.name!r}"
 
