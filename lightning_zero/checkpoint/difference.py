@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
 from lightning_zero.checkpoint.integrity import THREADS
-from lightning_zero.checkpoint.manifest import Role, Stored, StoredTensor, StoredValue, label, state_kind
+from lightning_zero.checkpoint.manifest import Role, Stored, StoredTensor, StoredValue, label
 from lightning_zero.checkpoint.reader import Reader
 from lightning_zero.checkpoint.storage import Location
 from lightning_zero.errors import ZeroError
@@ -180,17 +180,17 @@ _Measured: TypeAlias = "tuple[int, int, float]"
 def _measure(a: Side, b: Side, of: str, progress: Callable[[int], None]) -> _Measured | str:
     """Compare what both store under a label, or say why it can't be compared."""
     pieces, others = a.manifest.index.payloads(of), b.manifest.index.payloads(of)
-    kind, other_kind = (state_kind([item for _, item in stored], of) for stored in (pieces, others))
+    form, other_form = (side.manifest.forms[of] for side in (a, b))
     (_, first), (_, other) = pieces[0], others[0]
     if isinstance(first, StoredValue) or isinstance(other, StoredValue):
         ours, theirs = (_value_text(item) for item in (first, other))
         return (1, 0, 0.0) if ours == theirs else f"{ours} and {theirs}"
-    if kind != other_kind:
-        return f"stored {kind} and {other_kind}"
-    if kind == "whole" and first.shape != other.shape:
+    if form != other_form:
+        return f"stored {form} and {other_form}"
+    if form == "whole" and first.shape != other.shape:
         return f"shape {first.shape} and {other.shape}"
     total, other_total = (stored[-1][1].stop for stored in (pieces, others))
-    if kind == "whole":
+    if form == "whole":
         total = math.prod(first.shape)
         index_a, index_b = _whole(of, pieces[0], total), _whole(of, others[0], total)
     elif total != other_total:
@@ -200,7 +200,7 @@ def _measure(a: Side, b: Side, of: str, progress: Callable[[int], None]) -> _Mea
     differing, most = 0, 0.0
     for file, piece in index_a.payloads(of):
         tensor = cast("StoredTensor", piece)
-        start, stop = (0, total) if kind == "whole" else (tensor.start, tensor.stop)
+        start, stop = (0, total) if form == "whole" else (tensor.start, tensor.stop)
         for segment, found, skipped in index_b.find(Segment(of, start, stop)):
             if not _is_same(tensor, cast("StoredTensor", found[1]), segment, start, stop):
                 more, by = _count(a, b, (file, tensor), found, segment.numel, segment.start - start, skipped)

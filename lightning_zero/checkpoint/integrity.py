@@ -7,6 +7,7 @@ changes anything on disk, and no torch: `lightning-zero verify` starts at once.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -95,8 +96,12 @@ def find_problems(
             return []  # check_header has said so
         return list(verify_tensors(file, entry, tensors, progress))
 
+    own = manifest.files[part::parts]
+    if depth == "sizes" and len(own) <= 1:  # not worth a thread, which waits for a processor where all are busy
+        yield from itertools.chain.from_iterable(map(look, own))
+        return
     with ThreadPoolExecutor(THREADS, "lightning_zero-verify") as pool:
-        for found in pool.map(look, manifest.files[part::parts]):
+        for found in pool.map(look, own):
             yield from found
         if depth == "full":
             for found in pool.map(verify, list(_portions(manifest))[part::parts]):

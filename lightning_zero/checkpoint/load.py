@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_zero.checkpoint.elements import FLOATING, Elements
 from lightning_zero.checkpoint.reader import Reader, require_trainer
-from lightning_zero.checkpoint.tensors import CODES, LazyTensor
+from lightning_zero.checkpoint.tensors import CODES, DTYPES_BY_CODE, LazyTensor, tensor_bytes
 from lightning_zero.checkpoint.trust import unpickle
 
 
@@ -73,5 +73,8 @@ class Checkpoint(Reader):
 
 def as_tensor(elements: Elements, whole: bool) -> Tensor:
     """An optimizer's state, unread; read, if it is one number that belongs to the whole of its parameter."""
-    tensor = LazyTensor(elements)
-    return tensor.contiguous() if whole and elements.numel == 1 else tensor
+    if not whole or elements.numel != 1:
+        return LazyTensor(elements)
+    number = torch.empty(elements.shape, dtype=DTYPES_BY_CODE[elements.stored])
+    elements.source.read(0, 1, tensor_bytes(number))
+    return number

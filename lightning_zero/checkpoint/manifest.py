@@ -26,11 +26,10 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from operator import attrgetter
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import xxhash
 
@@ -43,6 +42,7 @@ TRAINER_NAME = "trainer.pt"
 
 Kind = Literal["model", "optimizer", "rank"]
 Role = Literal["parameter", "frozen", "buffer", "given"]
+Form = Literal["elementwise", "whole", "value"]
 Plain: TypeAlias = "bool | int | float | str | None"
 
 DTYPES: Mapping[str, tuple[str, int]] = {
@@ -85,9 +85,8 @@ _SEAL = re.compile(r',\n"manifest_xxh3": "([0-9a-f]{16})"\n\}\n')
 _SEAL_LENGTH = len(f',\n"manifest_xxh3": "{0:016x}"\n}}\n')
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor in a shard file, and the elements that it belongs to.
+class StoredTensor(NamedTuple):
+    """One tensor in a shard file, and the elements that it belongs to. A tuple, since there are many.
 
     Attributes:
         kind: `model`: elements of an entry; `optimizer`: state of one; `rank`: what one rank alone needs.
@@ -114,10 +113,6 @@ class StoredTensor:
     xxh3: str
     optimizer: int | None = None
     state: str | None = None
-
-    def __reduce__(self) -> tuple[type[StoredTensor], tuple[object, ...]]:
-        """By its values alone: rank 0 gets one for every tensor of every rank."""
-        return StoredTensor, _tensor_values(self)
 
     @property
     def elementwise(self) -> bool:
@@ -287,6 +282,11 @@ class Manifest:
             if not (isinstance(item, StoredTensor) and item.kind == "rank")
         )
 
+    @cached_property
+    def forms(self) -> dict[str, Form]:
+        """In what form each thing is stored, by its label: see [Note: whole and element-wise tensors]."""
+        return {of: _form([item for _, item in self.index.payloads(of)], of) for of in self.index}
+
     def to_json(self) -> str:
         """The text of `manifest.json`, sealed: see [Note: the manifest's own checksum]."""
         body = ",\n".join(
@@ -337,18 +337,8 @@ def _row(item: StoredValue | Entry | OptimizerEntry | TrainerFile) -> dict[str, 
     return {field: value for field in fields if (value := getattr(item, field)) is not None}
 
 
-_TENSOR_FIELDS = tuple(field.name for field in fields(StoredTensor))
-_tensor_values = attrgetter(*_TENSOR_FIELDS)
-
-
 def _tensor_row(item: StoredTensor) -> dict[str, Any]:
-    """The same, faster, for what there are most of."""
-    row = dict(zip(_TENSOR_FIELDS, _tensor_values(item), strict=True))
-    if item.optimizer is None:
-        del row["optimizer"]
-    if item.state is None:
-        del row["state"]
-    return row
+    return {field: value for field, value in item._asdict().items() if value is not None}
 
 
 def _value_row(item: StoredValue) -> dict[str, Any]:
@@ -666,30 +656,31 @@ def _check_layout(file: FileEntry) -> None:
 def _check_cover(manifest: Manifest, entries: Mapping[str, Entry]) -> None:
     """Every element is stored once, in one dtype, and nothing is stored that nothing needs."""
     index = manifest.index
+    numels = {name: entry.numel for name, entry in entries.items()}
     for of in index:
-        first = index.payloads(of)[0][1]
-        if isinstance(first, StoredValue) or first.kind == "optimizer":
-            if cast("int", first.optimizer) >= len(manifest.optimizers):
+        pieces = index.payloads(of)
+        first = pieces[0][1]
+        if first.optimizer is not None:
+            if first.optimizer >= len(manifest.optimizers):
                 raise CorruptCheckpointError(f"{of!r} is the state of an optimizer that is not listed")
             if "/" in cast("str", first.state):
                 raise CorruptCheckpointError(f"{of!r}: the name of an optimizer's state holds a slash")
-            state_kind([item for _, item in index.payloads(of)], of)
-        elif first.name not in entries:
+        elif first.name not in numels:
             raise CorruptCheckpointError(f"{of!r} is stored and is not listed among the entries")
-        entry = entries.get(first.name)
         # A state's parameter may be no entry, where a hook took it out of the state dict
-        index.check_cover(of, entry.numel if entry else index.payloads(of)[-1][1].stop)
+        index.check_cover(of, numels.get(first.name, pieces[-1][1].stop))
     for entry in manifest.entries:
-        if entry.numel:
-            index.check_cover(label("model", entry.name), entry.numel)
+        if numels[entry.name]:
+            index.check_cover(label("model", entry.name), numels[entry.name])
             _check_dtype(entry, [item for _, item in index.payloads(label("model", entry.name))])
+    _ = manifest.forms  # raises, where pieces don't fit together
 
 
-def state_kind(pieces: list[StoredTensor | StoredValue], of: str) -> Literal["elementwise", "whole", "value"]:
-    """What one state of one parameter is, all its pieces taken together.
+def _form(pieces: list[StoredTensor | StoredValue], of: str) -> Form:
+    """In what form one thing is stored, all its pieces taken together.
 
     Raises:
-        CorruptCheckpointError: the pieces are of different kinds.
+        CorruptCheckpointError: the pieces are of different forms.
     """
     tensors = [piece for piece in pieces if isinstance(piece, StoredTensor)]
     if not tensors:

@@ -26,7 +26,6 @@ from lightning_zero.checkpoint.manifest import (
     StoredTensor,
     StoredValue,
     label,
-    state_kind,
 )
 from lightning_zero.checkpoint.storage import PathOrUrl, ReadableFile, locate, open_file
 from lightning_zero.checkpoint.torch_file import read_torch_file, require_dict
@@ -135,17 +134,17 @@ class Reader:
         state: dict[str, Any] = {}
         for of in labels:
             pieces = self.manifest.index.payloads(of)
-            kind = state_kind([piece for _, piece in pieces], of)
+            form = self.manifest.forms[of]
             _, first = pieces[0]
             if isinstance(first, StoredValue):
                 state[first.state] = first.value
                 continue
             index, shape = self.manifest.index, self._shapes.get(first.name, (pieces[-1][1].stop,))
-            if kind == "whole":
+            if form == "whole":
                 # [Note: whole and element-wise tensors]: the first piece's copy stands for all
                 index, shape = SegmentIndex([(Segment(of, 0, math.prod(first.shape)), pieces[0])]), first.shape
             source = _Pieces(self, index, of, first.dtype)
-            state[cast("str", first.state)] = give(Elements(source, shape, first.dtype, first.dtype), kind == "whole")
+            state[cast("str", first.state)] = give(Elements(source, shape, first.dtype, first.dtype), form == "whole")
         return state
 
     @functools.cached_property
