@@ -30,6 +30,8 @@ _ARRIVAL_SECONDS = 10
 
 _LEFT = -(10**6)
 
+_SHORT_BYTES, _LENGTH_BYTES = 4096, 8
+
 
 @dataclass(frozen=True)
 class _Groups:
@@ -122,12 +124,7 @@ class Ranks:
 
     def decided_by_first(self, decide: Callable[[], _T]) -> _T:
         """What `decide` gives on rank 0, or the error that it raises there, on every rank."""
-        outcome: list[Any] = [None]
-        if self.rank == 0:
-            outcome = [_outcome(decide)]
-        with self._reaching_all():
-            dist.broadcast_object_list(outcome, src=0, group=self.control)
-        error, value = outcome[0]
+        error, value = self._told(_outcome(decide) if self.rank == 0 else None)[0]
         if error is not None:
             raise error
         decided: _T = value
@@ -136,20 +133,37 @@ class Ranks:
     def all_or_none(self, function: Callable[[], _T]) -> _T:
         """Call a function on every rank. If it fails on one, it fails on all, with the first rank's error."""
         error, value = _outcome(function)
-        errors: list[Exception | None] = [None] * self.count
-        with self._reaching_all():
-            dist.all_gather_object(errors, error, group=self.control)
-        _raise_first(errors, error)
+        _raise_first(self._told(error), error)
         return value  # type: ignore[return-value]
 
     def everyones(self, function: Callable[[], list[_T]]) -> list[_T]:
         """What a function gives on each rank, all put together, on every rank."""
         own = _outcome(function)
-        outcomes: list[Any] = [None] * self.count
-        with self._reaching_all():
-            dist.all_gather_object(outcomes, own, group=self.control)
+        outcomes = self._told(own)
         _raise_first([error for error, _ in outcomes], own[0])
         return [item for _, items in outcomes for item in items]
+
+    def _told(self, value: Any) -> list[Any]:
+        """What each rank tells the others, in the order of the ranks: in one message, if it is short.
+
+        Each message may take milliseconds, where all processors are busy.
+        """
+        content = pickle.dumps(value)
+        head = len(content).to_bytes(_LENGTH_BYTES, "little") + content
+        heads = self._gathered(head[:_SHORT_BYTES].ljust(_SHORT_BYTES))
+        lengths = [int.from_bytes(head[:_LENGTH_BYTES], "little") for head in heads]
+        contents = [head[_LENGTH_BYTES:] for head in heads]
+        if max(lengths) > _SHORT_BYTES - _LENGTH_BYTES:
+            contents = self._gathered(content.ljust(max(lengths)))
+        return [pickle.loads(content[:length]) for content, length in zip(contents, lengths, strict=True)]
+
+    def _gathered(self, content: bytes) -> list[bytes]:
+        """Every rank's bytes, as many of each."""
+        own = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        everyones = [torch.empty_like(own) for _ in range(self.count)]
+        with self._reaching_all():
+            dist.all_gather(everyones, own, group=self.control)
+        return [one.numpy().tobytes() for one in everyones]
 
     @contextmanager
     def _reaching_all(self) -> Iterator[None]:

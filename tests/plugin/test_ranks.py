@@ -1,0 +1,35 @@
+"""What the ranks tell each other."""
+
+import pytest
+import torch.distributed as dist
+
+from lightning_zero.errors import CheckpointMismatchError
+from lightning_zero.plugin.ranks import Ranks
+from tests.launch import distributed
+
+
+@distributed(world_size=2)
+def test_the_ranks_hear_the_same_of_each_other_whether_it_is_short_or_long():
+    ranks = Ranks(None)
+    for lengths in ((1, 2), (1, 10**5), (10**5, 1), (4096, 4080)):
+        assert ranks.everyones(lambda: [ranks.rank, "x" * lengths[ranks.rank]]) == [  # noqa: B023
+            0,
+            "x" * lengths[0],
+            1,
+            "x" * lengths[1],
+        ]
+    assert ranks.decided_by_first(lambda: f"{ranks.rank} " * 3000) == "0 " * 3000
+    ranks.release()
+
+
+@distributed(world_size=2)
+def test_what_fails_on_one_rank_fails_on_all_with_its_words():
+    ranks = Ranks(None)
+
+    def fail():
+        if dist.get_rank() == 1:
+            raise CheckpointMismatchError("no " * 5000)
+
+    with pytest.raises(CheckpointMismatchError, match="rank 1: no no"):
+        ranks.all_or_none(fail)
+    ranks.release()
