@@ -193,7 +193,7 @@ def test_a_checkpoint_takes_twelve_bytes_a_parameter(tmp_path, precision):
     trained = sum(torch.Size(e["shape"]).numel() for e in manifest["entries"] if e["role"] == "parameter")
     others = sum(torch.Size(e["shape"]).numel() for e in manifest["entries"] if e["role"] != "parameter")
     on_disk = sum(path.stat().st_size for path in (tmp_path / "tag").iterdir())
-    assert on_disk <= 12 * trained * 1.01 + 4 * others + 40_000  # the random states of two ranks, and two headers
+    assert on_disk <= 12 * trained * 1.01 + 4 * others + 44_000  # the random states of two ranks, and two headers
 
 
 def save_wide(directory, precision):
