@@ -573,7 +573,8 @@ class SegmentedOptimizer:
         )
         for group, saved_group in zip(groups, saved_groups, strict=True):
             group.update({key: copy.deepcopy(value) for key, value in saved_group.items() if key != "params"})
-        for piece, values in saved:
+        # The largest first: those that come late have to fit into what the others leave
+        for piece, values in sorted(saved, key=lambda one: one[0].segment.numel, reverse=True):
             held = self.optimizer.state.get(piece.master, {})
             for key, value in values.items():
                 if key == MASTER:
