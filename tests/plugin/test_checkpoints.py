@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
@@ -23,6 +25,7 @@ from lightning_zero.errors import (
     TagMismatchError,
     UnreachableRankError,
 )
+from lightning_zero.plugin.random_state import get_random_state, set_random_state
 from tests.engine.long_rounds import cut_in_long_rounds_of_small_buckets
 from tests.launch import distributed, run_ranks
 from tests.models import Data, Model, fit, quiet_trainer
@@ -531,3 +534,16 @@ def alone(directory, rank, method):
         assert isinstance(caught.value, error)
         assert "has to be called on every rank" in str(caught.value)
         assert callback.seconds < 10
+
+
+def test_random_states_go_on_as_they_are_saved_and_as_lists_as_they_were_before():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    state = get_random_state()
+    drawn = draw()
+    (version, python, gauss), (kind, keys, *rest) = state["python"], state["numpy"]
+    before = {**state, "python": (version, tuple(python.tolist()), gauss), "numpy": (kind, keys.tolist(), *rest)}
+    for saved in (state, before):
+        set_random_state(saved)
+        assert draw() == drawn
