@@ -17,7 +17,7 @@ class TensorToSave:
 
     `tensor` is 1-D where it has one element for each of the segment's, and of any shape where it is whole. It is
     `steady` if nothing but a step of the optimizer changes it: a forward may change buffers, and a callback that swaps
-    in averaged weights the parameters themselves.
+    in averaged weights, or a teacher's, the parameters themselves.
     """
 
     kind: Kind
@@ -27,7 +27,7 @@ class TensorToSave:
     tensor: Tensor
     optimizer: int | None = None
     state: str | None = None
-    steady: bool = True
+    steady: bool = False
 
 
 @dataclass(frozen=True, slots=True)

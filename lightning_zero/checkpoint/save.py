@@ -118,9 +118,11 @@ def begin_save(
     prepared = prepare(plan, content, shared, frozen_before=frozen_before, snapshot=snapshot)
 
     def rest() -> SaveReport:
-        if snapshot is not None and plan.staged is not None:
-            commit.clean_leftovers(plan.directory.parent)  # `agree` hasn't: training would have waited for it
-        written = write(plan, prepared, fsync=fsync, snapshot=snapshot)
+        if snapshot is not None:
+            if plan.staged is not None:
+                commit.clean_leftovers(plan.directory.parent)  # `agree` hasn't: training would have waited for it
+            snapshot.wait()
+        written = write(plan, prepared, fsync=fsync, direct=snapshot is not None)
         then = plan if snapshot is None else replace(plan, group=group_behind)
         report = finish(then, written, shared, update_latest=update_latest, fsync=fsync)
         return report if snapshot is not None else replace(report, stall_seconds=report.seconds)
@@ -250,29 +252,22 @@ def _warn_of_unsafe_globals(content: memoryview) -> None:
 # ------------------------------------------------------------------------------------------------------ write
 
 
-def write(
-    plan: Plan, prepared: _Prepared | Failure, *, fsync: bool = True, snapshot: Snapshot | None = None
-) -> Written | Failure:
+def write(plan: Plan, prepared: _Prepared | Failure, *, fsync: bool = True, direct: bool = False) -> Written | Failure:
     """Write this rank's files into the staging directory. No collectives: safe in a thread of its own.
 
     Args:
         plan: of the save.
         prepared: what to write.
         fsync: make it durable.
-        snapshot: what the content was copied into, if training goes on: the processor is spared then rather than the
-            disk, see `storage.create_file`.
+        direct: spare the processor rather than the disk: see `storage.create_file`.
     """
     if isinstance(prepared, Failure):
         return prepared
-    return attempt(plan.rank, plan.staging, partial(_write, plan, prepared, fsync, snapshot))
+    return attempt(plan.rank, plan.staging, partial(_write, plan, prepared, fsync, direct))
 
 
-def _write(plan: Plan, prepared: _Prepared, fsync: bool, snapshot: Snapshot | None) -> Written:
+def _write(plan: Plan, prepared: _Prepared, fsync: bool, direct: bool) -> Written:
     began = time.perf_counter()
-    stall_seconds = prepared.stall_seconds
-    if snapshot is not None:
-        snapshot.wait()
-        stall_seconds += snapshot.fence_seconds
     content = prepared.content
     if not (is_remote(plan.staging) or plan.staging.is_dir()):
         raise FileNotFoundError(
@@ -283,7 +278,7 @@ def _write(plan: Plan, prepared: _Prepared, fsync: bool, snapshot: Snapshot | No
     if content.rank_state:
         state = memoryview(content.rank_state)
         items.append(Item("rank", RANK_STATE, 0, len(state), "U8", (len(state),), lambda: [state]))
-    write_file = partial(_write_file, plan, fsync=fsync, direct=snapshot is not None)
+    write_file = partial(_write_file, plan, fsync=fsync, direct=direct)
     files = [write_file(items, content.values)]
     if content.unchanging:
         files.append(write_file([_item(tensor) for tensor in content.unchanging], (), frozen=True))
@@ -303,7 +298,7 @@ def _write(plan: Plan, prepared: _Prepared, fsync: bool, snapshot: Snapshot | No
         trainer = _write_trainer(plan, prepared.trainer, fsync)
         nbytes += trainer.nbytes
     seconds = time.perf_counter() - began
-    return Written(tuple(files), trainer, nbytes, seconds, stall_seconds, prepared.links)
+    return Written(tuple(files), trainer, nbytes, seconds, prepared.stall_seconds, prepared.links)
 
 
 def _write_file(

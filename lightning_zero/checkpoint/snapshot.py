@@ -1,9 +1,8 @@
 """What one rank puts into a checkpoint, as it was at one moment: a copy in host memory that is used again and again.
 
-Training waits for the copy of what anything may change: parameters, buffers. What only a step of the optimizer changes
-(`TensorToSave.steady`: two thirds of Adam's bytes) is copied beside the next forward and backward, and `fence` sees to
-it that all is there before the step: on the CPU by the thread that is going to write it, which `fence` helps with what
-is left; on CUDA into pinned memory on a stream of its own, for which `fence` has the device wait, not the host.
+On the CPU the copy is there when `take` returns. On CUDA it is under way then, into pinned memory, and on a stream of
+its own beside the next forward and backward: `fence` has the device wait for it before the optimizer changes what is
+being copied, and `wait` the thread that writes it. What a forward may change is copied on the device's current stream.
 
 Memory that is touched for the first time costs five times as much as the copy itself, so the block is kept; and it is
 touched ahead of time, by a thread of its own (`reserve`).
@@ -12,8 +11,6 @@ touched ahead of time, by a thread of its own (`reserve`).
 from __future__ import annotations
 
 import threading
-import time
-from collections import deque
 from dataclasses import replace
 
 import torch
@@ -22,12 +19,9 @@ from torch import Tensor
 from lightning_zero.checkpoint.content import RankContent, TensorToSave
 from lightning_zero.checkpoint.shards import place_in_file
 from lightning_zero.checkpoint.storage import DIRECT_ALIGNMENT
-from lightning_zero.errors import CheckpointWriteError
 
 _PAGE_BYTES = 4096
 _TOUCHED_BYTES = 16 << 20
-_PIECE = 1 << 20
-"""Elements that are copied before another thread may go on: the one that trains isn't to wait long for a nice one."""
 
 
 class Snapshot:
@@ -38,12 +32,6 @@ class Snapshot:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._events: list[torch.cuda.Event] = []
         self._reserving: threading.Thread | None = None
-        self._copying = threading.Lock()
-        self._left: deque[tuple[TensorToSave, int, Tensor, Tensor]] = deque()
-        """What isn't copied yet on the CPU, in pieces: of which tensor, which version of it, from where and to."""
-        self._changed = ""
-        self.fence_seconds = 0.0
-        """How long training has waited at `fence` since the last `take`."""
 
     def reserve(self, nbytes: int, *, pinned: bool) -> None:
         """Get the memory for a snapshot of so many bytes, without making anybody wait."""
@@ -64,10 +52,8 @@ class Snapshot:
             reserving.join()
 
     def take(self, content: RankContent) -> RankContent:
-        """Copy every tensor, and give the same content with the copies; they are there when `wait` has returned."""
+        """Copy every tensor, and give the same content with the copies."""
         self._reserved()
-        self._left.clear()
-        self._changed, self.fence_seconds = "", 0.0
         items = [*content.tensors, *content.unchanging]
         offsets, end = _lay_out(content)
         devices = {item.tensor.device for item in items if item.tensor.is_cuda}
@@ -91,53 +77,25 @@ class Snapshot:
             with torch.cuda.stream(self._streams[source.device]):
                 copy.copy_(source, non_blocking=True)
             source.record_stream(self._streams[source.device])
-        elif item.steady and not source.is_cuda:
-            pieces = zip(torch.split(source.reshape(-1), _PIECE), torch.split(copy.view(-1), _PIECE), strict=True)
-            self._left += ((item, source._version, *piece) for piece in pieces)
         else:
             copy.copy_(source, non_blocking=True)
         return replace(item, tensor=copy)
 
-    def _copy_what_is_left(self) -> None:
-        """On the CPU: one tensor after the other, by whichever threads come."""
-        while True:
-            with self._copying:
-                if not self._left:
-                    return
-                item, version, source, copy = self._left.popleft()
-                copy.copy_(source)
-                if item.tensor._version != version:
-                    self._changed = f"the {item.state or 'master'} of {item.name!r}"
-
     def fence(self) -> None:
-        """Before a step changes what is being copied: return when it can."""
-        began = time.perf_counter()
-        self._copy_what_is_left()
+        """Before the device changes what is being copied: have it wait for the copy, and not the host."""
         for device, stream in self._streams.items():
             torch.cuda.current_stream(device).wait_stream(stream)
-        self.fence_seconds += time.perf_counter() - began
 
     def wait(self) -> None:
-        """Before the copy is read: wait until it is there.
-
-        Raises:
-            CheckpointWriteError: it isn't what it was at `take`.
-        """
-        self._copy_what_is_left()
+        """Before the copy is read: wait until it is there."""
         for event in self._events:
             event.synchronize()
         for stream in self._streams.values():
             stream.synchronize()
-        if self._changed:
-            raise CheckpointWriteError(
-                f"{self._changed} was changed outside of the optimizer's step, and was being saved behind training; "
-                "call strategy.segments(optimizer) before changing it, or save with async_save=False"
-            )
 
     def release(self) -> None:
         """Give the memory back."""
         self._reserved()
-        self._left.clear()
         self._memory = _nothing()
 
 

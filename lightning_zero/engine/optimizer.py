@@ -350,6 +350,8 @@ class SegmentedOptimizer:
         before everything and after it.
         """
         with self._without_hooks() as (before, after):
+            if before or not self._takes_turns:  # a hook, or an optimizer before its closure, may change states
+                self._before_change()
             for hook in before:
                 args, kwargs = hook(self.optimizer, args, kwargs) or (args, kwargs)
             result = self._step(*args, **kwargs)

@@ -81,10 +81,9 @@ class ZeroCheckpointIO(TorchCheckpointIO):
     """Saves and loads checkpoint directories, all ranks together; on a mounted file system, or at any URL of fsspec's.
 
     Args:
-        async_save: go on with training while a checkpoint is written. Training waits for a copy of this rank's
-            parameters in host memory, which is used again for the next; the optimizer's states are copied beside the
-            next forward and backward. One save is under way at a time. What fails is raised at the next save, or at the
-            end of fit; deletions wait until the newer checkpoint is there.
+        async_save: go on with training while a checkpoint is written. Training waits for a copy of this rank's segments
+            in host memory, which is used again for the next. One save is under way at a time. What fails is raised at
+            the next save, or at the end of fit; deletions wait until the newer checkpoint is there.
         verify: what a load checks: `"none"`, `"sizes"` (every file is there with its size and header) or `"full"`
             (every byte against its checksum).
         fsync: make sure that a checkpoint has reached the disk before it takes its name. Turn it off only where a

@@ -82,7 +82,7 @@ def contents(
             untrained.append((name, value))
         elif role != "parameter" and rank == 0 and value.numel():
             flat = value.detach().reshape(-1)
-            tensors.append(TensorToSave("model", name, 0, value.numel(), flat, steady=False))
+            tensors.append(TensorToSave("model", name, 0, value.numel(), flat))
     tensors += _share_of(untrained, rank, world_size)
     unchanging += _share_of(frozen, rank, world_size)
 
@@ -145,8 +145,7 @@ def _share_of(whole: list[tuple[str, Tensor]], rank: int, world_size: int) -> li
         for bucket in plan_buckets(specs, world_size, "element", total):
             for segment, _ in bucket.owned(rank):
                 part = flat[segment.name][segment.start : segment.stop]
-                # A teacher's weights aren't trained, and change all the same
-                shares.append(TensorToSave("model", segment.name, segment.start, segment.stop, part, steady=False))
+                shares.append(TensorToSave("model", segment.name, segment.start, segment.stop, part))
     return shares
 
 
@@ -171,7 +170,7 @@ def _add_optimizer_states(
             for key, value in state.items() if piece.segment.numel else ():
                 if isinstance(value, Tensor):
                     flat = value.reshape(-1) if value.shape == piece.master.shape else value
-                    tensors.append(TensorToSave("optimizer", name, start, stop, flat, optimizer=index, state=key))
+                    tensors.append(TensorToSave("optimizer", name, start, stop, flat, index, key, steady=True))
                 elif isinstance(value, _PLAIN):
                     values.append(StoredValue(index, name, start, stop, key, value))
                 elif world_size > 1:

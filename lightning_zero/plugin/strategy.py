@@ -471,8 +471,8 @@ class ZeroStrategy(DDPStrategy):
 
         Returns:
             Segments with `.name`, `.start`, `.stop` (in flattened elements), `.master` (the fp32 tensor that the
-            optimizer steps on) and `.state` (its optimizer state by name). They may be written to until the next
-            batch: what a save behind training had to copy of them has been copied.
+            optimizer steps on) and `.state` (its optimizer state by name). They may be written to until the next save
+            or batch: what a save behind training has to copy of them is copied first.
         """
         self._before_step()
         return self._partitioned.segments(optimizer)
