@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lightning_zero.checkpoint.manifest import Entry, Kind, OptimizerEntry, StoredValue
 
 
-@dataclass(frozen=True, slots=True)
-class TensorToSave:
-    """A tensor on its way into a checkpoint: `StoredTensor` says what the fields mean.
+class TensorToSave(NamedTuple):
+    """A tensor on its way into a checkpoint: `StoredTensor` says what the fields mean. A tuple, since there are many.
 
     `tensor` is 1-D where it has one element for each of the segment's, and of any shape where it is whole. It is
     `steady` if nothing but a step of the optimizer changes it: a forward may change buffers, and a callback that swaps

@@ -79,7 +79,7 @@ class Snapshot:
             source.record_stream(self._streams[source.device])
         else:
             copy.copy_(source, non_blocking=True)
-        return replace(item, tensor=copy)
+        return item._replace(tensor=copy)
 
     def fence(self) -> None:
         """Before the device changes what is being copied: have it wait for the copy, and not the host."""

@@ -4,8 +4,8 @@
 Ranks of one host can read each other's memory: one copy, made by the kernel, where gloo's sockets take two, and a
 thread at either end. A rank tells each peer where that lies which is meant for it; a thread of the peer's reads it from
 there, and tells that it has. Both go over a Unix socket, a few bytes each. (MPI and UCX call it cross-memory attach.
-Source: process_vm_readv(2).) What is summed is read a chunk at a time, and added while it is in the processor's cache:
-whole pieces of the others are never held.
+Source: process_vm_readv(2).) What is to be summed is read and added a few megabytes at a time: the others' shards are
+never held whole.
 
 The thread is there lest ranks wait for each other, one in an exchange, another in a collective that comes later: an
 exchange goes on whatever the rank itself does. What a rank tells comes in the order of the exchanges, and at most
@@ -27,12 +27,12 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import cache, partial
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -41,13 +41,17 @@ from typing_extensions import override
 
 from lightning_zero.engine.buffers import BufferPool
 
+_Pieces: TypeAlias = "tuple[Tensor, ...] | list[Tensor]"
+
 _UNREAD = 64
 """Far fewer than the messages that a socket holds."""
 _MESSAGE = struct.Struct("<Qq")
 """The number of an exchange; an address, or for what has been read 0, or an errno."""
-_CHUNK = 32768
-"""Elements that are read before they are added: half of a small cache of level 2, and no more than torch leaves to one
-thread."""
+_BLOCK_BYTES = 4 << 20
+"""Are read before they are added. The thread needs Python's lock a few times for each, which a rank that computes in
+Python gives it every 5 ms; and what is more than a few megabytes has left the processor's cache till then."""
+_GRAIN = 32768
+"""Elements: no more than torch leaves to one thread. The thread that reads isn't to have a team of its own."""
 _SECRET_BYTES = 16
 _PURPOSES = (0, 1)
 """Of a connection: for what is told before it is read, and after."""
@@ -103,24 +107,25 @@ class Transport(Protocol):
         """Let go of the group."""
 
 
-def add_in_order(addends: Sequence[Tensor], out: Tensor, *, accumulate: bool) -> None:
-    """Sum tensors from the first to the last into another, or onto what is in there; the first may be changed."""
-    first, *others = addends
-    if not accumulate and others and first.dtype == out.dtype:
-        torch.add(first, others[0], out=out)
-        others = others[1:]
-    elif not accumulate:
-        out.copy_(first)
-    elif first.dtype == out.dtype:
-        # The sum of this backward first, and then onto what is there: as DDP adds an averaged gradient.
-        for addend in others:
-            first.add_(addend)
-        out.add_(first)
-        others = []
-    else:
-        out.add_(first)
-    for addend in others:
-        out.add_(addend)
+def add_in_order(addends: Iterable[_Pieces], out: _Pieces, *, accumulate: bool) -> None:
+    """Sum tensors from the first to the last into another, or onto what is in there; the first may be changed.
+
+    Args:
+        addends: each in as many pieces as `out`, and asked for when its turn has come.
+        out: of any dtype.
+        accumulate: add to what is in there.
+    """
+    move = torch._foreach_add_ if accumulate else torch._foreach_copy_
+    in_turn = iter(addends)
+    first = next(in_turn)
+    # In one dtype the sum of this backward first, and then onto what is there: as DDP adds an averaged gradient
+    total = first if first[0].dtype == out[0].dtype else out
+    if total is out:
+        move(out, first)
+    for addend in in_turn:
+        torch._foreach_add_(total, addend)
+    if total is first:
+        move(out, first)
 
 
 def transport_for(group: dist.ProcessGroup, timeout: timedelta) -> Transport:
@@ -156,7 +161,7 @@ class Sockets(Transport):
         others = torch.split(buffer, own.numel())
         addends = [*others[: self._rank], own, *others[self._rank :]]
         received = [(rank, addend) for rank, addend in enumerate(addends) if rank != self._rank]
-        add = partial(add_in_order, addends, out, accumulate=accumulate)
+        add = partial(add_in_order, [[addend] for addend in addends], [out], accumulate=accumulate)
         return _ReceivedSum(self.exchange(received, sent), add, self._received, buffer)
 
     @override
@@ -197,16 +202,21 @@ class MemoryReads(Transport):
     @override
     def exchange(self, received: Sequence[tuple[int, Tensor]], sent: Sequence[tuple[int, Tensor]]) -> Pending:
         reads = [(self._peers[rank], tensor) for rank, tensor in received]
-        return self._begin(partial(_fill, reads) if reads else None, sent)
+        return self._begin(partial(_fill, reads) if reads else None, [peer for peer, _ in reads], sent)
 
     @override
     def sum(self, own: Tensor, out: Tensor, sent: Sequence[tuple[int, Tensor]], *, accumulate: bool) -> Pending:
-        read = partial(_sum, self._peers, self._rank, own, out, accumulate)
-        return self._begin(read if own.numel() else None, sent)
+        if not own.numel():
+            return self._begin(None, [], sent)
+        peers = list(self._peers.values())
+        return self._begin(partial(_sum, peers, self._rank, own, out, accumulate), peers, sent)
 
-    def _begin(self, read: Callable[[int], None] | None, sent: Sequence[tuple[int, Tensor]]) -> Pending:
+    def _begin(
+        self, read: Callable[[int], None] | None, sources: Sequence[_Peer], sent: Sequence[tuple[int, Tensor]]
+    ) -> Pending:
         self._exchanges += 1
-        reading = _Reading(self._exchanges, read, [(self._peers[rank], tensor) for rank, tensor in sent])
+        told = [(self._peers[rank], tensor) for rank, tensor in sent]
+        reading = _Reading(self._exchanges, read, sources, told)
         if read:
             if self._thread is None:
                 # It knows the queue alone: all else goes when its last owner lets go of it
@@ -240,23 +250,28 @@ def _read_in_turn(begun: SimpleQueue[_Reading | None]) -> None:
 def _fill(reads: Sequence[tuple[_Peer, Tensor]], number: int) -> None:
     """Read a tensor from each peer of an exchange."""
     for peer, tensor in reads:
-        peer.read(number, peer.is_told_where(number), tensor)
-        peer.tell_that_it_is_read(number)
+        peer.read(peer.is_told_where(number), tensor)
 
 
-def _sum(peers: Mapping[int, _Peer], rank: int, own: Tensor, out: Tensor, accumulate: bool, number: int) -> None:
+def _sum(peers: Sequence[_Peer], rank: int, own: Tensor, out: Tensor, accumulate: bool, number: int) -> None:
     """Read from all peers of an exchange what is added to a tensor in the order of the ranks."""
-    where = [(peer, peer.is_told_where(number)) for peer in peers.values()]
-    scratch = list(torch.empty(len(peers), min(_CHUNK, own.numel()), dtype=own.dtype))
-    offset = 0
-    for addend, target in zip(torch.split(own, _CHUNK), torch.split(out, _CHUNK), strict=True):
-        others = scratch if addend.numel() == _CHUNK else [whole[: addend.numel()] for whole in scratch]
-        for (peer, begin), into in zip(where, others, strict=True):
-            peer.read(number, begin + offset, into)
-        add_in_order([*others[:rank], addend, *others[rank:]], target, accumulate=accumulate)
-        offset += addend.nbytes
-    for peer in peers.values():
-        peer.tell_that_it_is_read(number)
+    where = [peer.is_told_where(number) for peer in peers]
+    length = min(_BLOCK_BYTES // own.itemsize, own.numel())
+    scratch = torch.empty(2, length, dtype=own.dtype)
+
+    def addends(offset: int, mine: Tensor) -> Iterator[_Pieces]:
+        for turn in range(len(peers) + 1):
+            if turn == rank:
+                yield torch.split(mine, _GRAIN)
+                continue
+            index = turn - (turn > rank)
+            into = scratch[min(turn, 1), : mine.numel()]  # the first stays till all are added
+            peers[index].read(where[index] + offset * own.itemsize, into)
+            yield torch.split(into, _GRAIN)
+
+    for offset in range(0, own.numel(), length):
+        block = slice(offset, offset + length)
+        add_in_order(addends(offset, own[block]), torch.split(out[block], _GRAIN), accumulate=accumulate)
 
 
 class _Reading(Pending):
@@ -265,12 +280,20 @@ class _Reading(Pending):
     Args:
         number: of the exchange.
         read: what does it, given the number; None if there is nothing to read.
+        sources: whom it reads from.
         told: whom to tell of which tensor.
     """
 
-    def __init__(self, number: int, read: Callable[[int], None] | None, told: Sequence[tuple[_Peer, Tensor]]) -> None:
+    def __init__(
+        self,
+        number: int,
+        read: Callable[[int], None] | None,
+        sources: Sequence[_Peer],
+        told: Sequence[tuple[_Peer, Tensor]],
+    ) -> None:
         self._number = number
         self._read = read
+        self._sources = sources
         self._told = [peer for peer, _ in told]
         self._error: Exception | None = None
         self._over = threading.Event()
@@ -281,14 +304,20 @@ class _Reading(Pending):
             peer.tell_where(number, tensor)
 
     def run(self) -> None:
-        """Read; what goes wrong is raised by `wait`."""
+        """Read; what goes wrong is raised by `wait`, here and at those that would be read from."""
+        failure = 0
         try:
             if self._read is not None:
                 self._read(self._number)
         except Exception as error:
             self._error = error
-        finally:
-            self._over.set()
+            failure = getattr(error.__cause__, "errno", None) or errno.EFAULT
+        for peer in self._sources:
+            try:
+                peer.tell_that_it_is_read(self._number, failure)
+            except RuntimeError as error:
+                self._error = self._error or error
+        self._over.set()
 
     @override
     def wait(self) -> None:
@@ -329,23 +358,22 @@ class _Peer:
             error = self._receive(self._done, first)
             self._told.popleft()
             if error:
-                raise RuntimeError(f"rank {self.rank} can't read this rank's memory any more: {os.strerror(error)}")
+                raise RuntimeError(f"rank {self.rank} can't read its peers' memory any more: {os.strerror(error)}")
 
     def is_told_where(self, number: int) -> int:
         """The address of what it lets this rank read in an exchange."""
         return self._receive(self._where, number)
 
-    def read(self, number: int, begin: int, into: Tensor) -> None:
-        """Fill a tensor from an address of its memory, as part of an exchange."""
+    def read(self, begin: int, into: Tensor) -> None:
+        """Fill a tensor from an address of its memory."""
         try:
             _read_memory(self._process, begin, into.data_ptr(), into.nbytes)
         except OSError as error:
-            self._send(self._done, number, error.errno or errno.EFAULT)
             raise RuntimeError(f"the memory of rank {self.rank} can't be read any more: {error.strerror}") from error
 
-    def tell_that_it_is_read(self, number: int) -> None:
-        """This rank has read all that it was told of in an exchange."""
-        self._send(self._done, number, 0)
+    def tell_that_it_is_read(self, number: int, failure: int) -> None:
+        """This rank has read all of an exchange, or failed with an errno."""
+        self._send(self._done, number, failure)
 
     def _send(self, connection: socket.socket, number: int, word: int) -> None:
         try:

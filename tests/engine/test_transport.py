@@ -55,14 +55,14 @@ def both_ways():
 
 @distributed(world_size=3)
 def test_a_sum_is_the_same_whoever_owns_it_and_however_it_travels():
-    rank, world_size, numel = dist.get_rank(), dist.get_world_size(), 2 * transport._CHUNK + 5
+    rank, world_size, numel = dist.get_rank(), dist.get_world_size(), 2 * transport._BLOCK_BYTES // 4 + 5
     everyone = torch.randn(world_size, numel, generator=torch.Generator().manual_seed(1))
     for dtype, out_dtype in ((torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.float64,) * 2):
         before = torch.linspace(-1, 1, numel, dtype=out_dtype)
         for accumulate in (False, True):
             addends = everyone.to(dtype)
             expected = before.clone()
-            add_in_order(list(addends.clone()), expected, accumulate=accumulate)
+            add_in_order([[addend] for addend in addends.clone()], [expected], accumulate=accumulate)
             for way in both_ways():
                 mine, out = addends[rank].clone(), before.clone()
                 sent = [(other, mine.clone()) for other in range(world_size) if other != rank]
@@ -96,13 +96,55 @@ def test_what_is_summed_may_have_a_graph():
 @distributed(world_size=2)
 def test_a_sum_of_what_is_read_holds_none_of_it_whole():
     way, rank = transport_for(dist.group.WORLD, PATIENCE), dist.get_rank()
-    sums = [[torch.ones(numel) for _ in ("own", "out", "sent")] for numel in (10, 4 * 2**20)]
+    sums = [[torch.ones(numel) for _ in ("own", "out", "sent")] for numel in (10, 8 * 2**20)]
     for own, out, sent in sums:
         before = peak_mib()
         way.sum(own, out, [(1 - rank, sent)], accumulate=False).wait()
         needed = peak_mib() - before
         assert (out == 2).all()
     assert needed < own.nbytes / 2**20 / 4
+
+
+@distributed(world_size=2)
+def test_a_sum_goes_on_while_a_rank_computes_in_python():
+    way, rank = transport_for(dist.group.WORLD, PATIENCE), dist.get_rank()
+    numel = transport._BLOCK_BYTES  # of four blocks
+    own, out, sent = torch.ones(numel), torch.zeros(numel), torch.ones(numel)
+    way.sum(own, out, [(1 - rank, sent)], accumulate=False).wait()  # the pages are there
+    own.fill_(1)
+    dist.barrier()
+    pending = way.sum(own, out, [(1 - rank, sent)], accumulate=False)
+    busy_till = time.monotonic() + 5
+    if rank == 0:
+        while time.monotonic() < busy_till:
+            pass
+    else:
+        pending.wait()
+        assert time.monotonic() < busy_till - 2
+    pending.wait()
+    assert (out == 2).all()
+
+
+@distributed(world_size=3)
+def test_a_rank_that_cant_read_one_peer_tells_the_others_too():
+    way, rank = transport_for(dist.group.WORLD, PATIENCE), dist.get_rank()
+    read, reads = transport._read_memory, []
+
+    def read_once(*args):
+        reads.append(args)
+        if len(reads) > 1:
+            raise OSError(14, "Bad address")
+        read(*args)
+
+    if rank == 0:
+        transport._read_memory = read_once
+    sent = [(0, torch.ones(10))] if rank else []
+    own = torch.ones(0 if rank else 10)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="can't be read any more" if rank == 0 else "rank 0 can't read its peers'"):
+        way.sum(own, torch.zeros_like(own), sent, accumulate=False).wait()
+    assert time.monotonic() - began < PATIENCE.total_seconds() / 2
+    dist.barrier()
 
 
 @distributed(world_size=3)
@@ -225,7 +267,7 @@ def test_memory_that_cant_be_read_any_more_is_an_error_on_both_ranks():
         with pytest.raises(RuntimeError, match="rank 1 can't be read any more: Bad address"):
             way.exchange(received, []).wait()
     else:
-        with pytest.raises(RuntimeError, match="rank 0 can't read this rank's memory any more: Bad address"):
+        with pytest.raises(RuntimeError, match="rank 0 can't read its peers' memory any more: Bad address"):
             way.exchange([], [(0, torch.zeros(10))]).wait()
     dist.barrier()
 
