@@ -193,6 +193,7 @@ class MemoryReads(Transport):
     def __init__(self, rank: int, peers: Mapping[int, _Peer]) -> None:
         self._rank = rank
         self._peers = peers
+        self._scratch = torch.empty(2, _BLOCK_BYTES, dtype=torch.uint8)  # the thread's, which does one after the other
         self._exchanges = 0
         self._begun: SimpleQueue[_Reading | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -209,7 +210,8 @@ class MemoryReads(Transport):
         if not own.numel():
             return self._begin(None, [], sent)
         peers = list(self._peers.values())
-        return self._begin(partial(_sum, peers, self._rank, own, out, accumulate), peers, sent)
+        read = partial(_sum, peers, self._rank, self._scratch.view(own.dtype), own, out, accumulate)
+        return self._begin(read, peers, sent)
 
     def _begin(
         self, read: Callable[[int], None] | None, sources: Sequence[_Peer], sent: Sequence[tuple[int, Tensor]]
@@ -253,11 +255,12 @@ def _fill(reads: Sequence[tuple[_Peer, Tensor]], number: int) -> None:
         peer.read(peer.is_told_where(number), tensor)
 
 
-def _sum(peers: Sequence[_Peer], rank: int, own: Tensor, out: Tensor, accumulate: bool, number: int) -> None:
+def _sum(
+    peers: Sequence[_Peer], rank: int, scratch: Tensor, own: Tensor, out: Tensor, accumulate: bool, number: int
+) -> None:
     """Read from all peers of an exchange what is added to a tensor in the order of the ranks."""
     where = [peer.is_told_where(number) for peer in peers]
-    length = min(_BLOCK_BYTES // own.itemsize, own.numel())
-    scratch = torch.empty(2, length, dtype=own.dtype)
+    length = scratch.shape[1]
 
     def addends(offset: int, mine: Tensor) -> Iterator[_Pieces]:
         for turn in range(len(peers) + 1):
