@@ -63,8 +63,12 @@ _CODES_BY_NAME = {Global("torch", name): code for code, name in NAMES.items()}
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_UNTYPED = Global("torch._utils", "_rebuild_tensor_v3")
 _REBUILD_PARAMETER = Global("torch._utils", "_rebuild_parameter")
+_REBUILD_WITH_STATE = Global("torch._utils", "_rebuild_parameter_with_state")
+_REBUILD_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
+_TYPES = (Global("torch", "Tensor"), Global("torch.nn.parameter", "Parameter"))
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How the format begins that torch had before the archives."""
+_MOST_DIMENSIONS = 64
 _ALWAYS_ALLOWED = frozenset(
     (
         Global("collections", "OrderedDict"),
@@ -223,7 +227,17 @@ class View:
 
 def is_tensor(value: object) -> bool:
     """Whether a description is that of a tensor, or of a parameter."""
-    return type(value) is Object and value.function in (_REBUILD, _REBUILD_UNTYPED, _REBUILD_PARAMETER)
+    return type(value) is Object and _plain(value).function in (_REBUILD, _REBUILD_UNTYPED)
+
+
+def _plain(value: Object) -> Object:
+    """Of a parameter, and of a tensor that was given attributes: the tensor alone."""
+    function, arguments = value.function, value.arguments
+    if function in (_REBUILD_PARAMETER, _REBUILD_WITH_STATE) and arguments and type(arguments[0]) is Object:
+        return arguments[0]
+    if function == _REBUILD_TYPE and len(arguments) == 4 and arguments[1] in _TYPES and type(arguments[2]) is tuple:
+        return Object(value.opcode, arguments[0], arguments[2])
+    return value
 
 
 def unread_tensor(value: object, where: str) -> Elements:
@@ -238,17 +252,16 @@ def unread_tensor(value: object, where: str) -> Elements:
         UnsupportedModelError: it doesn't lie in its storage in the order of its elements.
     """
     try:
-        if type(value) is Object and value.function == _REBUILD_PARAMETER:
-            value = value.arguments[0]
-        assert type(value) is Object
+        if type(value) is not Object or not is_tensor(value):
+            raise UnpicklingError(f"it is {type(value).__name__}")
+        value = _plain(value)
         storage, begin, shape, strides, *rest = value.arguments
         code = _CODES[storage.kind] if value.function == _REBUILD else _CODES_BY_NAME[rest[2]]
         record, item_bytes = storage.content.source, ITEM_BYTES[code]
-        sizes = (begin, *shape, *strides)
-        numel = math.prod(shape)
-        if not is_tensor(value) or any(type(size) is not int or size < 0 for size in sizes) or len(shape) > 64:
+        if any(type(size) is not int or not 0 <= size < 1 << 63 for size in (begin, *shape, *strides)):
             raise UnpicklingError("a tensor's sizes are none")
-        if numel and (begin + numel) * item_bytes > record.nbytes:
+        numel = math.prod(shape[:_MOST_DIMENSIONS])
+        if len(shape) > _MOST_DIMENSIONS or (numel and (begin + numel) * item_bytes > record.nbytes):
             raise UnpicklingError("a tensor leaves its storage")
     except Exception as error:
         raise CorruptCheckpointError(f"{where} is no tensor: {type(error).__name__}, {str(error)!r:.200}") from error
