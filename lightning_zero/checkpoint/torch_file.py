@@ -133,7 +133,7 @@ def read_torch_file(content: bytes, where: str, *, weights_only: bool) -> dict[A
 def describe_torch_file(path: Location, open_file: Open, progress: Progress) -> Pickled:
     """The same of a file that is too large for memory: what a storage holds is read when it is wanted.
 
-    Nothing in it is refused: whoever writes a part of it again looks at what that names.
+    Nothing in it is refused: that is for whoever knows what is to be done with it.
 
     Args:
         path: of the file.
@@ -223,6 +223,11 @@ class View:
         """Fill `target` with the elements `[start, stop)`."""
         begin, item_bytes = self.begin, self.item_bytes
         self.record.read((begin + start) * item_bytes, (begin + stop) * item_bytes, target)
+
+
+def harmless(names: frozenset[Global]) -> frozenset[Global]:
+    """Those of the names in a pickle that are just values', tensors' and parameters'."""
+    return names & (_ALWAYS_ALLOWED | {_REBUILD_WITH_STATE, _REBUILD_TYPE, *_TYPES})
 
 
 def is_tensor(value: object) -> bool:

@@ -158,7 +158,12 @@ class DeepSpeedCheckpoint:
 
 
 def read_deepspeed(
-    directory: Location, *, module_only: bool = False, submodule: str = "", progress: Progress = lambda nbytes: None
+    directory: Location,
+    *,
+    module_only: bool = False,
+    submodule: str = "",
+    weights_only: bool = True,
+    progress: Progress = lambda nbytes: None,
 ) -> DeepSpeedCheckpoint:
     """Open a tag's directory; its tensors stay unread.
 
@@ -166,15 +171,17 @@ def read_deepspeed(
         directory: as `find_deepspeed_tag` gives it.
         module_only: leave the optimizer out.
         submodule: the name that the saved module has within the one that it is to be loaded into; none if it is that.
+        weights_only: refuse files that name what would run code when they are loaded.
         progress: is told of the tensors' bytes as they are read.
 
     Raises:
+        UntrustedContentError: a file does.
         IncompleteCheckpointError: a file is missing, or holds less than it should.
         CorruptCheckpointError: a file isn't what DeepSpeed writes, or they don't fit together.
         CheckpointMismatchError: it can't be told which state is which parameter's.
         UnsupportedModelError: experts, or a model that is itself cut over ranks.
     """
-    files = Files(directory, progress)
+    files = Files(directory, progress, weights_only=weights_only)
     stage, count = 0, 1
     if "optim" in files.kinds:
         stage, count = _stage_and_count(files.describe("optim", 0), files.where("optim", 0))

@@ -12,13 +12,15 @@ from functools import lru_cache
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint.pickled import Global
 from lightning_zero.checkpoint.storage import Location, PathOrUrl, absolute, locate, names_in, open_file
-from lightning_zero.checkpoint.torch_file import describe_torch_file
+from lightning_zero.checkpoint.torch_file import describe_torch_file, harmless
 from lightning_zero.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     IncompleteCheckpointError,
     UnsupportedModelError,
+    UntrustedContentError,
 )
 
 Progress: TypeAlias = Callable[[int], object]
@@ -67,9 +69,10 @@ def is_deepspeed_tag(directory: Location) -> bool:
 class Files:
     """The files of a tag's directory, by what they hold and whose they are."""
 
-    def __init__(self, directory: Location, progress: Progress) -> None:
+    def __init__(self, directory: Location, progress: Progress, *, weights_only: bool) -> None:
         self._directory = directory
         self._progress = progress
+        self._weights_only = weights_only
         self._open = lru_cache(maxsize=64)(open_file)  # with a thousand ranks there are more than may be open
         self._names: dict[tuple[str, int | None], str] = {}
         for name in sorted(names_in(directory)):
@@ -112,7 +115,21 @@ class Files:
                 f"{rank or 0}; the files of all ranks have to be there (from every node, if each wrote to its own disk)"
             )
         path = self._directory / name
-        return require(describe_torch_file(path, self._open, self._progress).value, dict, str(path))
+        found = describe_torch_file(path, self._open, self._progress)
+        if self._weights_only:
+            _require_harmless(found.names, path)
+        return require(found.value, dict, str(path))
+
+
+def _require_harmless(names: frozenset[Global], path: Location) -> None:
+    spelled = sorted(f"{name.module}.{name.name}" for name in names - harmless(names))
+    foreign = [name for name in spelled if not name.startswith("deepspeed.")]
+    if foreign:
+        shown = ", ".join(f"{name if name.isprintable() else ascii(name):.100}" for name in foreign[:10])
+        raise UntrustedContentError(
+            f"{path} names {shown}, which would run when the file is loaded; here it didn't. If you trust whoever wrote "
+            "it, import it with weights_only=False (--unsafe): then what is kept of it runs when the import is loaded so"
+        )
 
 
 def require(value: object, kind: type[_T], what: str) -> _T:

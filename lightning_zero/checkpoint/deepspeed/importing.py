@@ -65,7 +65,7 @@ def import_deepspeed_checkpoint(
         submodule: the name that the saved module has within the LightningModule: `"model"`, where a plain DeepSpeed run
             trained what is `self.model` there.
         module_only: leave the optimizer out.
-        weights_only: refuse a client state, hyper-parameters and the like that would run code when they are loaded.
+        weights_only: refuse files that name what would run code when they are loaded. Here it doesn't in any case.
         verify: compare the source with its own checksums first.
         progress: is told of bytes as they are read.
 
@@ -82,7 +82,11 @@ def import_deepspeed_checkpoint(
         CheckpointWriteError: the tag can't be written; what was there is there.
     """
     checkpoint = read_deepspeed(
-        find_deepspeed_tag(source, tag), module_only=module_only, submodule=submodule, progress=progress
+        find_deepspeed_tag(source, tag),
+        module_only=module_only,
+        submodule=submodule,
+        weights_only=weights_only,
+        progress=progress,
     )
     return write_imported(checkpoint, locate(save_dir), weights_only=weights_only, verify=verify).path
 

@@ -202,6 +202,10 @@ def under_lightning(path: Path, stage: int) -> Held:
         def setup_environment(self) -> None:
             super(DeepSpeedStrategy, self).setup_environment()
 
+        @property
+        def root_device(self) -> torch.device:
+            return torch.device("cpu", self.local_rank)
+
         def setup_distributed(self) -> None:
             self.set_world_ranks()
             self._init_deepspeed_distributed()
