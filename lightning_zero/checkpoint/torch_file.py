@@ -130,7 +130,7 @@ def read_torch_file(content: bytes, where: str, *, weights_only: bool) -> dict[A
     return require_dict(found.value, where)
 
 
-def describe_torch_file(path: Location, open_file: Open, progress: Progress) -> Pickled:
+def describe_torch_file(path: Location, open_file: Open, progress: Progress, *, verify: bool) -> Pickled:
     """The same of a file that is too large for memory: what a storage holds is read when it is wanted.
 
     Nothing in it is refused: that is for whoever knows what is to be done with it.
@@ -139,10 +139,11 @@ def describe_torch_file(path: Location, open_file: Open, progress: Progress) -> 
         path: of the file.
         open_file: opens it, now and whenever something is read.
         progress: is told of the storages' bytes as they are read.
+        verify: compare the description with its checksum; for a storage, `Record.verify` is there.
 
     Raises:
         IncompleteCheckpointError: there is no such file.
-        CorruptCheckpointError: it is something else.
+        CorruptCheckpointError: it is something else, or the checksum doesn't match.
     """
     file = open_file(path)
 
@@ -151,11 +152,16 @@ def describe_torch_file(path: Location, open_file: Open, progress: Progress) -> 
         return Elements(record, (record.nbytes,), "U8", "U8")
 
     stream: Any = Stream(file)
-    return _describe(io.BufferedReader(stream), file.nbytes, str(path), unread)[0]
+    return _describe(io.BufferedReader(stream), file.nbytes, str(path), unread, verify=verify)[0]
 
 
 def _describe(
-    file: BinaryIO, nbytes: int, where: str, take: Callable[[str, Found], Elements | memoryview]
+    file: BinaryIO,
+    nbytes: int,
+    where: str,
+    take: Callable[[str, Found], Elements | memoryview],
+    *,
+    verify: bool = False,
 ) -> tuple[Pickled, bytes]:
     """What the pickle describes, and the pickle; `take` gives what is in a storage's record."""
     storages: dict[str, Storage] = {}
@@ -178,6 +184,8 @@ def _describe(
         place = records["data.pkl"]
         file.seek(place.offset)
         pickle = file.read(place.end - place.offset)
+        if verify and zlib.crc32(pickle) != place.checksum:
+            raise CorruptCheckpointError(f"{where}: 'data.pkl': the checksum doesn't match: the file is damaged")
         return read_pickle(pickle, storage), pickle
     except ZeroError:
         raise

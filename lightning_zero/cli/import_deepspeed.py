@@ -53,6 +53,7 @@ def _import(options: argparse.Namespace) -> int:
         module_only=options.module_only,
         submodule=options.submodule,
         weights_only=not options.unsafe,
+        verify=verify,
         progress=lambda nbytes: read[-1](nbytes),
     )
     with progress_bar("importing", bytes_to_read(checkpoint, verify=verify), quiet=options.json) as progress:

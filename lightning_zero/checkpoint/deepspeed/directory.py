@@ -163,6 +163,7 @@ def read_deepspeed(
     module_only: bool = False,
     submodule: str = "",
     weights_only: bool = True,
+    verify: bool = True,
     progress: Progress = lambda nbytes: None,
 ) -> DeepSpeedCheckpoint:
     """Open a tag's directory; its tensors stay unread.
@@ -172,6 +173,7 @@ def read_deepspeed(
         module_only: leave the optimizer out.
         submodule: the name that the saved module has within the one that it is to be loaded into; none if it is that.
         weights_only: refuse files that name what would run code when they are loaded.
+        verify: compare the descriptions in the files with their checksums.
         progress: is told of the tensors' bytes as they are read.
 
     Raises:
@@ -181,7 +183,7 @@ def read_deepspeed(
         CheckpointMismatchError: it can't be told which state is which parameter's.
         UnsupportedModelError: experts, or a model that is itself cut over ranks.
     """
-    files = Files(directory, progress, weights_only=weights_only)
+    files = Files(directory, progress, weights_only=weights_only, verify=verify)
     stage, count = 0, 1
     if "optim" in files.kinds:
         stage, count = _stage_and_count(files.describe("optim", 0), files.where("optim", 0))

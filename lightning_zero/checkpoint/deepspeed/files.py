@@ -69,10 +69,11 @@ def is_deepspeed_tag(directory: Location) -> bool:
 class Files:
     """The files of a tag's directory, by what they hold and whose they are."""
 
-    def __init__(self, directory: Location, progress: Progress, *, weights_only: bool) -> None:
+    def __init__(self, directory: Location, progress: Progress, *, weights_only: bool, verify: bool) -> None:
         self._directory = directory
         self._progress = progress
         self._weights_only = weights_only
+        self._verify = verify
         self._open = lru_cache(maxsize=64)(open_file)  # with a thousand ranks there are more than may be open
         self._names: dict[tuple[str, int | None], str] = {}
         for name in sorted(names_in(directory)):
@@ -115,7 +116,7 @@ class Files:
                 f"{rank or 0}; the files of all ranks have to be there (from every node, if each wrote to its own disk)"
             )
         path = self._directory / name
-        found = describe_torch_file(path, self._open, self._progress)
+        found = describe_torch_file(path, self._open, self._progress, verify=self._verify)
         if self._weights_only:
             _require_harmless(found.names, path)
         return require(found.value, dict, str(path))
@@ -127,8 +128,8 @@ def _require_harmless(names: frozenset[Global], path: Location) -> None:
     if foreign:
         shown = ", ".join(f"{name if name.isprintable() else ascii(name):.100}" for name in foreign[:10])
         raise UntrustedContentError(
-            f"{path} names {shown}, which would run when the file is loaded; here it didn't. If you trust whoever wrote "
-            "it, import it with weights_only=False (--unsafe): then what is kept of it runs when the import is loaded so"
+            f"{path} names {shown}, which would run when the file is loaded; here it didn't. If you trust whoever "
+            "wrote it, import it with weights_only=False (--unsafe): what is kept of it runs when that is loaded so"
         )
 
 

@@ -86,6 +86,7 @@ def import_deepspeed_checkpoint(
         module_only=module_only,
         submodule=submodule,
         weights_only=weights_only,
+        verify=verify,
         progress=progress,
     )
     return write_imported(checkpoint, locate(save_dir), weights_only=weights_only, verify=verify).path

@@ -48,11 +48,20 @@ class Module:
         self.names = [require(name, str, f"{where}: a name in 'module'") for name in saved]
         self.odd = {name: value for name, value in saved.items() if not is_tensor(value)}
         self.tensors = {
-            name: unread_tensor(value, f"{where}: {name!r}") for name, value in saved.items() if name not in self.odd
+            name: unread_tensor(value, f"{where}: {name!r:.200}")
+            for name, value in saved.items()
+            if name not in self.odd
         }
-        self._buffers = set(require(model.get("buffer_names") or [], list, f"{where}: 'buffer_names'"))
+        buffers = require(model.get("buffer_names") or [], list, f"{where}: 'buffer_names'")
+        self._buffers = {require(name, str, f"{where}: a name in 'buffer_names'") for name in buffers}
         shared = require(model.get("shared_params") or {}, dict, f"{where}: 'shared_params'")
-        self.ties = {alias: stored for alias, stored in shared.items() if {alias, stored} <= self.tensors.keys()}
+        self.ties = {
+            alias: stored
+            for alias, stored in shared.items()
+            if alias in self.tensors and require(stored, str, f"{where}: a name in 'shared_params'") in self.tensors
+        }
+        if not self.ties.keys().isdisjoint(self.ties.values()):
+            raise CorruptCheckpointError(f"{where}: 'shared_params' ties to one name what is tied to another")
         first: dict[object, str] = {}
         for name, tensor in self.tensors.items():
             if tensor.numel and name not in self.ties:

@@ -1,6 +1,8 @@
 """`lightning-zero import-deepspeed` on directories that are laid out as DeepSpeed's."""
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -158,6 +160,50 @@ def test_a_step_that_only_the_group_knows(tmp_path: Path) -> None:
     edit(directory / "zero_pp_rank_0_mp_rank_00_optim_states.pt", change)
     import_deepspeed_checkpoint(tmp_path / "theirs", tmp_path / "ours")
     assert_holds(tmp_path / "ours", run)
+
+
+def test_an_elastic_checkpoint_has_no_settings(tmp_path: Path) -> None:
+    run = trained(stage=1, world_size=2)
+    directory = run.save(tmp_path / "theirs")
+    for rank in range(2):
+
+        def change(content: dict, rank: int = rank) -> None:
+            saved = content["optimizer_state_dict"]
+            states = saved["base_optimizer_state"]["state"].values()
+            lengths = [len(flat) for flat in saved["single_partition_of_fp32_groups"]]
+            saved["base_optimizer_state"] = [
+                {key: value[:length].clone() if value.ndim else value for key, value in state.items()}
+                for state, length in zip(states, lengths, strict=True)
+            ]
+
+        edit(directory / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", change)
+    import_deepspeed_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    for group in run.optimizer.param_groups:
+        for key in [key for key in group if key != "params"]:
+            del group[key]
+    assert_holds(tmp_path / "ours", run)
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Of a process of its own, as the kernel counts it."""
+    module = torch.nn.Linear(2048, 8192, bias=False)
+    optimizer = torch.optim.AdamW(module.parameters())
+    states = {key: module.weight.detach() for key in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[module.weight] = {"step": torch.tensor(5.0), **states}
+    Run(module, optimizer, stage=2, world_size=2).save(tmp_path / "theirs")
+    script = (
+        "import sys\n"
+        "from lightning_zero import import_deepspeed_checkpoint\n"
+        "peak = lambda: next(int(line.split()[1]) for line in open('/proc/self/status') if 'VmHWM' in line) / 1024\n"
+        "base = peak()\n"
+        "import_deepspeed_checkpoint(*sys.argv[1:])\n"
+        "print(peak() - base)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "theirs"), str(tmp_path / "ours")]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    assert float(done.stdout) < 30  # of 192 MiB
+    state_dict = get_fp32_state_dict_from_zero_checkpoint(tmp_path / "ours")
+    assert torch.equal(state_dict["weight"], module.weight)
 
 
 def test_a_scheduler_of_deepspeeds_own_is_warned_of(tmp_path: Path) -> None:
