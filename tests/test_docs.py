@@ -1,7 +1,8 @@
 """Every code block and every command of the README and of docs/ is run, page by page, in its order.
 
-A page's Python blocks share their names, as they would in a notebook; `model`, `MyModule` and a checkpoint of DeepSpeed's
-are given. A `console` block runs what follows each `$`. What sets a machine up, or measures for minutes, is looked at and not run.
+A page's Python blocks share their names, as they would in a notebook; `model` and `MyModule` are given, and a directory
+of DeepSpeed's. A `console` block runs what follows each `$`. What sets a machine up, or measures for minutes, is looked
+at and not run.
 """
 
 import io

@@ -274,7 +274,9 @@ def unread_tensor(value: object, where: str) -> Elements:
         if any(type(size) is not int or not 0 <= size < 1 << 63 for size in (begin, *shape, *strides)):
             raise UnpicklingError("a tensor's sizes are none")
         numel = math.prod(shape[:_MOST_DIMENSIONS])
-        if len(shape) > _MOST_DIMENSIONS or (numel and (begin + numel) * item_bytes > record.nbytes):
+        if len(shape) > _MOST_DIMENSIONS or len(strides) != len(shape):
+            raise UnpicklingError("a tensor has too many dimensions, or strides of others")
+        if numel and (begin + numel) * item_bytes > record.nbytes:
             raise UnpicklingError("a tensor leaves its storage")
     except Exception as error:
         raise CorruptCheckpointError(f"{where} is no tensor: {type(error).__name__}, {str(error)!r:.200}") from error
