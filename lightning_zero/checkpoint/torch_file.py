@@ -274,17 +274,18 @@ def unread_tensor(value: object, where: str) -> Elements:
         if any(type(size) is not int or not 0 <= size < 1 << 63 for size in (begin, *shape, *strides)):
             raise UnpicklingError("a tensor's sizes are none")
         numel = math.prod(shape[:_MOST_DIMENSIONS])
+        flags = rest[2 if value.function == _REBUILD else 3 :]  # of a view: conjugated, or negated
         if len(shape) > _MOST_DIMENSIONS or len(strides) != len(shape):
             raise UnpicklingError("a tensor has too many dimensions, or strides of others")
         if numel and (begin + numel) * item_bytes > record.nbytes:
             raise UnpicklingError("a tensor leaves its storage")
     except Exception as error:
         raise CorruptCheckpointError(f"{where} is no tensor: {type(error).__name__}, {str(error)!r:.200}") from error
-    dense = _strides(shape)
-    if any(size > 1 and stride != expected for size, stride, expected in zip(shape, strides, dense, strict=True)):
+    dense = zip(shape, strides, _strides(shape), strict=True)
+    if any(flags) or any(size > 1 and stride != expected for size, stride, expected in dense):
         raise UnsupportedModelError(
-            f"{where} is a view whose elements lie in another order, with strides {strides}; "
-            "save it contiguous (tensor.contiguous())"
+            f"{where} is a view, whose elements aren't in memory as they are (strides {strides}); "
+            "save a copy (tensor.contiguous())"
         )
     return Elements(View(record, begin, item_bytes), tuple(shape), code, code)
 

@@ -265,26 +265,39 @@ def _whole_optimizer(model: Mapping[Any, Any], where: str, module: Module) -> tu
     if "fp32_groups_flat" in saved or "fp32_groups" in saved:
         raise UnsupportedModelError(
             f"{where} holds the states of DeepSpeed's FP16_Optimizer, which doesn't say whose they are; "
-            "import the weights alone (module_only=True)"
+            "import the weights alone (module_only=True, --module-only)"
         )
     states, groups = item(saved, "state", dict, where), read_groups(saved, where)
     numbers = [number for group in groups for number in group["params"]]
-    names = list(module.parameters)
     known = {
         number: tensor.shape
         for number, state in states.items()
         for tensor in _tensors(require(state, dict, f"{where}: a state"), where)
         if tensor.shape
     }
-    shapes = [{name: module.parameters[name].shape} for name in names]
-    fits = all(known.get(number, shape) == shape for number, of in enumerate(shapes) for shape in of.values())
-    if len(groups) != 1 or numbers != list(range(len(names))) or not fits:
+    names = _only_match([known.get(number) for number in numbers], module.parameters)
+    if len(groups) != 1 or numbers != list(range(len(numbers))) or names is None:
         raise CheckpointMismatchError(
             f"{where}: without ZeRO, DeepSpeed doesn't say which state is which parameter's, and with several param "
-            "groups or frozen parameters it can't be told; import the weights alone (module_only=True)"
+            "groups, or frozen parameters of the same shapes, it can't be told; import the weights alone "
+            "(module_only=True, --module-only)"
         )
     masters = [module.parameters[name] for name in names]
+    shapes = [{name: master.shape} for name, master in zip(names, masters, strict=True)]
     return [FlatGroups(where, masters, states, groups, None)], shapes
+
+
+def _only_match(shapes: list[tuple[int, ...] | None], parameters: Mapping[str, Elements]) -> list[str] | None:
+    """The parameters that have these shapes, in their order, if there is but one way to choose them."""
+
+    def match(shapes: list[tuple[int, ...] | None], names: list[str]) -> list[str | None]:
+        left = iter(names)
+        return [next((name for name in left if shape in (None, parameters[name].shape)), None) for shape in shapes]
+
+    names = list(parameters)
+    first, last = match(shapes, names), match(shapes[::-1], names[::-1])[::-1]
+    found = [name for name in first if name is not None]
+    return found if first == last and len(found) == len(first) else None
 
 
 def _tensors(state: Mapping[Any, Any], where: str) -> Iterator[Elements]:

@@ -97,7 +97,7 @@ class Module:
                 continue
             if self._stage == 3 and name not in self._buffers and not tensor.numel:
                 raise IncompleteCheckpointError(f"{self._where}: {name!r} is stored nowhere")
-            unknown: Role = "frozen" if 0 < self._stage < 3 else "given"
+            unknown: Role = "frozen" if trained and self._stage < 3 else "given"
             entries.append(Entry(name, tensor.shape, dtype, "buffer" if name in self._buffers else unknown))
             whole.append((entries[-1], tensor))
         # What a hook took out of the state dict is trained all the same

@@ -58,6 +58,20 @@ def test_without_zero_there_is_one_file(tmp_path: Path) -> None:
     assert_holds(tmp_path / "ours", run)
 
 
+def test_without_zero_states_find_their_parameters_by_their_shapes(tmp_path: Path) -> None:
+    run = trained(stage=0, world_size=1)
+    run.module.norm.requires_grad_(False)
+    parameters = [parameter for parameter in run.module.parameters() if parameter.requires_grad]
+    run.optimizer = torch.optim.AdamW(parameters)
+    for parameter in parameters:
+        run.optimizer.state[parameter] = {"step": torch.tensor(5.0), "exp_avg": torch.rand_like(parameter)}
+    run.save(tmp_path / "theirs")
+    import_deepspeed_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    checkpoint = assert_holds(tmp_path / "ours", run)
+    frozen = {entry.name for entry in checkpoint.manifest.entries if entry.role == "frozen"}
+    assert frozen == {"norm.weight", "norm.bias", "frozen.weight", "frozen.bias"}
+
+
 def test_weights_alone(tmp_path: Path) -> None:
     for stage in (0, 2, 3):
         run = trained(stage=stage, world_size=1)

@@ -67,7 +67,10 @@ def without_compiled_operators() -> Any:
     return deepspeed
 
 
+ONE_GROUP = {"zero_optimization": {"stage": 0}}
+"""Without ZeRO: see `test_importing`."""
 CONFIGS: dict[str, dict[str, Any]] = {
+    "0": ONE_GROUP,
     "1": {"zero_optimization": {"stage": 1}},
     "1, in bf16": {
         "zero_optimization": {"stage": 1},
@@ -96,7 +99,7 @@ def write(save_dir: Path, config: dict[str, Any]) -> tuple[Held, dict[str, Tenso
     """Train under DeepSpeed and save; what it holds of each trained parameter, and its settled state dict."""
     deepspeed = without_compiled_operators()
     deepspeed.init_distributed("gloo")
-    net = Net()
+    net = Net(all_in_one_group=config == ONE_GROUP)
     configured = net.configure_optimizers()
     options = {"optimizer": configured["optimizer"], "lr_scheduler": configured["lr_scheduler"]["scheduler"]}
     engine, *_ = deepspeed.initialize(model=net, config=CONFIG | config, **options)
@@ -107,7 +110,13 @@ def write(save_dir: Path, config: dict[str, Any]) -> tuple[Held, dict[str, Tenso
         engine.step()
     engine.save_checkpoint(str(save_dir), client_state={"note": "here"})
     link_states(engine.optimizer)
-    held = {name: held_by_deepspeed(parameter) for name, parameter in net.named_parameters() if parameter.requires_grad}
+    trained = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+    if config == ONE_GROUP:
+        states = configured["optimizer"].state
+        held = {name: {"param": p.detach().clone(), **states[p]} for name, p in trained.items()}
+        held = {name: without_step(of) for name, of in held.items()}
+    else:
+        held = {name: held_by_deepspeed(parameter) for name, parameter in trained.items()}
     others = {name: value.clone() for name, value in net.named_buffers()}
     return held, others
 
@@ -131,10 +140,11 @@ def held_by_deepspeed(parameter: nn.Parameter) -> dict[str, Tensor]:
 def test_what_deepspeed_held_is_imported_bit_for_bit_and_trained_on(config: dict[str, Any], tmp_path: Path) -> None:
     held, buffers = run_ranks(write, WORLD_SIZE, tmp_path / "theirs", config, process_group=False)[0]
     import_deepspeed_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-    assert_bit_for_bit(tmp_path / "ours", held, buffers)
-    for begun_with, step in run_ranks(go_on, WORLD_SIZE, tmp_path / "ours", STEPS, process_group=False):
+    one_group = config == ONE_GROUP
+    assert_bit_for_bit(tmp_path / "ours", held, buffers, one_group=one_group)
+    for begun_with, step in run_ranks(go_on, WORLD_SIZE, tmp_path / "ours", STEPS, one_group, process_group=False):
         assert step == STEPS + 4
-        assert_same(begun_with, held)
+        assert_same({name: without_step(of) for name, of in begun_with.items()}, held)
 
 
 def test_gradients_in_turns_change_the_order_on_disk_alone(tmp_path: Path) -> None:
@@ -146,7 +156,11 @@ def test_gradients_in_turns_change_the_order_on_disk_alone(tmp_path: Path) -> No
     assert_bit_for_bit(tmp_path / "ours", held, buffers)
 
 
-def assert_bit_for_bit(save_dir: Path, held: Held, buffers: dict[str, Tensor]) -> None:
+def without_step(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if key != "step"}
+
+
+def assert_bit_for_bit(save_dir: Path, held: Held, buffers: dict[str, Tensor], *, one_group: bool = False) -> None:
     checkpoint = Checkpoint(resolve(save_dir), verify="full")
     state_dict = checkpoint.state_dict()
     assert set(state_dict) == set(Net().state_dict())
@@ -158,7 +172,7 @@ def assert_bit_for_bit(save_dir: Path, held: Held, buffers: dict[str, Tensor]) -
         assert torch.equal(stored, value.to(stored.dtype)), name
     state = checkpoint.optimizer_state(0)
     names = [name for group in checkpoint.manifest.optimizers[0].parameters for name in group]
-    module = Net()
+    module = Net(one_group)
     in_order = {parameter: name for name, parameter in module.named_parameters()}
     groups = module.configure_optimizers()["optimizer"].param_groups
     assert names == [in_order[parameter] for group in groups for parameter in group["params"]]
@@ -182,13 +196,14 @@ class BegunWith(Callback):
     def on_train_start(self, trainer, module) -> None:
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.held = {name: trainer.strategy.full_state(parameter) for name, parameter in parameters.items()}
-        assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [5e-4, 1e-3]
+        learning_rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        assert learning_rates == ([5e-4] if module.hparams["all_in_one_group"] else [5e-4, 1e-3])
 
 
-def go_on(save_dir: Path, step: int) -> tuple[Held, int]:
+def go_on(save_dir: Path, step: int, one_group: bool = False) -> tuple[Held, int]:
     begun_with = BegunWith()
     trainer = quiet_trainer(ZeroStrategy(), world_size=WORLD_SIZE, max_steps=step + 4, callbacks=[begun_with])
-    trainer.fit(Net(), ckpt_path=save_dir)
+    trainer.fit(Net(one_group), ckpt_path=save_dir)
     return begun_with.held, trainer.global_step
 
 
