@@ -14,6 +14,9 @@ from lightning_zero.plugin.registration import register_when_lightning_is_import
 
 if TYPE_CHECKING:
     from lightning_zero import errors as errors
+    from lightning_zero.checkpoint.deepspeed.importing import (
+        import_deepspeed_checkpoint as import_deepspeed_checkpoint,
+    )
     from lightning_zero.checkpoint.export import (
         convert_zero_checkpoint_to_fp32_state_dict as convert_zero_checkpoint_to_fp32_state_dict,
     )
@@ -41,6 +44,7 @@ _HOMES = {
     "ZeroStrategy": "plugin.strategy",
     "convert_zero_checkpoint_to_fp32_state_dict": "checkpoint.export",
     "get_fp32_state_dict_from_zero_checkpoint": "checkpoint.state_dict",
+    "import_deepspeed_checkpoint": "checkpoint.deepspeed.importing",
     "load_state_dict_from_zero_checkpoint": "checkpoint.state_dict",
 }
 

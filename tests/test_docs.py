@@ -1,7 +1,8 @@
 """Every code block and every command of the README and of docs/ is run, page by page, in its order.
 
-A page's Python blocks share their names, as they would in a notebook; `model` and `MyModule` are given. A `console`
-block runs what follows each `$`. What sets a machine up, or measures for minutes, is looked at and not run.
+A page's Python blocks share their names, as they would in a notebook; `model` and `MyModule` are given, and a directory
+of DeepSpeed's. A `console` block runs what follows each `$`. What sets a machine up, or measures for minutes, is looked
+at and not run.
 """
 
 import io
@@ -39,6 +40,7 @@ class ShortTrainer(lightning.pytorch.Trainer):
 
 
 def run_page(page, directory):
+    from tests.checkpoint.deepspeed.training import trained
     from tests.models import Data, Model
 
     class MyModule(Model):
@@ -50,6 +52,7 @@ def run_page(page, directory):
 
     os.chdir(directory)
     lightning.pytorch.Trainer = ShortTrainer
+    trained(stage=2).save(Path("deepspeed_run"))
     names = {"MyModule": MyModule, "model": MyModule(dropout=0.0), "__name__": "a page"}
     for kind, text in blocks(page):
         if kind == "python":

@@ -184,7 +184,7 @@ class Staging:
         self._save_id = save_id
         self._fd: int | None = None
         if is_remote(path):
-            _require_replaceable(path)
+            require_replaceable(path)
         else:
             path.mkdir(parents=True)
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -241,7 +241,7 @@ def commit(
         os.rename(staging, target)
         _sync_directory(save_dir, fsync)
     else:
-        _require_replaceable(target)
+        require_replaceable(target)
         if kernel.exchange(staging, target):
             _sync_directory(save_dir, fsync)
         else:
@@ -252,7 +252,7 @@ def commit(
     _remove(staging)
 
 
-def _require_replaceable(target: Location) -> None:
+def require_replaceable(target: Location) -> None:
     """A directory goes only if it is a checkpoint of ours, whole or torn: not if it is somebody's source code."""
     if target.is_symlink() or not target.is_dir():
         return

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from lightning_zero.checkpoint.manifest import Entry, Kind, OptimizerEntry, StoredValue
 
+CLIENT_STATE = "lightning_zero_client_state"
+"""Where Lightning's dict has what `save_zero_checkpoint` was given to keep."""
+
 
 class TensorToSave(NamedTuple):
     """A tensor on its way into a checkpoint: `StoredTensor` says what the fields mean. A tuple, since there are many.
@@ -59,7 +62,7 @@ class SharedContent:
         entries: the module's state dict, in its order.
         aliases: tied tensors: the other name, to the name under which it is stored.
         optimizers: in the trainer's order.
-        trainer: everything else, for `trainer.pt`.
+        trainer: everything else, for `trainer.pt`; or what that file is to hold, byte for byte.
     """
 
     epoch: int
@@ -67,4 +70,4 @@ class SharedContent:
     entries: Sequence[Entry]
     aliases: Mapping[str, str]
     optimizers: Sequence[OptimizerEntry]
-    trainer: dict[str, Any]
+    trainer: dict[str, Any] | bytes

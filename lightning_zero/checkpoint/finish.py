@@ -37,10 +37,19 @@ def finish(
     written: Written | Failure,
     shared: SharedContent | None,
     *,
+    others: Sequence[Written | Failure] = (),
     update_latest: bool = True,
     fsync: bool = True,
 ) -> SaveReport:
     """Commit what all ranks have written, if all have. Collective.
+
+    Args:
+        plan: of the save.
+        written: by this rank.
+        shared: needed on rank 0.
+        others: by the ranks that this process has stood for, if there is no group.
+        update_latest: have `latest` name the tag.
+        fsync: make each step of the commit durable.
 
     Raises:
         CheckpointWriteError: a rank failed; the staging directory is gone.
@@ -48,7 +57,7 @@ def finish(
     outcome: _Committed | Failure | None = None  # rank 0's, which the others are sent
     commit_all = _commit if len(set(plan.nodes)) == 1 else _prepare_manifest
     try:
-        reports = gather(plan.group, written)
+        reports = [*gather(plan.group, written), *others]
         if plan.rank == 0:
             done = [report for report in reports if isinstance(report, Written)]
             failed = next((report for report in reports if isinstance(report, Failure)), None)

@@ -222,7 +222,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerEntry:
-    """One optimizer: its class, and the names of its parameters, group by group, in their order."""
+    """One optimizer: its class, and the names of its parameters, group by group, in their order.
+
+    The class is empty where whoever wrote the checkpoint was not told.
+    """
 
     class_name: str
     parameters: tuple[tuple[str, ...], ...]

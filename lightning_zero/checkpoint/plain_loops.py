@@ -1,4 +1,4 @@
-"""Lightning's loops in a training checkpoint, as any other strategy can resume them.
+"""Lightning's loops in a training checkpoint, as any other strategy can resume them; and those of another's training.
 
 The states of data loaders in them (of torchdata's `StatefulDataLoader`s) have two things of a ZeroStrategy's own, which
 are taken out, by copying: a checkpoint's own dict stays as it is.
@@ -32,6 +32,25 @@ def plain_loops(loops: Any) -> Any:
     else:
         data = {**data, "combined_loader": [_without_ours(state) for state in loaders]}
     return {**loops, "fit_loop": {**fit, "state_dict": data}}
+
+
+def loops_after(steps: int) -> dict[str, Any]:
+    """The loops' state of a training of which nothing is known but how many steps it has made.
+
+    It goes on with the next step, at the beginning of its first epoch.
+    """
+    none, made = {"ready": 0, "completed": 0}, {"ready": steps, "completed": steps}
+    optimizer = {
+        "step": {"total": made, "current": none},
+        "zero_grad": {"total": {**made, "started": steps}, "current": {**none, "started": 0}},
+    }
+    return {
+        "fit_loop": {
+            "epoch_loop.state_dict": {"_batches_that_stepped": steps},
+            "epoch_loop.automatic_optimization.optim_progress": {"optimizer": optimizer},
+            "epoch_loop.manual_optimization.optim_step_progress": {"total": made, "current": none},
+        }
+    }
 
 
 def _without_ours(state: Any) -> Any:

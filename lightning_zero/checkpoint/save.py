@@ -130,6 +130,42 @@ def begin_save(
     return rest
 
 
+def save_for_ranks(
+    directory: Location,
+    contents: Iterable[RankContent],
+    shared: SharedContent,
+    *,
+    world_size: int,
+    update_latest: bool = True,
+    fsync: bool = True,
+) -> SaveReport:
+    """Save what several ranks held, in one process without a group: a rank after the other.
+
+    Args:
+        directory: the tag's directory.
+        contents: of each rank, in their order; asked for the next one when one is written.
+        shared: what they have in common.
+        world_size: how many there are.
+        update_latest: have `latest` name the tag.
+        fsync: make everything durable before it takes its name.
+
+    Raises:
+        CheckpointWriteError: a file can't be written. As with whatever `contents` raises, nothing has changed then.
+    """
+    ranks = iter(contents)
+    content = next(ranks)
+    plan = replace(agree(directory, content, None), world_size=world_size)
+    try:
+        written = [write(plan, prepare(plan, content, shared), fsync=fsync)]
+        for rank, content in enumerate(ranks, 1):
+            of = replace(plan, rank=rank)
+            written.append(write(of, prepare(of, content, shared), fsync=fsync))
+    except BaseException:
+        plan.abandon()
+        raise
+    return finish(plan, written[0], shared, others=written[1:], update_latest=update_latest, fsync=fsync)
+
+
 def _refuse_to_leave_latest_without_states(
     directory: Location, content: RankContent, shared: SharedContent
 ) -> RankContent | Exception:
@@ -225,7 +261,9 @@ def _digest(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _serialize(trainer: dict[str, Any]) -> memoryview:
+def _serialize(trainer: dict[str, Any] | bytes) -> memoryview:
+    if isinstance(trainer, bytes):
+        return memoryview(trainer)
     stream = io.BytesIO()
     torch.save(trainer, stream)
     return stream.getbuffer()

@@ -1,8 +1,7 @@
 """The file that `torch.save` writes, read and written without torch, and without its tensors ever being in memory.
 
-It is a zip archive: a pickle (`data.pkl`), and the memory of each storage that the pickle refers to by a persistent id
-(`data/0`, `data/1`, …). Sources: PKWARE's APPNOTE.TXT, by whose sections the headers below are named, and torch's
-"Serialization semantics" (docs/source/notes/serialization.rst).
+It is a zip archive (`archive`): a pickle (`data.pkl`), and the memory of each storage that the pickle refers to by a
+persistent id (`data/0`, `data/1`, …). Source: torch's "Serialization semantics" (docs/source/notes/serialization.rst).
 
 [Note: a torch file without its tensors in memory]
 Every record's size is known beforehand, so every offset is. A record is written as torch's own writer does it: its CRC
@@ -19,24 +18,25 @@ from __future__ import annotations
 
 import io
 import math
-import struct
 import sys
-import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from pickle import REDUCE, UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO, TypeAlias
 
+from lightning_zero.checkpoint.archive import Found, NewRecord, Open, Record, Stream, directory, find_records
 from lightning_zero.checkpoint.elements import NAMES, Elements
 from lightning_zero.checkpoint.manifest import ITEM_BYTES
-from lightning_zero.checkpoint.pickled import Global, Object, Ordered, read_pickle, write_pickle
+from lightning_zero.checkpoint.pickled import Global, Object, Ordered, Pickled, read_pickle, write_pickle
 from lightning_zero.checkpoint.read_ahead import read_ahead
-from lightning_zero.checkpoint.storage import create_file
-from lightning_zero.errors import CorruptCheckpointError, ZeroError
+from lightning_zero.checkpoint.storage import Location, create_file
+from lightning_zero.errors import CorruptCheckpointError, UnsupportedModelError, ZeroError
+
+Progress: TypeAlias = Callable[[int], object]
 
 _TYPED = {
     "F64": "Double",
@@ -57,9 +57,18 @@ _TYPED = {
 _UNTYPED = Global("torch.storage", "UntypedStorage")
 _STORAGES = {Global("torch", f"{name}Storage"): ITEM_BYTES[code] for code, name in _TYPED.items()} | {_UNTYPED: 1}
 """The bytes of an element of each."""
+_CODES = {Global("torch", f"{name}Storage"): code for code, name in _TYPED.items()}
+_CODES_BY_NAME = {Global("torch", name): code for code, name in NAMES.items()}
 
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_UNTYPED = Global("torch._utils", "_rebuild_tensor_v3")
+_REBUILD_PARAMETER = Global("torch._utils", "_rebuild_parameter")
+_REBUILD_WITH_STATE = Global("torch._utils", "_rebuild_parameter_with_state")
+_REBUILD_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
+_TYPES = (Global("torch", "Tensor"), Global("torch.nn.parameter", "Parameter"))
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How the format begins that torch had before the archives."""
+_MOST_DIMENSIONS = 64
 _ALWAYS_ALLOWED = frozenset(
     (
         Global("collections", "OrderedDict"),
@@ -70,7 +79,7 @@ _ALWAYS_ALLOWED = frozenset(
         Global("torch", "device"),
         Global("torch.nn.parameter", "Parameter"),
         Global("torch.serialization", "_get_layout"),
-        Global("torch._utils", "_rebuild_parameter"),
+        _REBUILD_PARAMETER,
         Global("torch._utils", "_rebuild_sparse_tensor"),
         _REBUILD,
         _REBUILD_UNTYPED,
@@ -111,32 +120,79 @@ def read_torch_file(content: bytes, where: str, *, weights_only: bool) -> dict[A
         UntrustedContentError: there is such a thing in it.
         CorruptCheckpointError: it is something else.
     """
+    found, pickle = _describe(
+        io.BytesIO(content), len(content), where, lambda name, place: memoryview(content)[place.offset : place.end]
+    )
+    if weights_only and (found.unusual or not found.names <= _ALWAYS_ALLOWED):
+        from lightning_zero.checkpoint.trust import require_allowed
+
+        require_allowed(content, pickle, where, unusual=found.unusual)
+    return require_dict(found.value, where)
+
+
+def describe_torch_file(path: Location, open_file: Open, progress: Progress, *, verify: bool) -> Pickled:
+    """The same of a file that is too large for memory: what a storage holds is read when it is wanted.
+
+    Nothing in it is refused: that is for whoever knows what is to be done with it.
+
+    Args:
+        path: of the file.
+        open_file: opens it, now and whenever something is read.
+        progress: is told of the storages' bytes as they are read.
+        verify: compare the description with its checksum; for a storage, `Record.verify` is there.
+
+    Raises:
+        IncompleteCheckpointError: there is no such file.
+        CorruptCheckpointError: it is something else, or the checksum doesn't match.
+    """
+    file = open_file(path)
+
+    def unread(name: str, place: Found) -> Elements:
+        record = Record(open_file, path, name, place, progress)
+        return Elements(record, (record.nbytes,), "U8", "U8")
+
+    stream: Any = Stream(file)
+    return _describe(io.BufferedReader(stream), file.nbytes, str(path), unread, verify=verify)[0]
+
+
+def _describe(
+    file: BinaryIO,
+    nbytes: int,
+    where: str,
+    take: Callable[[str, Found], Elements | memoryview],
+    *,
+    verify: bool = False,
+) -> tuple[Pickled, bytes]:
+    """What the pickle describes, and the pickle; `take` gives what is in a storage's record."""
     storages: dict[str, Storage] = {}
 
     def storage(pid: Any) -> Storage:
         tag, kind, key, _, numel = pid
         if tag != "storage" or type(kind) is not Global or type(key) is not str or type(numel) is not int:
             raise UnpicklingError("a persistent id is none of a storage")
-        record = records[f"data/{key}"]
-        if kind in _STORAGES and numel * _STORAGES[kind] != len(record):
+        content = take(f"data/{key}", records[f"data/{key}"])
+        if kind in _STORAGES and numel * _STORAGES[kind] != content.nbytes:
             raise UnpicklingError(f"the storage {key!r:.20} is of another size than is said")
-        return storages.setdefault(key, Storage(kind, numel, record))
+        return storages.setdefault(key, Storage(kind, numel, content))
 
     try:
-        records = _records(content, where)
-        pickle = bytes(records["data.pkl"])
-        found = read_pickle(pickle, storage)
+        if file.read(len(_LEGACY)) == _LEGACY:
+            raise CorruptCheckpointError(
+                f"{where} is in torch's format of before 1.6: load it with torch, and torch.save it again"
+            )
+        records = find_records(file, nbytes)
+        place = records["data.pkl"]
+        file.seek(place.offset)
+        pickle = file.read(place.end - place.offset)
+        if verify and zlib.crc32(pickle) != place.checksum:
+            raise CorruptCheckpointError(f"{where}: 'data.pkl': the checksum doesn't match: the file is damaged")
+        return read_pickle(pickle, storage), pickle
     except ZeroError:
         raise
     except Exception as error:
         raise CorruptCheckpointError(
             f"{where} is not what torch.save writes: {type(error).__name__}, {str(error)!r:.200}"
         ) from error
-    if weights_only and (found.unusual or not found.names <= _ALWAYS_ALLOWED):
-        from lightning_zero.checkpoint.trust import require_allowed
-
-        require_allowed(content, pickle, where, unusual=found.unusual)
-    return require_dict(found.value, where)
 
 
 def require_dict(value: object, what: str) -> dict[Any, Any]:
@@ -150,24 +206,102 @@ def require_dict(value: object, what: str) -> dict[Any, Any]:
     return value
 
 
-def _records(file: bytes, where: str) -> dict[str, memoryview]:
-    """The records by name, without the archive's own folder. APPNOTE.TXT: 4.3.7."""
-    with zipfile.ZipFile(io.BytesIO(file)) as archive:
-        found = archive.infolist()
-    content = memoryview(file)
-    if sum(info.file_size for info in found) > len(content):
-        raise CorruptCheckpointError(f"{where} would be larger when unpacked; torch.save doesn't compress")
-    records = {}
-    for info in found:
-        name_bytes, extra_bytes = struct.unpack_from("<HH", content, info.header_offset + 26)
-        begin = info.header_offset + 30 + name_bytes + extra_bytes
-        record = content[begin : begin + info.file_size]
-        if info.header_offset < 0 or info.compress_type != zipfile.ZIP_STORED or len(record) != info.file_size:
-            raise zipfile.BadZipFile("a record is compressed, or leaves the archive")
-        records[info.filename.partition("/")[2]] = record
-    if len(records) != len(found):
-        raise zipfile.BadZipFile("two records have one name")
-    return records
+# ------------------------------------------------------------------------------------------------------ tensors
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Elements that lie one behind the other in a record (`elements.Source`).
+
+    Attributes:
+        record: that they lie in.
+        begin: the first one's place in there, in elements.
+        item_bytes: of an element.
+    """
+
+    record: Record
+    begin: int
+    item_bytes: int
+
+    def require(self) -> None:
+        """Make sure that the file is there."""
+        self.record.require()
+
+    def read(self, start: int, stop: int, target: memoryview) -> None:
+        """Fill `target` with the elements `[start, stop)`."""
+        begin, item_bytes = self.begin, self.item_bytes
+        self.record.read((begin + start) * item_bytes, (begin + stop) * item_bytes, target)
+
+
+def harmless(names: frozenset[Global]) -> frozenset[Global]:
+    """Those of the names in a pickle that are just values', tensors' and parameters'."""
+    return names & (_ALWAYS_ALLOWED | {_REBUILD_WITH_STATE, _REBUILD_TYPE, *_TYPES})
+
+
+def is_tensor(value: object) -> bool:
+    """Whether a description is that of a tensor, or of a parameter."""
+    return type(value) is Object and _plain(value).function in (_REBUILD, _REBUILD_UNTYPED)
+
+
+def _plain(value: Object) -> Object:
+    """Of a parameter, and of a tensor that was given attributes: the tensor alone."""
+    function, arguments = value.function, value.arguments
+    if function in (_REBUILD_PARAMETER, _REBUILD_WITH_STATE) and arguments and type(arguments[0]) is Object:
+        return arguments[0]
+    if function == _REBUILD_TYPE and len(arguments) == 4 and arguments[1] in _TYPES and type(arguments[2]) is tuple:
+        return Object(value.opcode, arguments[0], arguments[2])
+    return value
+
+
+def unread_tensor(value: object, where: str) -> Elements:
+    """The tensor that `describe_torch_file` has described.
+
+    Args:
+        value: its description.
+        where: for the messages.
+
+    Raises:
+        CorruptCheckpointError: it is something else, or leaves its storage.
+        UnsupportedModelError: it doesn't lie in its storage in the order of its elements.
+    """
+    try:
+        if type(value) is not Object or not is_tensor(value):
+            raise UnpicklingError(f"it is {type(value).__name__}")
+        value = _plain(value)
+        storage, begin, shape, strides, *rest = value.arguments
+        code = _CODES[storage.kind] if value.function == _REBUILD else _CODES_BY_NAME[rest[2]]
+        record, item_bytes = storage.content.source, ITEM_BYTES[code]
+        if any(type(size) is not int or not 0 <= size < 1 << 63 for size in (begin, *shape, *strides)):
+            raise UnpicklingError("a tensor's sizes are none")
+        numel = math.prod(shape[:_MOST_DIMENSIONS])
+        flags = rest[2 if value.function == _REBUILD else 3 :]  # of a view: conjugated, or negated
+        if len(shape) > _MOST_DIMENSIONS or len(strides) != len(shape):
+            raise UnpicklingError("a tensor has too many dimensions, or strides of others")
+        if numel and (begin + numel) * item_bytes > record.nbytes:
+            raise UnpicklingError("a tensor leaves its storage")
+    except Exception as error:
+        raise CorruptCheckpointError(f"{where} is no tensor: {type(error).__name__}, {str(error)!r:.200}") from error
+    dense = zip(shape, strides, _strides(shape), strict=True)
+    if any(flags) or any(size > 1 and stride != expected for size, stride, expected in dense):
+        raise UnsupportedModelError(
+            f"{where} is a view, whose elements aren't in memory as they are (strides {strides}); "
+            "save a copy (tensor.contiguous())"
+        )
+    return Elements(View(record, begin, item_bytes), tuple(shape), code, code)
+
+
+def part_of(elements: Elements, start: int, stop: int) -> Elements:
+    """The flattened elements `[start, stop)` of what `unread_tensor` gave."""
+    view = elements.source
+    assert isinstance(view, View)
+    return Elements(
+        View(view.record, view.begin + start, view.item_bytes), (stop - start,), elements.stored, elements.shown
+    )
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    sizes = [max(1, size) for size in shape]
+    return tuple(math.prod(sizes[dimension + 1 :]) for dimension in range(len(sizes)))
 
 
 # -------------------------------------------------------------------------------------------------------- write
@@ -177,7 +311,7 @@ def write_torch_file(
     path: Path,
     content: Mapping[str, Any],
     name: str,
-    progress: Callable[[int], None],
+    progress: Progress,
     overflows: set[Elements] | None = None,
 ) -> None:
     """Write what `torch.save` would: see [Note: a torch file without its tensors in memory].
@@ -189,6 +323,24 @@ def write_torch_file(
         progress: is told of the unread tensors' bytes as they are written.
         overflows: where to note what became infinite.
     """
+    nbytes, chunks = _chunks(content, name, progress, overflows)
+    with create_file(path, nbytes) as file:
+        for chunk in chunks:
+            file.write(chunk)
+
+
+def torch_file_bytes(content: Mapping[str, Any], name: str) -> bytes:
+    """The bytes that `write_torch_file` would write, of what is small."""
+    stream = io.BytesIO()
+    for chunk in _chunks(content, name, lambda nbytes: None, None)[1]:
+        stream.write(chunk)
+    return stream.getvalue()
+
+
+def _chunks(
+    content: Mapping[str, Any], name: str, progress: Progress, overflows: set[Elements] | None
+) -> tuple[int, Iterator[bytes | memoryview]]:
+    """How many bytes there are in a file, and these; a chunk is gone when the next is asked for."""
     numbers: dict[Storage, int] = {}
 
     def persistent_id(value: object) -> tuple[object, ...] | None:
@@ -208,110 +360,36 @@ def write_torch_file(
         # Of the same pickle, the same: whoever writes the same checkpoint twice gets the same bytes
         (".data/serialization_id", memoryview(f"{zlib.crc32(pickle):020d}{len(pickle):020d}".encode())),
     ]
-    records: list[_Record] = []
+    records: list[NewRecord] = []
     for record_name, record in contents:
         offset = records[-1].end if records else 0
-        records.append(_Record(f"{folder}/{record_name}".encode(), offset, record.nbytes))
+        records.append(NewRecord(f"{folder}/{record_name}".encode(), offset, record.nbytes))
     checksums = [0] * len(records)
 
     def add(number: int, chunk: memoryview) -> None:
         checksums[number] = zlib.crc32(chunk, checksums[number])
 
-    nbytes = records[-1].end + len(_directory(records, checksums))
-    with create_file(path, nbytes) as file:
-        chunks = read_ahead([record for _, record in contents], add, overflows)
-        for number, of_record in groupby(chunks, key=itemgetter(0)):
-            file.write(records[number].head)
+    def chunks() -> Iterator[bytes | memoryview]:
+        read = read_ahead([record for _, record in contents], add, overflows)
+        for number, of_record in groupby(read, key=itemgetter(0)):
+            yield records[number].head
             for _, chunk in of_record:
-                file.write(chunk)
+                yield chunk
                 if isinstance(contents[number][1], Elements):
                     progress(len(chunk))
-            file.write(records[number].tail(checksums[number]))
-        file.write(_directory(records, checksums))
+            yield records[number].tail(checksums[number])
+        yield directory(records, checksums)
+
+    return records[-1].end + len(directory(records, checksums)), chunks()
 
 
 def _rebuilt(value: object) -> Object:
     """How torch pickles a tensor."""
     if not isinstance(value, Elements):
         raise TypeError(f"{type(value).__name__} is nothing that a checkpoint holds")
-    code, sizes = value.shown, [max(1, size) for size in value.shape]
-    strides = tuple(math.prod(sizes[dimension + 1 :]) for dimension in range(len(sizes)))
-    place = (0, value.shape, strides, False, Ordered())
+    code, place = value.shown, (0, value.shape, _strides(value.shape), False, Ordered())
     if code in _TYPED:
         storage = Storage(Global("torch", f"{_TYPED[code]}Storage"), value.numel, value)
         return Object(REDUCE, _REBUILD, (storage, *place))
     storage = Storage(_UNTYPED, value.nbytes, value)
     return Object(REDUCE, _REBUILD_UNTYPED, (storage, *place, Global("torch", NAMES[code])))
-
-
-# ------------------------------------------------------------------------------------------------- the archive
-
-_ALIGNMENT = 64
-_LIMIT = 0xFFFFFFFF
-"""What stands in a field of 32 bits whose value is in the extra field, in 64 bits (4.5.3)."""
-_MOST_RECORDS = 0xFFFF
-_UTF8 = 1 << 11
-_CRC_BEHIND = 1 << 3
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """One record of the archive.
-
-    Attributes:
-        name: of it.
-        offset: where it begins in the file.
-        nbytes: of its data.
-    """
-
-    name: bytes
-    offset: int
-    nbytes: int
-
-    @property
-    def head(self) -> bytes:
-        """What stands before the data (4.3.7), with an extra field that aligns them."""
-        extra = self._sizes
-        padding = -(self.offset + 30 + len(self.name) + len(extra) + 4) % _ALIGNMENT
-        extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-        fields = (self._flags, 0, 0, 0, 0, 0, 0, len(self.name), len(extra))
-        return struct.pack("<4sH4H3I2H", b"PK\3\4", 0, *fields) + self.name + extra
-
-    def tail(self, checksum: int) -> bytes:
-        """What stands behind the data (4.3.9)."""
-        if not self.nbytes:
-            return b""
-        return struct.pack("<4sIQQ" if self._sizes else "<4sIII", b"PK\7\10", checksum, self.nbytes, self.nbytes)
-
-    @property
-    def end(self) -> int:
-        """Where the next record begins."""
-        return self.offset + len(self.head) + self.nbytes + len(self.tail(0))
-
-    def entry(self, checksum: int) -> bytes:
-        """What stands in the directory (4.3.12)."""
-        nbytes, extra = min(self.nbytes, _LIMIT), self._sizes
-        about = (checksum, nbytes, nbytes, len(self.name), len(extra), 0, 0, 0, 0, min(self.offset, _LIMIT))
-        return struct.pack("<4s6H3I5H2I", b"PK\1\2", 0, 0, self._flags, 0, 0, 0, *about) + self.name + extra
-
-    @property
-    def _flags(self) -> int:
-        return _UTF8 | (_CRC_BEHIND if self.nbytes else 0)
-
-    @property
-    def _sizes(self) -> bytes:
-        """The extra field of what doesn't fit in 32 bits (4.5.3)."""
-        large = [self.nbytes] * 2 if self.nbytes >= _LIMIT else []
-        large += [self.offset] if self.offset >= _LIMIT else []
-        return struct.pack(f"<HH{len(large)}Q", 1, 8 * len(large), *large) if large else b""
-
-
-def _directory(records: list[_Record], checksums: list[int]) -> bytes:
-    """What stands at the end of the archive: the directory, its place and its size (4.3.12 to 4.3.16)."""
-    entries = b"".join(record.entry(checksum) for record, checksum in zip(records, checksums, strict=True))
-    begin, count = records[-1].end, len(records)
-    end = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 0x031E, 45, 0, 0, count, count, len(entries), begin)
-    end += struct.pack("<4sIQI", b"PK\6\7", 0, begin + len(entries), 1)
-    short = min(count, _MOST_RECORDS)
-    end += struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, short, short, min(len(entries), _LIMIT), min(begin, _LIMIT), 0)
-    return entries + end

@@ -140,7 +140,7 @@ def _print(report: dict[str, Any], manifest: Manifest) -> None:
         states = ", ".join(
             plain(name) + (f" {bytes_text(nbytes)}" if nbytes else "") for name, nbytes in listed["states"].items()
         )
-        print(f"\noptimizer {index}: {plain(optimizer.class_name)} of {groups} parameters")
+        print(f"\noptimizer {index}: {plain(optimizer.class_name) or 'of a class unknown,'} of {groups} parameters")
         print(f"  states: {states or 'none yet'}")
         for settings in report.get("param_groups", {}).get(str(index), []):
             print(f"  group: {_settings_text(settings)}")

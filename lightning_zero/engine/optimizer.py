@@ -551,17 +551,20 @@ class SegmentedOptimizer:
         """
         self._take_in_new_parameters()
         groups, saved_groups = self.optimizer.param_groups, state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in groups]
+        members: list[list[Any]] = [group["params"] for group in groups]
+        sizes = [len(group) for group in members]
         saved_sizes = [len(group["params"]) for group in saved_groups]
-        if sizes != saved_sizes:
+        if sizes != saved_sizes:  # whoever saved it may have left out what isn't trained, as DeepSpeed does
+            members = [[parameter for parameter in group if parameter.requires_grad] for group in members]
+        if [len(group) for group in members] != saved_sizes:
             raise CheckpointMismatchError(
                 f"the checkpoint's {type(self.optimizer).__name__} has param groups of {saved_sizes} parameters, "
                 f"the model's of {sizes}; resume with the model and configure_optimizers that it was saved with"
             )
         saved = [
             (piece, state_dict["state"].get(index, {}))
-            for group, saved_group in zip(groups, saved_groups, strict=True)
-            for parameter, index in zip(group["params"], saved_group["params"], strict=True)
+            for group, saved_group in zip(members, saved_groups, strict=True)
+            for parameter, index in zip(group, saved_group["params"], strict=True)
             for piece in self._owned([parameter])
         ]
         for piece, values in saved:

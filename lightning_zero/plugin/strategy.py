@@ -39,7 +39,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_zero.checkpoint.commit import validate_tag
-from lightning_zero.checkpoint.content import RankContent, SharedContent
+from lightning_zero.checkpoint.content import CLIENT_STATE, RankContent, SharedContent
 from lightning_zero.checkpoint.integrity import Depth
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.nodes import Place
@@ -73,7 +73,6 @@ from lightning_zero.plugin.signals import SharedSignals
 from lightning_zero.plugin.telemetry import SaveTelemetry
 
 _T = TypeVar("_T")
-_CLIENT_STATE = "lightning_zero_client_state"
 _BROKEN_OFF = (
     "{} is not saved: a step of the optimizer was broken off, and what is in memory is half of the step before and "
     "half of this one. Resume from the last checkpoint"
@@ -743,7 +742,7 @@ class ZeroStrategy(DDPStrategy):
         def dump() -> dict[str, Any]:
             validate_tag(tag)
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            checkpoint[_CLIENT_STATE] = dict(client_state or {})
+            checkpoint[CLIENT_STATE] = dict(client_state or {})
             if exclude_frozen_parameters:
                 parameters = trainer.lightning_module.named_parameters(remove_duplicate=False)
                 frozen = {name for name, p in parameters if not p.requires_grad}
@@ -812,7 +811,7 @@ class ZeroStrategy(DDPStrategy):
             if load_lr_scheduler_states and not load_module_only:
                 for config, state in zip(self.lr_scheduler_configs, checkpoint.get("lr_schedulers", ()), strict=False):
                     config.scheduler.load_state_dict(state)
-            client_state: dict[str, Any] = checkpoint.get(_CLIENT_STATE, {})
+            client_state: dict[str, Any] = checkpoint.get(CLIENT_STATE, {})
             return client_state
 
         return choice.path, self._ranks.all_or_none(load)
@@ -929,7 +928,7 @@ class ZeroStrategy(DDPStrategy):
         if isinstance(checkpoint, LoadedCheckpoint):
             saved = [entry.class_name for entry in checkpoint.source.manifest.optimizers]
             live = [type(getattr(optimizer, "optimizer", optimizer)).__name__ for optimizer in self.optimizers]
-            if saved != live:
+            if any(before not in ("", now) for before, now in zip(saved, live, strict=True)):
                 rank_zero_warn(f"the checkpoint's optimizers are {saved}, configure_optimizers gave {live}")
         for optimizer, state in zip(self.optimizers, states, strict=True):
             self._partitioned.load_state(optimizer, state)

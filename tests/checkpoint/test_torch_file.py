@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.serialization import config
 
+from lightning_zero.checkpoint.archive import NewRecord, directory
 from lightning_zero.checkpoint.elements import Elements
 from lightning_zero.checkpoint.tensors import CODES, tensor_bytes
-from lightning_zero.checkpoint.torch_file import _ALWAYS_ALLOWED, _directory, _Record, read_torch_file, write_torch_file
+from lightning_zero.checkpoint.torch_file import _ALWAYS_ALLOWED, read_torch_file, write_torch_file
 
 
 class Source:
@@ -169,12 +170,11 @@ def test_beyond_four_gigabytes_the_layout_is_torchs_too(tmp_path: Path) -> None:
         torch.save([Huge(size) for size in sizes], tmp_path / "model.pt")
     with open(tmp_path / "model.pt", "rb") as file, zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
-        records: list[_Record] = []
+        records: list[NewRecord] = []
         for info in infos:
-            records.append(_Record(info.filename.encode(), records[-1].end if records else 0, info.file_size))
-        directory = _directory(records, [info.CRC for info in infos])
+            records.append(NewRecord(info.filename.encode(), records[-1].end if records else 0, info.file_size))
         file.seek(records[-1].end)
-        assert file.read() == directory
+        assert file.read() == directory(records, [info.CRC for info in infos])
         for record, info in zip(records, infos, strict=True):
             assert record.offset == info.header_offset
             file.seek(record.offset)

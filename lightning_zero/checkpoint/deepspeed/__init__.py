@@ -1,0 +1,1 @@
+"""Checkpoint directories of DeepSpeed's: read without it, and written again as ours."""

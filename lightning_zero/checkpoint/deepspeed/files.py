@@ -1,0 +1,160 @@
+"""Which files a DeepSpeed checkpoint has, and what must be in them.
+
+Nothing is believed before it was looked at: what a file holds in another place, or as another kind of thing, than
+DeepSpeed writes it, is an error that names the file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias, TypeVar
+
+from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint.pickled import Global
+from lightning_zero.checkpoint.storage import Location, PathOrUrl, absolute, locate, names_in, open_file
+from lightning_zero.checkpoint.torch_file import describe_torch_file, harmless
+from lightning_zero.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    IncompleteCheckpointError,
+    UnsupportedModelError,
+    UntrustedContentError,
+)
+
+Progress: TypeAlias = Callable[[int], object]
+Kind = Literal["model", "optim"]
+_T = TypeVar("_T")
+
+_LIMIT = 2**63
+_STATES = re.compile(r"(?:bf16_|fp16_)?(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_?(model|optim)_states\.pt")
+_EXPERTS_OR_LAYERS = re.compile(r"(layer|expert|expp_rank)_.*_states\.pt")
+
+
+def find_deepspeed_tag(path: PathOrUrl, tag: str | None = None) -> Location:
+    """The directory of the tag that is meant.
+
+    Args:
+        path: a save directory, a tag's, a file in one of them, or one of Lightning's `NAME.ckpt`.
+        tag: of the save directory; DeepSpeed's own `latest` decides where it is None, or there is but one.
+
+    Raises:
+        CheckpointNotFoundError: there is none, or it can't be told which one.
+        CorruptCheckpointError: `latest` is damaged.
+    """
+    where = absolute(locate(path))
+    where = where.parent if where.is_file() else where
+    if tag is None and is_deepspeed_tag(where):
+        return where
+    there = sorted(name for name in names_in(where) if is_deepspeed_tag(where / name))
+    if tag is None:
+        tag = commit.read_latest(where) or (there[0] if len(there) == 1 else None)
+        if tag is None:
+            named = f"{where} has no `latest` to say which of {there} is meant; give the tag" if there else ""
+            raise CheckpointNotFoundError(
+                named or f"{where} {'holds no checkpoint of DeepSpeed' if where.is_dir() else 'is no directory'}"
+            )
+    directory = where / commit.validate_tag(tag)
+    if not is_deepspeed_tag(directory):
+        raise CheckpointNotFoundError(f"there is no checkpoint {tag!r} of DeepSpeed in {where}; there are {there}")
+    return directory
+
+
+def is_deepspeed_tag(directory: Location) -> bool:
+    """Whether a directory holds a checkpoint of DeepSpeed's."""
+    return any(_STATES.fullmatch(name) or _EXPERTS_OR_LAYERS.fullmatch(name) for name in names_in(directory))
+
+
+class Files:
+    """The files of a tag's directory, by what they hold and whose they are."""
+
+    def __init__(self, directory: Location, progress: Progress, *, weights_only: bool, verify: bool) -> None:
+        self._directory = directory
+        self._progress = progress
+        self._weights_only = weights_only
+        self._verify = verify
+        self._open = lru_cache(maxsize=64)(open_file)  # with a thousand ranks there are more than may be open
+        self._names: dict[tuple[str, int | None], str] = {}
+        for name in sorted(names_in(directory)):
+            if _EXPERTS_OR_LAYERS.fullmatch(name):
+                raise UnsupportedModelError(
+                    f"{directory / name} holds experts, or a pipeline's layer, which live on some ranks alone; "
+                    "only models that are whole on every rank can be imported"
+                )
+            if (found := _STATES.fullmatch(name)) is None:
+                continue
+            data_rank, model_rank, kind = found.groups()
+            if int(model_rank) > 0:
+                raise UnsupportedModelError(
+                    f"{directory / name} belongs to a model that is itself cut over ranks (tensor parallelism); "
+                    "only models that are whole on every rank can be imported"
+                )
+            rank = None if data_rank is None else int(data_rank)
+            if (kind, rank) in self._names:
+                raise CorruptCheckpointError(
+                    f"{directory} holds both {self._names[kind, rank]} and {name}, of different runs: "
+                    "remove what is older"
+                )
+            self._names[kind, rank] = name
+
+    @property
+    def kinds(self) -> set[str]:
+        """What there are files of."""
+        return {kind for kind, _ in self._names}
+
+    def where(self, kind: Kind, rank: int | None) -> str:
+        """Its path, for the messages."""
+        return str(self._directory / self._names.get((kind, rank), f"{kind} states of rank {rank or 0}"))
+
+    def describe(self, kind: Kind, rank: int | None) -> dict[Any, Any]:
+        """What is in it, in the terms of `pickled`."""
+        name = self._names.get((kind, rank))
+        if name is None:
+            raise IncompleteCheckpointError(
+                f"{self._directory} lacks the file of the {'optimizer' if kind == 'optim' else 'model'} of rank "
+                f"{rank or 0}; the files of all ranks have to be there (from every node, if each wrote to its own disk)"
+            )
+        path = self._directory / name
+        found = describe_torch_file(path, self._open, self._progress, verify=self._verify)
+        if self._weights_only:
+            _require_harmless(found.names, path)
+        return require(found.value, dict, str(path))
+
+
+def _require_harmless(names: frozenset[Global], path: Location) -> None:
+    spelled = sorted(f"{name.module}.{name.name}" for name in names - harmless(names))
+    foreign = [name for name in spelled if not name.startswith("deepspeed.")]
+    if foreign:
+        shown = ", ".join(f"{name if name.isprintable() else ascii(name):.100}" for name in foreign[:10])
+        raise UntrustedContentError(
+            f"{path} names {shown}, which would run when the file is loaded; here it didn't. If you trust whoever "
+            "wrote it, import it with weights_only=False (--unsafe): what is kept of it runs when that is loaded so"
+        )
+
+
+def require(value: object, kind: type[_T], what: str) -> _T:
+    """The same value, if it is of that kind; an `int` isn't negative.
+
+    Raises:
+        CorruptCheckpointError: it is something else.
+    """
+    if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):  # type: ignore[operator]
+        raise CorruptCheckpointError(f"{what} is {type(value).__name__}, which DeepSpeed doesn't write there")
+    return value
+
+
+def item(of: Mapping[Any, Any], key: str, kind: type[_T], where: str) -> _T:
+    """What stands under a key, if it is of that kind; see `require`."""
+    return require(of.get(key), kind, f"{where}: {key!r}")
+
+
+def integers(value: object, what: str) -> tuple[int, ...]:
+    """A list of sizes, numbers or the like.
+
+    Raises:
+        CorruptCheckpointError: it is something else.
+    """
+    if not isinstance(value, list | tuple) or not all(type(item) is int and 0 <= item < _LIMIT for item in value):
+        raise CorruptCheckpointError(f"{what} is no list of whole numbers")
+    return tuple(value)
