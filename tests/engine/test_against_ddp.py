@@ -215,6 +215,25 @@ def test_zero_grad_of_every_kind_clears_what_the_segments_hold():
 
 
 @distributed(world_size=2)
+def test_whoever_is_copying_states_is_told_before_a_step_hook_may_change_them():
+    net, told = Net(), []
+    optimizer = torch.optim.AdamW(net.parameters())
+    partition = Partition(
+        net,
+        [optimizer],
+        collectives_for(dist.group.WORLD),
+        stage=2,
+        bucket_bytes=300,
+        before_change=lambda: told.append("told"),
+    )
+    optimizer.register_step_pre_hook(lambda *_: told.append("hook"))
+    loss_of(net, torch.Generator().manual_seed(0)).backward()
+    partition.flush()
+    optimizer.step()
+    assert told == ["told", "hook", "told"]
+
+
+@distributed(world_size=2)
 def test_a_parameter_without_a_gradient_anywhere_is_not_stepped_and_one_with_a_gradient_somewhere_is():
     torch.manual_seed(0)
     net = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("both", "one", "none")})
