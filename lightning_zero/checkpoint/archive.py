@@ -142,7 +142,7 @@ class Record:
         if checksum != self.place.checksum:
             raise CorruptCheckpointError(
                 f"{self.path}: {self.name!r}, bytes {self.place.offset} to {self.place.end}: "
-                "the checksum doesn't match: the file is damaged"
+                "the checksum doesn't match: the file is damaged, or was saved without checksums (verify=False)"
             )
 
 

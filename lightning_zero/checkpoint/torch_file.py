@@ -185,7 +185,10 @@ def _describe(
         file.seek(place.offset)
         pickle = file.read(place.end - place.offset)
         if verify and zlib.crc32(pickle) != place.checksum:
-            raise CorruptCheckpointError(f"{where}: 'data.pkl': the checksum doesn't match: the file is damaged")
+            raise CorruptCheckpointError(
+                f"{where}: 'data.pkl': the checksum doesn't match: the file is damaged, or was saved without checksums "
+                "(verify=False)"
+            )
         return read_pickle(pickle, storage), pickle
     except ZeroError:
         raise

@@ -46,7 +46,7 @@ _Pieces: TypeAlias = "tuple[Tensor, ...] | list[Tensor]"
 _UNREAD = 64
 """Far fewer than the messages that a socket holds."""
 _MESSAGE = struct.Struct("<Qq")
-"""The number of an exchange; an address, or for what has been read 0, or an errno."""
+"""The number of an exchange; an address, or for what has been read 0, and something else if it can't be."""
 _BLOCK_BYTES = 4 << 20
 """Are read before they are added. The thread needs Python's lock a few times for each, which a rank that computes in
 Python gives it every 5 ms; and what is more than a few megabytes has left the processor's cache till then."""
@@ -308,16 +308,15 @@ class _Reading(Pending):
 
     def run(self) -> None:
         """Read; what goes wrong is raised by `wait`, here and at those that would be read from."""
-        failure = 0
         try:
             if self._read is not None:
                 self._read(self._number)
         except Exception as error:
             self._error = error
-            failure = getattr(error.__cause__, "errno", None) or errno.EFAULT
+        failed = self._error is not None
         for peer in self._sources:
             try:
-                peer.tell_that_it_is_read(self._number, failure)
+                peer.tell_that_it_is_read(self._number, failed=failed)
             except RuntimeError as error:
                 self._error = self._error or error
         self._over.set()
@@ -358,10 +357,10 @@ class _Peer:
     def wait_for_reading(self, number: int) -> None:
         """Return when it has read whatever it was told of in an exchange up to this one."""
         while self._told and (first := self._told[0][0]) <= number:
-            error = self._receive(self._done, first)
+            failed = self._receive(self._done, first)
             self._told.popleft()
-            if error:
-                raise RuntimeError(f"rank {self.rank} can't read its peers' memory any more: {os.strerror(error)}")
+            if failed:
+                raise RuntimeError(f"rank {self.rank} couldn't read what its peers sent: look for the error there")
 
     def is_told_where(self, number: int) -> int:
         """The address of what it lets this rank read in an exchange."""
@@ -374,9 +373,9 @@ class _Peer:
         except OSError as error:
             raise RuntimeError(f"the memory of rank {self.rank} can't be read any more: {error.strerror}") from error
 
-    def tell_that_it_is_read(self, number: int, failure: int) -> None:
-        """This rank has read all of an exchange, or failed with an errno."""
-        self._send(self._done, number, failure)
+    def tell_that_it_is_read(self, number: int, *, failed: bool) -> None:
+        """This rank has read all of an exchange, or can't."""
+        self._send(self._done, number, failed)
 
     def _send(self, connection: socket.socket, number: int, word: int) -> None:
         try:

@@ -14,8 +14,8 @@ def get_random_state() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state(legacy=True)
     state = {
-        "python": (version, torch.tensor(internal), gauss),
-        "numpy": (kind, torch.tensor(keys.tolist()), *rest),  # type: ignore[union-attr]
+        "python": (version, torch.tensor(internal, device="cpu"), gauss),
+        "numpy": (kind, torch.tensor(keys.tolist(), device="cpu"), *rest),  # type: ignore[union-attr]
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

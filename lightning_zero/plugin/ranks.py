@@ -124,7 +124,7 @@ class Ranks:
 
     def decided_by_first(self, decide: Callable[[], _T]) -> _T:
         """What `decide` gives on rank 0, or the error that it raises there, on every rank."""
-        error, value = self._told(_outcome(decide) if self.rank == 0 else None)[0]
+        error, value = self._told(_outcome(decide, to_tell=True) if self.rank == 0 else None)[0]
         if error is not None:
             raise error
         decided: _T = value
@@ -138,15 +138,15 @@ class Ranks:
 
     def everyones(self, function: Callable[[], list[_T]]) -> list[_T]:
         """What a function gives on each rank, all put together, on every rank."""
-        own = _outcome(function)
+        own = _outcome(function, to_tell=True)
         outcomes = self._told(own)
         _raise_first([error for error, _ in outcomes], own[0])
         return [item for _, items in outcomes for item in items]
 
     def _told(self, value: Any) -> list[Any]:
-        """What each rank tells the others, in the order of the ranks: in one message, if it is short.
+        """What each rank tells the others, in the order of the ranks: in one message, if what all tell is short.
 
-        Each message may take milliseconds, where all processors are busy.
+        Each message may take milliseconds, where all processors are busy. Else all send as much as the longest.
         """
         content = pickle.dumps(value)
         head = len(content).to_bytes(_LENGTH_BYTES, "little") + content
@@ -227,9 +227,13 @@ def _raise_first(errors: list[Exception | None], own: Exception | None) -> None:
             raise failure
 
 
-def _outcome(function: Callable[[], _T]) -> tuple[Exception | None, _T | None]:
+def _outcome(function: Callable[[], _T], *, to_tell: bool = False) -> tuple[Exception | None, _T | None]:
+    """What a function gives or raises; either can be pickled, the result if it is `to_tell`."""
     try:
-        return None, function()
+        value = function()
+        if to_tell:
+            pickle.dumps(value)
+        return None, value
     except Exception as error:
         try:
             pickle.loads(pickle.dumps(error))

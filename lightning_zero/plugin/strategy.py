@@ -930,8 +930,23 @@ class ZeroStrategy(DDPStrategy):
             live = [type(getattr(optimizer, "optimizer", optimizer)).__name__ for optimizer in self.optimizers]
             if any(before not in ("", now) for before, now in zip(saved, live, strict=True)):
                 rank_zero_warn(f"the checkpoint's optimizers are {saved}, configure_optimizers gave {live}")
+            for entry, optimizer in zip(checkpoint.source.manifest.optimizers, self.optimizers, strict=True):
+                self._require_same_order(entry.parameters, optimizer)
         for optimizer, state in zip(self.optimizers, states, strict=True):
             self._partitioned.load_state(optimizer, state)
+
+    def _require_same_order(self, saved: Sequence[Sequence[str]], optimizer: Optimizer) -> None:
+        """A state belongs to a parameter by its place in the optimizer, as everywhere in torch."""
+        assert self.lightning_module is not None
+        names = {parameter: name for name, parameter in self.lightning_module.named_parameters()}
+        for before, group in zip(saved, optimizer.param_groups, strict=False):
+            now = [name for name in map(names.get, group["params"]) if name in set(before)]
+            if now != list(before) and sorted(now) == sorted(before):
+                raise CheckpointMismatchError(
+                    f"{type(optimizer).__name__} has its parameters in another order than the checkpoint, from "
+                    f"{now[0]!r} on and not from {before[0]!r}: their states would be mixed up. Give it the parameters "
+                    f"in the checkpoint's order, which begins {', '.join(before[:5])}; or load without its states"
+                )
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

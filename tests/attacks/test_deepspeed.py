@@ -187,6 +187,10 @@ CHANGES: dict[str, tuple[int, str, Callable[[dict[str, Any]], object]]] = {
     "a state that is a list": (2, OPTIMIZER, lambda saved: states(saved)[0].update(exp_avg=[0.0])),
     "another step": (2, OPTIMIZER, lambda saved: states(saved)[0].update(step=torch.tensor(4.0))),
     "a step that is none": (2, OPTIMIZER, lambda saved: states(saved)[0].update(step="five")),
+    "a negative step": (2, OPTIMIZER, lambda saved: [state.update(step=-5) for state in states(saved).values()]),
+    "a step without end": (2, OPTIMIZER, lambda saved: states(saved)[0].update(step=10**400)),
+    "an infinite step": (2, OPTIMIZER, lambda saved: states(saved)[0].update(step=torch.tensor(float("inf")))),
+    "a count without end": (2, MODEL, lambda model: model.update(global_steps=2**63)),
     "a state with a path for a name": (2, OPTIMIZER, lambda saved: states(saved)[0].update({"a/b": 1})),
     "no count": (2, MODEL, lambda model: model.update(global_steps=-1)),
     "more ranks than there can be": (
@@ -238,6 +242,14 @@ def test_models_that_are_cut_over_ranks_are_named(tag: Path) -> None:
     refuses(tag, CorruptCheckpointError, "both")
 
 
+def test_universal_checkpoints_are_named(tmp_path: Path) -> None:
+    tag = trained(stage=2).save(tmp_path / "theirs")
+    for file in tag.glob("zero_pp*"):
+        file.unlink()
+    (tag / "zero").mkdir()
+    refuses(tag, UnsupportedModelError, "universal")
+
+
 def test_experts_among_the_param_groups_are_named(tag: Path) -> None:
     edit(
         tag / OPTIMIZER,
@@ -278,9 +290,11 @@ def test_which_one_is_meant(tmp_path: Path) -> None:
 def test_deepspeeds_own_files_stay_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained(stage=2)
     run.save(tmp_path / "theirs", "a")
+    run.save(tmp_path / "lightnings" / "last.ckpt", "checkpoint")
     before = {path: path.stat() for path in sorted(tmp_path.rglob("*"))}
-    with pytest.raises(CheckpointWriteError, match="another directory"):
-        import_deepspeed_checkpoint(tmp_path / "theirs", tmp_path / "theirs")
+    for name in ("theirs", "theirs/a", "lightnings"):
+        with pytest.raises(CheckpointWriteError, match="another directory"):
+            import_deepspeed_checkpoint(tmp_path / "theirs", tmp_path / name)
     assert main(["import-deepspeed", str(tmp_path / "theirs"), str(tmp_path / "theirs")]) == 1
     assert "Traceback" not in capsys.readouterr().err
     assert {path: path.stat() for path in sorted(tmp_path.rglob("*"))} == before
@@ -289,6 +303,7 @@ def test_deepspeeds_own_files_stay_as_they_are(tmp_path: Path, capsys: pytest.Ca
 def test_a_write_that_fails_leaves_what_was_there(tag: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trained(stage=2)
     import_deepspeed_checkpoint(tag, tmp_path / "ours")
+    other = run.save(tmp_path / "others", "global_step6")
     before = sorted(os.listdir(tmp_path / "ours"))
     from lightning_zero.checkpoint import save
 
@@ -297,6 +312,6 @@ def test_a_write_that_fails_leaves_what_was_there(tag: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(save, "write_shard", full)
     with pytest.raises(CheckpointWriteError, match="No space left"):
-        import_deepspeed_checkpoint(tag, tmp_path / "ours")
+        import_deepspeed_checkpoint(other, tmp_path / "ours")
     assert sorted(os.listdir(tmp_path / "ours")) == before
     assert_holds(tmp_path / "ours", run)

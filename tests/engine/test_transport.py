@@ -88,7 +88,7 @@ def test_what_is_summed_may_have_a_graph():
         own = torch.ones(4, requires_grad=True) * 2
         with torch.no_grad():
             out = torch.zeros(4)
-            way.sum(own.view(-1), out, [(1 - rank, own)], accumulate=False).wait()
+            way.sum(own.view(-1), out, [(1 - rank, own.clone())], accumulate=False).wait()
         assert (out == 4).all()
         way.release()
 
@@ -141,7 +141,9 @@ def test_a_rank_that_cant_read_one_peer_tells_the_others_too():
     sent = [(0, torch.ones(10))] if rank else []
     own = torch.ones(0 if rank else 10)
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match="can't be read any more" if rank == 0 else "rank 0 can't read its peers'"):
+    with pytest.raises(
+        RuntimeError, match="can't be read any more" if rank == 0 else "rank 0 couldn't read what its peers"
+    ):
         way.sum(own, torch.zeros_like(own), sent, accumulate=False).wait()
     assert time.monotonic() - began < PATIENCE.total_seconds() / 2
     dist.barrier()
@@ -267,7 +269,7 @@ def test_memory_that_cant_be_read_any_more_is_an_error_on_both_ranks():
         with pytest.raises(RuntimeError, match="rank 1 can't be read any more: Bad address"):
             way.exchange(received, []).wait()
     else:
-        with pytest.raises(RuntimeError, match="rank 0 can't read its peers' memory any more: Bad address"):
+        with pytest.raises(RuntimeError, match="rank 0 couldn't read what its peers sent"):
             way.exchange([], [(0, torch.zeros(10))]).wait()
     dist.barrier()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroStrategy
@@ -547,3 +547,34 @@ def test_random_states_go_on_as_they_are_saved_and_as_lists_as_they_were_before(
     for saved in (state, before):
         set_random_state(saved)
         assert draw() == drawn
+
+
+class InOrder(LightningModule):
+    """Two layers of one shape, given to the optimizer in this order or that."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.names = names
+        self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def training_step(self, batch):
+        return self.second(self.first(batch)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for name in self.names for p in getattr(self, name).parameters()])
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader([torch.ones(4)] * 8, batch_size=2)
+
+
+@distributed(world_size=2, process_group=False)
+def test_states_are_never_given_to_parameters_in_another_order(tmp_path):
+    def trained(*names, max_steps, ckpt_path=None):
+        trainer = quiet_trainer(ZeroStrategy(), world_size=2, max_steps=max_steps)
+        trainer.fit(InOrder(*names), ckpt_path=ckpt_path)
+        return trainer
+
+    trained("second", "first", max_steps=2).save_checkpoint(tmp_path / "tag")
+    with pytest.raises(CheckpointMismatchError, match=r"from 'first\.weight' on and not from 'second\.weight'"):
+        trained("first", "second", max_steps=4, ckpt_path=tmp_path / "tag")
+    trained("second", "first", max_steps=4, ckpt_path=tmp_path / "tag")

@@ -33,3 +33,11 @@ def test_what_fails_on_one_rank_fails_on_all_with_its_words():
     with pytest.raises(CheckpointMismatchError, match="rank 1: no no"):
         ranks.all_or_none(fail)
     ranks.release()
+
+
+@distributed(world_size=2)
+def test_what_cant_be_told_on_one_rank_fails_on_all():
+    ranks = Ranks(None)
+    with pytest.raises(Exception, match="lambda"):
+        ranks.everyones(lambda: [lambda: 1] if dist.get_rank() == 1 else [1])
+    ranks.release()

@@ -38,7 +38,7 @@ from lightning_zero.checkpoint.deepspeed.module import Module, Shapes, read_shap
 from lightning_zero.checkpoint.elements import Elements
 from lightning_zero.checkpoint.manifest import Entry
 from lightning_zero.checkpoint.pickled import Object
-from lightning_zero.checkpoint.storage import Location
+from lightning_zero.checkpoint.storage import Location, names_in
 from lightning_zero.checkpoint.torch_file import View, is_tensor, part_of, unread_tensor
 from lightning_zero.errors import (
     CheckpointMismatchError,
@@ -48,7 +48,7 @@ from lightning_zero.errors import (
 )
 from lightning_zero.segments import Segment
 
-_LIGHTNING_TAG = "checkpoint"
+LIGHTNING_TAG = "checkpoint"
 _LIGHTNING_VERSION = "pytorch-lightning_version"
 
 _OWN = frozenset(
@@ -201,6 +201,8 @@ def read_deepspeed(
         optimizers = [
             read_flat_groups(files.describe("optim", rank), files.where("optim", rank)) for rank in range(count)
         ]
+    elif "zero" in names_in(directory):
+        raise UnsupportedModelError(f"{directory} is a universal checkpoint: import the tag that it was made from")
     elif model.get("param_shapes") is not None:
         raise IncompleteCheckpointError(f"{directory} lacks the optimizer's files of all ranks")
     elif model.get("optimizer") is not None and not module_only:
@@ -213,7 +215,7 @@ def read_deepspeed(
     if stage == 3 and model.get("frozen_param_shapes"):
         frozen = read_shapes(model["frozen_param_shapes"], f"{where}: 'frozen_param_shapes'")
         for rank, held in enumerate(ranks):
-            own, whose = files.describe("model", rank), files.where("model", rank)
+            own, whose = files.describe("model", rank) if rank else model, files.where("model", rank)
             fragments = item(own, "frozen_param_fragments", dict, whose)
             held.frozen.extend(frozen_pieces(frozen, fragments, rank, count, whose))
     entries, aliases, whole = module.entries(trained, frozen)
@@ -228,7 +230,7 @@ def read_deepspeed(
     config = model.get("ds_config")
     return DeepSpeedCheckpoint(
         directory=directory,
-        name=directory.parent.name if is_lightnings and directory.name == _LIGHTNING_TAG else directory.name,
+        name=directory.parent.name if is_lightnings and directory.name == LIGHTNING_TAG else directory.name,
         stage=stage,
         step=step,
         entries=[replace(entry, name=rename(entry.name)) for entry in entries],
@@ -329,4 +331,8 @@ def _class_name(groups: list[ParameterGroup], config: Mapping[Any, Any]) -> str:
         return "AdamW" if decoupled else "Adam"
     configured = config.get("optimizer")
     kind = configured.get("type") if isinstance(configured, dict) else None
-    return kind if isinstance(kind, str) else ""
+    if not isinstance(kind, str):
+        return ""
+    asked = configured.get("params") if isinstance(configured, dict) else None
+    decoupled = not isinstance(asked, dict) or bool(asked.get("adam_w_mode", True))
+    return "AdamW" if kind.lower() == "adam" and decoupled else kind  # DeepSpeed's "Adam" is AdamW if nothing is said

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.pickled import Global
-from lightning_zero.checkpoint.storage import Location, PathOrUrl, absolute, locate, names_in, open_file
+from lightning_zero.checkpoint.storage import Location, PathOrUrl, absolute, is_remote, locate, names_in, open_file
 from lightning_zero.checkpoint.torch_file import describe_torch_file, harmless
 from lightning_zero.errors import (
     CheckpointNotFoundError,
@@ -27,7 +27,7 @@ Progress: TypeAlias = Callable[[int], object]
 Kind = Literal["model", "optim"]
 _T = TypeVar("_T")
 
-_LIMIT = 2**63
+LIMIT = 2**63
 _STATES = re.compile(r"(?:bf16_|fp16_)?(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_?(model|optim)_states\.pt")
 _EXPERTS_OR_LAYERS = re.compile(r"(layer|expert|expp_rank)_.*_states\.pt")
 
@@ -74,7 +74,8 @@ class Files:
         self._progress = progress
         self._weights_only = weights_only
         self._verify = verify
-        self._open = lru_cache(maxsize=64)(open_file)  # with a thousand ranks there are more than may be open
+        # With a thousand ranks there are more than may be open; and a hub's are links
+        self._open = lru_cache(maxsize=64)(lambda path: open_file(path if is_remote(path) else path.resolve()))
         self._names: dict[tuple[str, int | None], str] = {}
         for name in sorted(names_in(directory)):
             if _EXPERTS_OR_LAYERS.fullmatch(name):
@@ -134,12 +135,12 @@ def _require_harmless(names: frozenset[Global], path: Location) -> None:
 
 
 def require(value: object, kind: type[_T], what: str) -> _T:
-    """The same value, if it is of that kind; an `int` isn't negative.
+    """The same value, if it is of that kind; an `int` isn't negative, nor more than 64 bits have.
 
     Raises:
         CorruptCheckpointError: it is something else.
     """
-    if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):  # type: ignore[operator]
+    if not isinstance(value, kind) or (kind is int and not (type(value) is int and value in range(LIMIT))):
         raise CorruptCheckpointError(f"{what} is {type(value).__name__}, which DeepSpeed doesn't write there")
     return value
 
@@ -155,6 +156,6 @@ def integers(value: object, what: str) -> tuple[int, ...]:
     Raises:
         CorruptCheckpointError: it is something else.
     """
-    if not isinstance(value, list | tuple) or not all(type(item) is int and 0 <= item < _LIMIT for item in value):
+    if not isinstance(value, list | tuple) or not all(type(item) is int and 0 <= item < LIMIT for item in value):
         raise CorruptCheckpointError(f"{what} is no list of whole numbers")
     return tuple(value)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any
 
-from lightning_zero.checkpoint.deepspeed.files import integers, item, require
+from lightning_zero.checkpoint.deepspeed.files import LIMIT, integers, item, require
 from lightning_zero.checkpoint.deepspeed.module import Shapes
 from lightning_zero.checkpoint.elements import Elements
 from lightning_zero.checkpoint.manifest import ITEM_BYTES, Plain
@@ -125,8 +125,8 @@ def _number(value: object, what: str) -> float:
         content = bytearray(ITEM_BYTES[tensor.stored])
         tensor.source.read(0, 1, memoryview(content))
         value = struct.unpack(_FORMATS[tensor.stored], content)[0]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CorruptCheckpointError(f"{what} is {type(value).__name__}, no number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < LIMIT:
+        raise CorruptCheckpointError(f"{what} is {type(value).__name__}, and no number of steps")
     return float(value)
 
 
@@ -238,7 +238,8 @@ def _state_tensors(state: Mapping[Any, Any], master: Elements, where: str) -> It
         tensor = unread_tensor(value, f"{where}: {name!r}")
         if tensor.shape and tensor.numel < master.numel:
             raise CorruptCheckpointError(
-                f"{where}: {name!r} has {tensor.numel} elements, and the masters have {master.numel}"
+                f"{where}: {name!r} has {tensor.numel} elements, and the masters have {master.numel}: it is damaged, "
+                "or not kept element by element; the weights alone can be imported (module_only=True, --module-only)"
             )
         yield name, tensor
 

@@ -25,11 +25,11 @@ import torch
 
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.content import CLIENT_STATE, RankContent, SharedContent, TensorToSave
-from lightning_zero.checkpoint.deepspeed.directory import DeepSpeedCheckpoint, Rank, read_deepspeed
+from lightning_zero.checkpoint.deepspeed.directory import LIGHTNING_TAG, DeepSpeedCheckpoint, Rank, read_deepspeed
 from lightning_zero.checkpoint.deepspeed.files import Progress, find_deepspeed_tag, is_deepspeed_tag
 from lightning_zero.checkpoint.deepspeed.flat_groups import Piece
 from lightning_zero.checkpoint.elements import Elements
-from lightning_zero.checkpoint.manifest import MASTER_CODES, TRAINER_NAME, OptimizerEntry, StoredValue
+from lightning_zero.checkpoint.manifest import MANIFEST_NAME, MASTER_CODES, TRAINER_NAME, OptimizerEntry, StoredValue
 from lightning_zero.checkpoint.plain_loops import loops_after
 from lightning_zero.checkpoint.report import SaveReport
 from lightning_zero.checkpoint.save import save_for_ranks
@@ -79,7 +79,7 @@ def import_deepspeed_checkpoint(
         UntrustedContentError: it holds what would run code.
         CheckpointMismatchError: it can't be told which state is which parameter's (stage 0).
         UnsupportedModelError: the model is cut over ranks, or has experts.
-        CheckpointWriteError: the tag can't be written; what was there is there.
+        CheckpointWriteError: the tag can't be written, or is there already; what was there is there.
     """
     checkpoint = read_deepspeed(
         find_deepspeed_tag(source, tag),
@@ -99,6 +99,10 @@ def write_imported(
     directory = absolute(save_dir) / checkpoint.name
     _require_no_deepspeed(directory)
     commit.require_replaceable(directory)
+    if (directory / MANIFEST_NAME).is_file():
+        raise CheckpointWriteError(
+            f"{directory} is a checkpoint already, which was left as it is; import into another directory, or remove it"
+        )
     trainer = _trainer_bytes(checkpoint, weights_only)
     step, epoch = _progress_of(checkpoint)
     shared = SharedContent(
@@ -134,8 +138,9 @@ def bytes_to_read(checkpoint: DeepSpeedCheckpoint, *, verify: bool) -> int:
 
 def _require_no_deepspeed(directory: Location) -> None:
     """What DeepSpeed has written stays as it is, and so does its `latest`."""
-    for there in (directory, *(directory.parent / name for name in names_in(directory.parent))):
-        if is_deepspeed_tag(there):
+    beside = [directory.parent / name for name in names_in(directory.parent)]
+    for there in (directory, directory.parent, *beside):
+        if is_deepspeed_tag(there) or is_deepspeed_tag(there / LIGHTNING_TAG):
             raise CheckpointWriteError(
                 f"{directory.parent} holds {there.name!r}, a checkpoint of DeepSpeed's, which `latest` may name; "
                 "import into another directory"
@@ -213,7 +218,8 @@ def _schedulers(checkpoint: DeepSpeedCheckpoint) -> list[Any]:
     if state is not None:
         warnings.warn(
             f"{checkpoint.directory} has the state of a scheduler of DeepSpeed's own, which no other takes: it isn't "
-            f"imported. Have yours begin at step {checkpoint.step} (last_epoch={checkpoint.step})",
+            f"imported. Have yours begin at step {checkpoint.step} (last_epoch={checkpoint.step}, once each param "
+            "group has its 'initial_lr')",
             stacklevel=4,
         )
     return []

@@ -11,7 +11,9 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_zero import ZeroStrategy, get_fp32_state_dict_from_zero_checkpoint, import_deepspeed_checkpoint
+from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.cli import main
+from lightning_zero.errors import CheckpointWriteError
 from tests.checkpoint.deepspeed.forger import Run, edit
 from tests.checkpoint.deepspeed.training import assert_holds, trained
 from tests.launch import distributed, run_ranks
@@ -83,9 +85,9 @@ def test_weights_alone(tmp_path: Path) -> None:
 def test_lightnings_dict_is_its_own(tmp_path: Path) -> None:
     run = trained(stage=2, client_state=LIGHTNING, prefix="_forward_module.")
     run.save(tmp_path / "epoch=3.ckpt", "checkpoint")
-    for source in (tmp_path / "epoch=3.ckpt", tmp_path / "epoch=3.ckpt" / "checkpoint"):
-        assert import_deepspeed_checkpoint(source, tmp_path / "ours").name == "epoch=3.ckpt"
-        checkpoint = assert_holds(tmp_path / "ours", run)
+    for name, source in (("a", tmp_path / "epoch=3.ckpt"), ("b", tmp_path / "epoch=3.ckpt" / "checkpoint")):
+        assert import_deepspeed_checkpoint(source, tmp_path / name).name == "epoch=3.ckpt"
+        checkpoint = assert_holds(tmp_path / name, run)
     assert (checkpoint.manifest.step, checkpoint.manifest.epoch) == (5, 3)
     trainer = checkpoint.trainer()
     assert {key: trainer[key] for key in LIGHTNING} == LIGHTNING
@@ -218,6 +220,55 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     assert float(done.stdout) < 30  # of 192 MiB
     state_dict = get_fp32_state_dict_from_zero_checkpoint(tmp_path / "ours")
     assert torch.equal(state_dict["weight"], module.weight)
+
+
+def test_a_tag_that_is_there_is_never_replaced(tmp_path: Path) -> None:
+    run = trained(stage=2)
+    run.save(tmp_path / "theirs")
+    import_deepspeed_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    with pytest.raises(CheckpointWriteError, match="is a checkpoint already"):
+        import_deepspeed_checkpoint(tmp_path / "theirs", tmp_path / "ours", module_only=True)
+    assert_holds(tmp_path / "ours", run)
+
+
+def test_the_files_may_be_links(tmp_path: Path) -> None:
+    run = trained(stage=2)
+    tag = run.save(tmp_path / "theirs")
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate(sorted(tag.iterdir())):
+        file.rename(tmp_path / "blobs" / str(number))
+        file.symlink_to(tmp_path / "blobs" / str(number))
+    import_deepspeed_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    assert_holds(tmp_path / "ours", run)
+
+
+def test_from_and_to_a_url(tmp_path: Path) -> None:
+    run = trained(stage=2)
+    run.save(tmp_path / "theirs")
+    path = import_deepspeed_checkpoint((tmp_path / "theirs").as_uri(), "memory://imported")
+    assert Checkpoint(path, verify="full").manifest.step == 5
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "name"),
+    [
+        ({"type": "Adam"}, "AdamW"),
+        ({"type": "Adam", "params": {"adam_w_mode": False}}, "Adam"),
+        ({"type": "Lion"}, "Lion"),
+    ],
+)
+def test_the_optimizers_class_is_what_deepspeed_makes_of_its_configuration(optimizer, name, tmp_path: Path) -> None:
+    directory = trained(stage=1, world_size=1).save(tmp_path / "theirs")
+    edit(directory / "mp_rank_00_model_states.pt", lambda content: content["ds_config"].update(optimizer=optimizer))
+    edit(
+        directory / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        lambda content: [
+            group.pop("decoupled_weight_decay", None)
+            for group in content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
+        ],
+    )
+    path = import_deepspeed_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    assert Checkpoint(path).manifest.optimizers[0].class_name == name
 
 
 def test_a_scheduler_of_deepspeeds_own_is_warned_of(tmp_path: Path) -> None:
