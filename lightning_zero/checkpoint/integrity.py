@@ -7,7 +7,6 @@ changes anything on disk, and no torch: `lightning-zero verify` starts at once.
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -98,7 +97,8 @@ def find_problems(
 
     own = manifest.files[part::parts]
     if depth == "sizes" and len(own) <= 1:  # not worth a thread, which waits for a processor where all are busy
-        yield from itertools.chain.from_iterable(map(look, own))
+        for entry in own:
+            yield from look(entry)
         return
     with ThreadPoolExecutor(THREADS, "lightning_zero-verify") as pool:
         for found in pool.map(look, own):

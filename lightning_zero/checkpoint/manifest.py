@@ -44,6 +44,8 @@ Kind = Literal["model", "optimizer", "rank"]
 Role = Literal["parameter", "frozen", "buffer", "given"]
 Form = Literal["elementwise", "whole", "value"]
 Plain: TypeAlias = "bool | int | float | str | None"
+PLAIN = (bool, int, float, str, type(None))
+"""The same, for `isinstance`."""
 
 DTYPES: Mapping[str, tuple[str, int]] = {
     "float64": ("F64", 8),
@@ -75,8 +77,8 @@ MASTER_CODES = frozenset(("F32", "F64", "C64", "C128"))
 """What a parameter's masters are stored in."""
 
 _KINDS = get_args(Kind)
-_LARGEST = 2**63 - 1
-_LARGEST_NUMEL = _LARGEST // 16  # so the bytes fit in 63 bits in every dtype, stored or asked for
+LARGEST = 2**63 - 1
+_LARGEST_NUMEL = LARGEST // 16  # so the bytes fit in 63 bits in every dtype, stored or asked for
 _LARGEST_HEADER = 8 + 100_000_000  # safetensors' own limit; a header is read into memory
 _XXH3 = re.compile(r"[0-9a-f]{16}")
 _TRAINER = re.compile(r"trainer(-[0-9a-f]{16})?\.pt")
@@ -459,7 +461,7 @@ def _fields(row: object, what: str, where: str) -> dict[str, Any]:
         names, kinds, numbers = _AS_WRITTEN[what]
         if tuple(row) == names and tuple(map(type, row.values())) == kinds:
             for number in numbers:
-                if not 0 <= row[number] <= _LARGEST:
+                if not 0 <= row[number] <= LARGEST:
                     break
             else:
                 return row
@@ -473,7 +475,7 @@ def _fields(row: object, what: str, where: str) -> dict[str, Any]:
         value = row[field]
         if type(value) is not kind and kind is not object:
             raise CorruptCheckpointError(f"{where}: {field!r} of {what} is {value!r:.80}, not of type {kind.__name__}")
-        if kind is int and not 0 <= value <= _LARGEST:
+        if kind is int and not 0 <= value <= LARGEST:
             raise CorruptCheckpointError(f"{where}: {field!r} of {what} is {value}, which no checkpoint has")
     return row
 
@@ -482,7 +484,7 @@ def _shape(value: list[object], where: str, name: str) -> tuple[int, ...]:
     # The product is bounded one factor at a time: a list of a million large factors must not cost a bignum
     numel = 1
     for size in value:
-        if type(size) is not int or not 0 <= size <= _LARGEST:
+        if type(size) is not int or not 0 <= size <= LARGEST:
             raise CorruptCheckpointError(f"{where}: {name!r}: the shape {value!r:.80} is not a list of sizes")
         numel *= size or 1
         if numel > _LARGEST_NUMEL:

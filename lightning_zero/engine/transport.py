@@ -195,7 +195,7 @@ class MemoryReads(Transport):
         self._peers = peers
         self._scratch = torch.empty(2, _BLOCK_BYTES, dtype=torch.uint8)  # the thread's, which does one after the other
         self._exchanges = 0
-        self._begun: SimpleQueue[_Reading | None] = SimpleQueue()
+        self._begun: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._end = weakref.finalize(self, self._begun.put, None)  # nobody may come to release it
         self._end.atexit = False
@@ -218,15 +218,15 @@ class MemoryReads(Transport):
     ) -> Pending:
         self._exchanges += 1
         told = [(self._peers[rank], tensor) for rank, tensor in sent]
-        reading = _Reading(self._exchanges, read, sources, told)
-        if read:
+        reading = _Reading(self._exchanges, told, reads=read is not None)
+        if read is not None:
             if self._thread is None:
                 # It knows the queue alone: all else goes when its last owner lets go of it
                 self._thread = threading.Thread(
                     target=_read_in_turn, args=(self._begun,), name="lightning_zero-reads", daemon=True
                 )
                 self._thread.start()
-            self._begun.put(reading)
+            self._begun.put(partial(reading.run, read, sources))
         return reading
 
     @override
@@ -243,10 +243,10 @@ class MemoryReads(Transport):
 
 
 @torch.no_grad()  # a gradient that is to be differentiated again has a graph
-def _read_in_turn(begun: SimpleQueue[_Reading | None]) -> None:
-    while (reading := begun.get()) is not None:
-        reading.run()
-        del reading  # or its tensors would live until the next exchange
+def _read_in_turn(begun: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (read := begun.get()) is not None:
+        read()
+        del read  # or its tensors would live until the next exchange
 
 
 def _fill(reads: Sequence[tuple[_Peer, Tensor]], number: int) -> None:
@@ -282,39 +282,29 @@ class _Reading(Pending):
 
     Args:
         number: of the exchange.
-        read: what does it, given the number; None if there is nothing to read.
-        sources: whom it reads from.
         told: whom to tell of which tensor.
+        reads: whether there is anything to read.
     """
 
-    def __init__(
-        self,
-        number: int,
-        read: Callable[[int], None] | None,
-        sources: Sequence[_Peer],
-        told: Sequence[tuple[_Peer, Tensor]],
-    ) -> None:
+    def __init__(self, number: int, told: Sequence[tuple[_Peer, Tensor]], *, reads: bool) -> None:
         self._number = number
-        self._read = read
-        self._sources = sources
         self._told = [peer for peer, _ in told]
         self._error: Exception | None = None
         self._over = threading.Event()
-        if read is None:
+        if not reads:
             self._over.set()
         for peer, tensor in told:
             peer.wait_for_reading(number - _UNREAD)
             peer.tell_where(number, tensor)
 
-    def run(self) -> None:
+    def run(self, read: Callable[[int], None], sources: Sequence[_Peer]) -> None:
         """Read; what goes wrong is raised by `wait`, here and at those that would be read from."""
         try:
-            if self._read is not None:
-                self._read(self._number)
+            read(self._number)
         except Exception as error:
             self._error = error
         failed = self._error is not None
-        for peer in self._sources:
+        for peer in sources:
             try:
                 peer.tell_that_it_is_read(self._number, failed=failed)
             except RuntimeError as error:

@@ -18,15 +18,13 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lightning_zero.checkpoint.content import RankContent, SharedContent, TensorToSave
-from lightning_zero.checkpoint.manifest import Entry, OptimizerEntry, Role, StoredValue
+from lightning_zero.checkpoint.manifest import PLAIN, Entry, OptimizerEntry, Role, StoredValue
 from lightning_zero.engine.optimizer import MASTER
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.plugin.metric_state import MetricState
 from lightning_zero.plugin.random_state import get_random_state
 from lightning_zero.segments import ParameterSpec, plan_buckets
-
-_PLAIN = (bool, int, float, str, type(None))
 
 
 def contents(
@@ -171,7 +169,7 @@ def _add_optimizer_states(
                 if isinstance(value, Tensor):
                     flat = value.reshape(-1) if value.shape == piece.master.shape else value
                     tensors.append(TensorToSave("optimizer", name, start, stop, flat, index, key, steady=True))
-                elif isinstance(value, _PLAIN):
+                elif isinstance(value, PLAIN):
                     values.append(StoredValue(index, name, start, stop, key, value))
                 elif world_size > 1:
                     raise UnsupportedModelError(
@@ -191,7 +189,7 @@ def _unsegmented(state: Mapping[Any, Any], *, alone: bool) -> dict[Any, Any]:
         if not isinstance(key, int):
             rest[key] = value
         elif alone:
-            odd = {name: item for name, item in value.items() if not isinstance(item, (Tensor, *_PLAIN))}
+            odd = {name: item for name, item in value.items() if not isinstance(item, (Tensor, *PLAIN))}
             if odd:
                 rest[key] = odd
     return rest

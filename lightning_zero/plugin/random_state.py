@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def get_random_state() -> dict[str, Any]:
@@ -14,8 +15,8 @@ def get_random_state() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state(legacy=True)
     state = {
-        "python": (version, torch.tensor(internal, device="cpu"), gauss),
-        "numpy": (kind, torch.tensor(keys.tolist(), device="cpu"), *rest),  # type: ignore[union-attr]
+        "python": (version, _stored(internal), gauss),
+        "numpy": (kind, _stored(keys), *rest),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -26,9 +27,19 @@ def get_random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Go on from what `get_random_state` gave, or gave before: lists of numbers in place of tensors."""
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(torch.as_tensor(internal).tolist()), gauss))
+    random.setstate((version, tuple(_words(internal).tolist()), gauss))
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(torch.as_tensor(keys).tolist(), dtype=np.uint32), *rest))
+    np.random.set_state((kind, _words(keys), *rest))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _stored(words: Any) -> Tensor:
+    """Numbers of 32 bits as a tensor; torch's own unsigned ones aren't loaded by every torch."""
+    return torch.from_numpy(np.array(words, dtype=np.uint32).view(np.int32))
+
+
+def _words(stored: Any) -> Any:
+    """The numbers again, or what was a list of them before."""
+    return stored.numpy().view(np.uint32) if isinstance(stored, Tensor) else np.array(stored, dtype=np.uint32)

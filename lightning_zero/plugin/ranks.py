@@ -124,7 +124,7 @@ class Ranks:
 
     def decided_by_first(self, decide: Callable[[], _T]) -> _T:
         """What `decide` gives on rank 0, or the error that it raises there, on every rank."""
-        error, value = self._told(_outcome(decide, to_tell=True) if self.rank == 0 else None)[0]
+        error, value = self._told(_outcome(decide) if self.rank == 0 else (None, None))[0]
         if error is not None:
             raise error
         decided: _T = value
@@ -133,22 +133,26 @@ class Ranks:
     def all_or_none(self, function: Callable[[], _T]) -> _T:
         """Call a function on every rank. If it fails on one, it fails on all, with the first rank's error."""
         error, value = _outcome(function)
-        _raise_first(self._told(error), error)
+        _raise_first([error for error, _ in self._told((error, None))], error)
         return value  # type: ignore[return-value]
 
     def everyones(self, function: Callable[[], list[_T]]) -> list[_T]:
         """What a function gives on each rank, all put together, on every rank."""
-        own = _outcome(function, to_tell=True)
+        own = _outcome(function)
         outcomes = self._told(own)
         _raise_first([error for error, _ in outcomes], own[0])
         return [item for _, items in outcomes for item in items]
 
-    def _told(self, value: Any) -> list[Any]:
-        """What each rank tells the others, in the order of the ranks: in one message, if what all tell is short.
+    def _told(self, outcome: tuple[Exception | None, Any]) -> list[tuple[Exception | None, Any]]:
+        """What came of something on each rank, in the order of the ranks: in one message, if all of it is short.
 
-        Each message may take milliseconds, where all processors are busy. Else all send as much as the longest.
+        Each message may take milliseconds, where all processors are busy. Else all send as much as the longest. What
+        can't be pickled is told of as an error.
         """
-        content = pickle.dumps(value)
+        try:
+            content = pickle.dumps(outcome)
+        except Exception as error:
+            content = pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), None))
         head = len(content).to_bytes(_LENGTH_BYTES, "little") + content
         heads = self._gathered(head[:_SHORT_BYTES].ljust(_SHORT_BYTES))
         lengths = [int.from_bytes(head[:_LENGTH_BYTES], "little") for head in heads]
@@ -227,13 +231,9 @@ def _raise_first(errors: list[Exception | None], own: Exception | None) -> None:
             raise failure
 
 
-def _outcome(function: Callable[[], _T], *, to_tell: bool = False) -> tuple[Exception | None, _T | None]:
-    """What a function gives or raises; either can be pickled, the result if it is `to_tell`."""
+def _outcome(function: Callable[[], _T]) -> tuple[Exception | None, _T | None]:
     try:
-        value = function()
-        if to_tell:
-            pickle.dumps(value)
-        return None, value
+        return None, function()
     except Exception as error:
         try:
             pickle.loads(pickle.dumps(error))

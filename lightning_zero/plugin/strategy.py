@@ -940,7 +940,8 @@ class ZeroStrategy(DDPStrategy):
         assert self.lightning_module is not None
         names = {parameter: name for name, parameter in self.lightning_module.named_parameters()}
         for before, group in zip(saved, optimizer.param_groups, strict=False):
-            now = [name for name in map(names.get, group["params"]) if name in set(before)]
+            known = set(before)
+            now = [name for name in map(names.get, group["params"]) if name in known]
             if now != list(before) and sorted(now) == sorted(before):
                 raise CheckpointMismatchError(
                     f"{type(optimizer).__name__} has its parameters in another order than the checkpoint, from "

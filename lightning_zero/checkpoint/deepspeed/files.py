@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint.manifest import LARGEST
 from lightning_zero.checkpoint.pickled import Global
 from lightning_zero.checkpoint.storage import Location, PathOrUrl, absolute, is_remote, locate, names_in, open_file
 from lightning_zero.checkpoint.torch_file import describe_torch_file, harmless
@@ -27,7 +28,6 @@ Progress: TypeAlias = Callable[[int], object]
 Kind = Literal["model", "optim"]
 _T = TypeVar("_T")
 
-LIMIT = 2**63
 _STATES = re.compile(r"(?:bf16_|fp16_)?(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_?(model|optim)_states\.pt")
 _EXPERTS_OR_LAYERS = re.compile(r"(layer|expert|expp_rank)_.*_states\.pt")
 
@@ -140,9 +140,13 @@ def require(value: object, kind: type[_T], what: str) -> _T:
     Raises:
         CorruptCheckpointError: it is something else.
     """
-    if not isinstance(value, kind) or (kind is int and not (type(value) is int and value in range(LIMIT))):
+    if not isinstance(value, kind) or (kind is int and not _is_count(value)):
         raise CorruptCheckpointError(f"{what} is {type(value).__name__}, which DeepSpeed doesn't write there")
     return value
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST
 
 
 def item(of: Mapping[Any, Any], key: str, kind: type[_T], where: str) -> _T:
@@ -156,6 +160,6 @@ def integers(value: object, what: str) -> tuple[int, ...]:
     Raises:
         CorruptCheckpointError: it is something else.
     """
-    if not isinstance(value, list | tuple) or not all(type(item) is int and 0 <= item < LIMIT for item in value):
+    if not isinstance(value, list | tuple) or not all(map(_is_count, value)):
         raise CorruptCheckpointError(f"{what} is no list of whole numbers")
     return tuple(value)

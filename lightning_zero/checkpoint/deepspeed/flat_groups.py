@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any
 
-from lightning_zero.checkpoint.deepspeed.files import LIMIT, integers, item, require
+from lightning_zero.checkpoint.deepspeed.files import integers, item, require
 from lightning_zero.checkpoint.deepspeed.module import Shapes
 from lightning_zero.checkpoint.elements import Elements
-from lightning_zero.checkpoint.manifest import ITEM_BYTES, Plain
+from lightning_zero.checkpoint.manifest import ITEM_BYTES, LARGEST, PLAIN, Plain
 from lightning_zero.checkpoint.torch_file import is_tensor, part_of, unread_tensor
 from lightning_zero.errors import CorruptCheckpointError, UnsupportedModelError
 from lightning_zero.segments import Segment, SegmentIndex
 
-_PLAIN = (bool, int, float, str, type(None))
 _FORMATS = {"F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i"}
 """In which a step is kept."""
 
@@ -125,7 +124,7 @@ def _number(value: object, what: str) -> float:
         content = bytearray(ITEM_BYTES[tensor.stored])
         tensor.source.read(0, 1, memoryview(content))
         value = struct.unpack(_FORMATS[tensor.stored], content)[0]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < LIMIT:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
         raise CorruptCheckpointError(f"{what} is {type(value).__name__}, and no number of steps")
     return float(value)
 
@@ -232,7 +231,7 @@ def _state_tensors(state: Mapping[Any, Any], master: Elements, where: str) -> It
     for name, value in state.items():
         if type(name) is not str or "/" in name:
             raise CorruptCheckpointError(f"{where}: {name!r:.80} is no name of an optimizer's state")
-        if isinstance(value, _PLAIN):
+        if isinstance(value, PLAIN):
             yield name, value
             continue
         tensor = unread_tensor(value, f"{where}: {name!r}")
