@@ -24,7 +24,6 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.plugins.io.async_plugin import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
@@ -50,7 +49,6 @@ from lightning_zero.engine.buffers import keep_freed_memory
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import (
-    CheckpointMismatchError,
     CheckpointNotFoundError,
     CheckpointWriteError,
     UnsupportedModelError,
@@ -60,9 +58,8 @@ from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown
 from lightning_zero.plugin.checkpoint_io import PREPARED, LoadedCheckpoint, PreparedSave, ZeroCheckpointIO
 from lightning_zero.plugin.choice import Choice, choose
 from lightning_zero.plugin.contents import contents
-from lightning_zero.plugin.loader_state import (
-    make_resumable,
-)
+from lightning_zero.plugin.loader_state import make_resumable
+from lightning_zero.plugin.loading import load_module, restore_optimizer_states
 from lightning_zero.plugin.materialize import materialize
 from lightning_zero.plugin.metric_state import finished_metrics, get_metric_states
 from lightning_zero.plugin.overlap import GatherOverlap
@@ -71,6 +68,7 @@ from lightning_zero.plugin.ranks import Ranks, stay_at_exit
 from lightning_zero.plugin.resume import Resume
 from lightning_zero.plugin.signals import SharedSignals
 from lightning_zero.plugin.telemetry import SaveTelemetry
+from lightning_zero.plugin.wrapped_io import unwrapped, wait_for_threads
 
 _T = TypeVar("_T")
 _BROKEN_OFF = (
@@ -196,13 +194,6 @@ class ZeroStrategy(DDPStrategy):
         self._checkpoint_io = io
 
     @property
-    def _innermost_io(self) -> CheckpointIO | None:
-        innermost: CheckpointIO | None = self.checkpoint_io
-        while isinstance(innermost, _WrappingCheckpointIO):
-            innermost = innermost.checkpoint_io
-        return innermost
-
-    @property
     def _sharded_io(self) -> CheckpointIO:
         """What writes and reads directories, whatever the user's own writes."""
         return self.checkpoint_io if self._own_io is not None else ZeroCheckpointIO()
@@ -210,8 +201,7 @@ class ZeroStrategy(DDPStrategy):
     @property
     def _own_io(self) -> ZeroCheckpointIO | None:
         """The one that writes directories, whatever is wrapped around it; None if the user's own writes files."""
-        innermost = self._innermost_io
-        return innermost if isinstance(innermost, ZeroCheckpointIO) else None
+        return unwrapped(self.checkpoint_io)
 
     @property
     def _node_local(self) -> bool:
@@ -327,13 +317,11 @@ class ZeroStrategy(DDPStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.lightning_module is not None
-        self._uninitialized = materialize(self.lightning_module, self.root_device)
+        self._uninitialized = materialize(self._module, self.root_device)
         super().load_model_state_dict(checkpoint, strict=strict)
         self._uninitialized -= checkpoint["state_dict"].keys()
         if self._resume is not None:
-            assert self.lightning_module is not None
-            self._resume.restore_metrics(self.lightning_module)
+            self._resume.restore_metrics(self._module)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -558,7 +546,6 @@ class ZeroStrategy(DDPStrategy):
         behind: bool | None = None,
         tag_validation: TagValidation | None = None,
     ) -> None:
-        assert self.lightning_module is not None
         began = time.perf_counter()
         if behind is None:
             behind = self._saves_behind and "hpc_ckpt_" not in os.fspath(path)  # the job is requeued right after it
@@ -589,7 +576,7 @@ class ZeroStrategy(DDPStrategy):
         )
         io = io or self.checkpoint_io
         io.save_checkpoint({**dumped, PREPARED: prepared}, path, storage_options=storage_options)
-        self._wait_for_threads()
+        wait_for_threads(self.checkpoint_io)
         self._log_saves()
         saved = absolute(locate(path))
         if not saved.name.startswith("."):
@@ -599,8 +586,7 @@ class ZeroStrategy(DDPStrategy):
 
     def _contents(self, checkpoint: Mapping[str, Any], path: _PATH) -> tuple[RankContent, SharedContent]:
         """What this rank puts into a checkpoint, and what the ranks share. Not a collective."""
-        assert self.lightning_module is not None
-        module, partition = self.lightning_module, self._partition
+        module, partition = self._module, self._partition
         if partition is not None:
             if partition.is_stepping:
                 raise CheckpointWriteError(_BROKEN_OFF.format(os.fspath(path)))
@@ -693,20 +679,6 @@ class ZeroStrategy(DDPStrategy):
             checkpoint = {**checkpoint, "optimizer_states": states}
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
-
-    def _wait_for_threads(self) -> None:
-        """Lightning's `AsyncCheckpointIO` saves in a thread, where the ranks would agree while they train.
-
-        So it is waited for: everything that comes through it is as safe as without it, and not faster.
-        """
-        io: CheckpointIO | None = self.checkpoint_io
-        while isinstance(io, _WrappingCheckpointIO):
-            if isinstance(io, AsyncCheckpointIO) and io._executor is not None:
-                io._executor.submit(lambda: None).result()
-                if io._error is not None:
-                    error, io._error = io._error, None
-                    raise error
-            io = io.checkpoint_io
 
     def save_zero_checkpoint(
         self,
@@ -804,10 +776,10 @@ class ZeroStrategy(DDPStrategy):
             if custom_load_fn is not None:
                 custom_load_fn(state_dict, module)
             else:
-                _load_module(module, state_dict, choice.path, strict=load_module_strict)
+                load_module(module, state_dict, choice.path, strict=load_module_strict)
             self._partitioned.load_masters(state_dict)
             if load_optimizer_states and not load_module_only:
-                self._load_optimizer_states(checkpoint)
+                restore_optimizer_states(checkpoint, module, self.optimizers, self._partitioned)
             if load_lr_scheduler_states and not load_module_only:
                 for config, state in zip(self.lr_scheduler_configs, checkpoint.get("lr_schedulers", ()), strict=False):
                     config.scheduler.load_state_dict(state)
@@ -911,43 +883,9 @@ class ZeroStrategy(DDPStrategy):
 
         def load() -> None:
             self._partitioned.load_masters(checkpoint["state_dict"])
-            self._load_optimizer_states(checkpoint)
+            restore_optimizer_states(checkpoint, self._module, self.optimizers, self._partitioned)
 
         self._ranks.all_or_none(load)
-
-    def _load_optimizer_states(self, checkpoint: Mapping[str, Any]) -> None:
-        states = checkpoint.get("optimizer_states")
-        if states is not None and not states and self.optimizers:
-            rank_zero_warn("the checkpoint has no optimizer states: the optimizers start afresh")
-            return
-        if states is None or len(states) != len(self.optimizers):
-            raise CheckpointMismatchError(
-                f"the checkpoint has the states of {len(states or ())} optimizers, configure_optimizers gave "
-                f"{len(self.optimizers)}; load its weights alone (load_module_only=True, or fit without ckpt_path)"
-            )
-        if isinstance(checkpoint, LoadedCheckpoint):
-            saved = [entry.class_name for entry in checkpoint.source.manifest.optimizers]
-            live = [type(getattr(optimizer, "optimizer", optimizer)).__name__ for optimizer in self.optimizers]
-            if any(before not in ("", now) for before, now in zip(saved, live, strict=True)):
-                rank_zero_warn(f"the checkpoint's optimizers are {saved}, configure_optimizers gave {live}")
-            for entry, optimizer in zip(checkpoint.source.manifest.optimizers, self.optimizers, strict=True):
-                self._require_same_order(entry.parameters, optimizer)
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            self._partitioned.load_state(optimizer, state)
-
-    def _require_same_order(self, saved: Sequence[Sequence[str]], optimizer: Optimizer) -> None:
-        """A state belongs to a parameter by its place in the optimizer, as everywhere in torch."""
-        assert self.lightning_module is not None
-        names = {parameter: name for name, parameter in self.lightning_module.named_parameters()}
-        for before, group in zip(saved, optimizer.param_groups, strict=False):
-            known = set(before)
-            now = [name for name in map(names.get, group["params"]) if name in known]
-            if now != list(before) and sorted(now) == sorted(before):
-                raise CheckpointMismatchError(
-                    f"{type(optimizer).__name__} has its parameters in another order than the checkpoint, from "
-                    f"{now[0]!r} on and not from {before[0]!r}: their states would be mixed up. Give it the parameters "
-                    f"in the checkpoint's order, which begins {', '.join(before[:5])}; or load without its states"
-                )
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -1015,6 +953,11 @@ class ZeroStrategy(DDPStrategy):
         return self._trainer_if_any
 
     @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None  # Lightning connects it before it calls anything else
+        return self.lightning_module
+
+    @property
     def _in_mid_epoch(self) -> bool:
         progress = self._trainer.fit_loop.epoch_loop.batch_progress
         return progress.current.ready > 0 and not progress.is_last_batch
@@ -1038,12 +981,3 @@ def _require_values(module: Module, uninitialized: Collection[str]) -> None:
             "give their layer a method reset_parameters() that sets all of its tensors, make them on a real device, or "
             "load a checkpoint that holds them"
         )
-
-
-def _load_module(module: Module, state_dict: dict[str, Any], path: str, *, strict: bool) -> None:
-    try:
-        missing, unexpected = module.load_state_dict(state_dict, strict=strict)
-    except RuntimeError as error:
-        raise CheckpointMismatchError(f"{path} doesn't fit the module: {error}") from None
-    if missing or unexpected:
-        rank_zero_warn(f"{path} was loaded in part: missing {list(missing)}, unexpected {list(unexpected)}")

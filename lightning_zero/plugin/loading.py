@@ -1,0 +1,70 @@
+"""A checkpoint's dict, brought to the live module and optimizers; or an error that says why it doesn't fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning_zero.engine.partition import Partition
+from lightning_zero.errors import CheckpointMismatchError
+from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint
+
+
+def load_module(module: Module, state_dict: Mapping[str, Any], path: str, *, strict: bool) -> None:
+    """Load a module's state dict.
+
+    Raises:
+        CheckpointMismatchError: it doesn't fit; `path` is where it is from.
+    """
+    try:
+        missing, unexpected = module.load_state_dict(state_dict, strict=strict)
+    except RuntimeError as error:
+        raise CheckpointMismatchError(f"{path} doesn't fit the module: {error}") from None
+    if missing or unexpected:
+        rank_zero_warn(f"{path} was loaded in part: missing {list(missing)}, unexpected {list(unexpected)}")
+
+
+def restore_optimizer_states(
+    checkpoint: Mapping[str, Any], module: Module, optimizers: Sequence[Optimizer], partition: Partition
+) -> None:
+    """Give the optimizers their states, whoever saved them: ZeRO or DDP. Nothing but a warning, if there are none.
+
+    Raises:
+        CheckpointMismatchError: they are of other optimizers, or of parameters in another order.
+    """
+    states = checkpoint.get("optimizer_states")
+    if states is not None and not states and optimizers:
+        rank_zero_warn("the checkpoint has no optimizer states: the optimizers start afresh")
+        return
+    if states is None or len(states) != len(optimizers):
+        raise CheckpointMismatchError(
+            f"the checkpoint has the states of {len(states or ())} optimizers, configure_optimizers gave "
+            f"{len(optimizers)}; load its weights alone (load_module_only=True, or fit without ckpt_path)"
+        )
+    if isinstance(checkpoint, LoadedCheckpoint):
+        saved = [entry.class_name for entry in checkpoint.source.manifest.optimizers]
+        live = [type(getattr(optimizer, "optimizer", optimizer)).__name__ for optimizer in optimizers]
+        if any(before not in ("", now) for before, now in zip(saved, live, strict=True)):
+            rank_zero_warn(f"the checkpoint's optimizers are {saved}, configure_optimizers gave {live}")
+        for entry, optimizer in zip(checkpoint.source.manifest.optimizers, optimizers, strict=True):
+            _require_same_order(entry.parameters, optimizer, module)
+    for optimizer, state in zip(optimizers, states, strict=True):
+        partition.load_state(optimizer, state)
+
+
+def _require_same_order(saved: Sequence[Sequence[str]], optimizer: Optimizer, module: Module) -> None:
+    """A state belongs to a parameter by its place in the optimizer, as everywhere in torch."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    for before, group in zip(saved, optimizer.param_groups, strict=False):
+        known = set(before)
+        now = [name for name in map(names.get, group["params"]) if name in known]
+        if now != list(before) and sorted(now) == sorted(before):
+            raise CheckpointMismatchError(
+                f"{type(optimizer).__name__} has its parameters in another order than the checkpoint, from "
+                f"{now[0]!r} on and not from {before[0]!r}: their states would be mixed up. Give it the parameters "
+                f"in the checkpoint's order, which begins {', '.join(before[:5])}; or load without its states"
+            )
