@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +38,8 @@ class Snapshot:
         """Get the memory for a snapshot of so many bytes, without making anybody wait."""
 
         def get() -> None:
-            memory = _allocate(nbytes, pinned=pinned)
-            if not pinned:
-                _touch(memory)
-            self._memory = memory
+            self._memory = _allocate(nbytes, pinned=pinned)
+            _touch(self._memory)
 
         if self._reserving is None and len(self._memory) < nbytes:
             self._reserving = threading.Thread(target=get, name="lightning_zero-reserve", daemon=True)
@@ -58,7 +57,7 @@ class Snapshot:
         offsets, end = _lay_out(content)
         devices = {item.tensor.device for item in items if item.tensor.is_cuda}
         if len(self._memory) < end + DIRECT_ALIGNMENT:
-            self._memory = _nothing()  # let go of the smaller block first
+            self._let_go()  # of the smaller block first
             self._memory = _allocate(end + DIRECT_ALIGNMENT, pinned=bool(devices))
         for device in devices:
             if device not in self._streams:
@@ -96,6 +95,11 @@ class Snapshot:
     def release(self) -> None:
         """Give the memory back."""
         self._reserved()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._memory.is_pinned():
+            torch.cuda.check_error(_cuda_runtime().cudaHostUnregister(self._memory.data_ptr()))
         self._memory = _nothing()
 
 
@@ -122,7 +126,19 @@ def _nothing() -> Tensor:
 
 
 def _allocate(nbytes: int, *, pinned: bool) -> Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+    """Host memory of just this size: torch's own allocator pins up to twice as much, a power of two, and keeps it.
+
+    Source: https://github.com/pytorch/pytorch/issues/95823.
+    """
+    memory = torch.empty(nbytes, dtype=torch.uint8)
+    if pinned:
+        portable = 1  # pinned for every device: cudaHostRegisterPortable
+        torch.cuda.check_error(_cuda_runtime().cudaHostRegister(memory.data_ptr(), nbytes, portable))
+    return memory
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _touch(memory: Tensor) -> None:

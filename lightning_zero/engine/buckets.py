@@ -223,7 +223,7 @@ class ParameterBucket:
         if self._masters.dtype != self.dtype:
             shard = self._shard
             outside = self._masters.to(self.dtype) != shard
-            if outside.any():
+            if self.device.type != "cpu" or outside.any():  # the host would stop for a device's answer
                 torch.where(outside, shard.to(self.master_dtype), self._masters, out=self._masters)
 
     def _is_part(self, slot: Slot) -> bool:

@@ -589,7 +589,20 @@ class SegmentedOptimizer:
                     in_place = held.get(key) if hasattr(value, "read_range") else None
                     room = functools.partial(_room, in_place, vacated)
                     state[piece.master][key] = _part_of(value, key, piece, room)
+        self._place_steps(state)
         self.optimizer.__setstate__({"state": state, "param_groups": groups})
+
+    def _place_steps(self, state: Mapping[Parameter, dict[str, Any]]) -> None:
+        """Fused and capturable optimizers count their steps on the device, the others on the host.
+
+        Source: torch's [Note: special device hosting for step], in `torch.optim.Optimizer.load_state_dict`.
+        """
+        for group in self.optimizer.param_groups:
+            if group.get("fused") or group.get("capturable"):
+                for piece in self._owned(group["params"]):
+                    held = state.get(piece.master, {})
+                    if isinstance(step := held.get("step"), Tensor):
+                        held["step"] = step.to(piece.master.device, torch.float32)
 
     def _require_cuttable(self, value: Any, key: str, piece: Piece) -> None:
         shape, in_part = piece.slot.parameter.shape, piece.segment.numel != piece.slot.parameter.numel()
@@ -640,7 +653,7 @@ def _part_of(value: Any, key: str, piece: Piece, room: Callable[..., Tensor]) ->
         part = room(master, dtype=dtype)
         copy_range(value, piece.segment.start, piece.segment.stop, part)
         return part
-    return value.to("cpu" if key == "step" else master.device, copy=True)
+    return value.clone() if key == "step" else value.to(master.device, copy=True)
 
 
 def copy_range(source: Tensor, start: int, stop: int, out: Tensor) -> None:

@@ -538,3 +538,23 @@ def test_at_stage_1_whole_gradients_have_the_buffers_memory_while_they_accumulat
             assert all((bucket.gradient_bytes > 0) == (micro == 2) for bucket in partition.buckets)
         assert_gradients(partition, optimizer, expected)
         optimizer.step()
+
+
+@distributed(world_size=2)
+def test_a_loaded_count_of_steps_lies_where_torchs_own_loading_puts_it():
+    counted = torch.tensor(3.0)
+    for asked in ({}, {"fused": True}, {"capturable": True}):
+        net = layers("a").to("meta")  # in place of a GPU: no step is made
+        optimizer, partition = partitioned(net, optimizer=torch.optim.AdamW(net.parameters()))
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][0].update(asked)
+        for index, parameter in enumerate(net.parameters()):
+            moments = {name: torch.zeros(parameter.shape) for name in ("exp_avg", "exp_avg_sq")}
+            saved["state"][index] = {"step": counted, **moments}
+        partition.load_state(optimizer, saved)
+        owned = partition.segments(optimizer)
+        assert owned
+        for segment in owned:
+            assert segment.state["exp_avg"].is_meta
+            assert segment.state["step"].device.type == ("meta" if asked else "cpu")
+            assert segment.state["step"] is not counted

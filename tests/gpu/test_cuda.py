@@ -10,6 +10,8 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroStrategy
+from lightning_zero.checkpoint.content import RankContent, TensorToSave
+from lightning_zero.checkpoint.snapshot import Snapshot
 from tests.launch import run_ranks
 from tests.models import quiet_trainer
 from tests.plugin.parity import ROUNDED, Plain, assert_same_modules
@@ -80,17 +82,41 @@ def test_a_compiled_module_on_cuda_equals_ddps():
     run_ranks(compiled, 1, process_group=False, timeout_seconds=300)
 
 
-def resumed(directory, precision):
-    whole, _ = fit(Plain, ZeroStrategy, precision=precision)
+def resumed(directory, precision, kind, async_save):
+    make = lambda: Plain(kind)  # noqa: E731
+    whole, _ = fit(make, ZeroStrategy, precision=precision)
     epoch = 16 // dist.get_world_size()
-    callbacks = [ZeroCheckpoint(directory, every_n_train_steps=epoch), Fp32Export(directory / "model.ckpt")]
-    fit(Plain, ZeroStrategy, callbacks, max_steps=epoch, precision=precision)
-    half, _ = fit(Plain, ZeroStrategy, ckpt_path=directory, precision=precision)
+    saving = ZeroCheckpoint(directory, every_n_train_steps=epoch // 2, async_save=async_save)
+    callbacks = [saving, Fp32Export(directory / "model.ckpt")]
+    fit(make, ZeroStrategy, callbacks, max_steps=epoch, precision=precision)
+    half, _ = fit(make, ZeroStrategy, ckpt_path=directory, precision=precision)
     half.losses = whole.losses
     assert_same_modules(half, whole)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-mixed"])
-def test_a_run_on_cuda_is_saved_exported_and_resumed_bit_for_bit(tmp_path, world_size, precision):
-    run_ranks(resumed, world_size, tmp_path, precision, process_group=False)
+@pytest.mark.parametrize(
+    ("precision", "kind", "async_save"),
+    [
+        ("32-true", torch.optim.AdamW, False),
+        ("32-true", fused, True),  # whose states' steps are on the GPU
+        ("bf16-true", torch.optim.AdamW, True),
+        ("bf16-true", fused, False),
+        ("16-mixed", torch.optim.AdamW, True),
+    ],
+    ids=["fp32", "fp32 fused behind", "bf16 behind", "bf16 fused", "16-mixed behind"],
+)
+def test_a_run_on_cuda_is_saved_exported_and_resumed_bit_for_bit(tmp_path, world_size, precision, kind, async_save):
+    run_ranks(resumed, world_size, tmp_path, precision, kind, async_save, process_group=False)
+
+
+def test_a_snapshot_is_pinned_until_it_is_released():
+    snapshot = Snapshot()
+    values = torch.arange(3 << 18, dtype=torch.float32, device="cuda")
+    content = RankContent([TensorToSave("model", "values", 0, len(values), values)], [], b"", 0)
+    copy = snapshot.take(content).tensors[0].tensor
+    snapshot.wait()
+    assert copy.is_pinned()
+    assert torch.equal(copy, values.cpu())
+    snapshot.release()
+    assert not copy.is_pinned()
