@@ -107,6 +107,7 @@ def test_export_writes_what_torch_loads(save_dir: Path, tmp_path: Path, capsys: 
         [],
         ["dance"],
         ["ls"],
+        ["ls", "nosuch://bucket/ckpts"],
         ["verify", "DIR", "--tag", "../x"],
         ["export", "DIR"],
         ["export", "DIR", "OUT", "--max-shard-size", "huge"],
@@ -155,6 +156,13 @@ def command(*arguments: object, **options: Any) -> "subprocess.CompletedProcess[
         "assert not {'torch', 'lightning', 'numpy'} & sys.modules.keys(); sys.exit(status)"
     )
     return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], text=True, **options)
+
+
+def test_what_a_stores_own_package_says_is_one_line_too(tmp_path: Path) -> None:
+    quiet = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+    alone = {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}
+    done = command("ls", "s3://bucket/ckpts", capture_output=True, env=quiet | alone)
+    assert (done.returncode, done.stderr) == (1, "lightning-zero: Unable to locate credentials\n")
 
 
 @pytest.mark.parametrize(

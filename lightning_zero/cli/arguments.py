@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME
 from lightning_zero.checkpoint.shards import Problem
-from lightning_zero.checkpoint.storage import Location, locate
+from lightning_zero.checkpoint.storage import Location, is_remote, locate
 from lightning_zero.errors import CheckpointNotFoundError, ZeroError
 
 if TYPE_CHECKING:
@@ -38,12 +38,23 @@ def add_command(
 
 def add_directory(command: argparse.ArgumentParser) -> None:
     """The argument DIR."""
-    command.add_argument("dir", type=locate, metavar="DIR", help="a save directory or one tag's, a path or a URL")
+    command.add_argument("dir", type=location, metavar="DIR", help="a save directory or one tag's, a path or a URL")
 
 
 def add_tag(command: argparse.ArgumentParser) -> None:
     """The option --tag."""
     command.add_argument("--tag", metavar="T", help="which checkpoint; the one that `latest` names if not given")
+
+
+def location(text: str) -> Location:
+    """An argument that is a path or a URL."""
+    try:
+        where = locate(text)
+        if is_remote(where):
+            where.fs  # noqa: B018  # made here, which needs the package that knows such URLs
+    except (ImportError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+    return where
 
 
 def positive(text: str) -> int:

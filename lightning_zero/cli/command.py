@@ -4,7 +4,7 @@
 |---|---|---|
 | nothing to complain of | 0 | |
 | `verify` finds damage, `diff` a difference | 1 | |
-| a `ZeroError`, or the system refuses | 1 | one line, no traceback |
+| a `ZeroError`, or the system or a store refuses | 1 | one line, no traceback |
 | a wrong use | 2 | the usage, and one line |
 | Ctrl+C | 130 | nothing |
 | nobody reads what is printed any more (`| head`) | 141 | nothing |
@@ -27,6 +27,9 @@ _INTERRUPTED = 130
 _UNREAD = 141
 """What a shell makes of SIGINT and SIGPIPE."""
 
+_STORES = ("adlfs", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "huggingface_hub", "requests")
+"""The packages whose own exceptions say that a store refuses: no credentials, a time that ran out."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and give back its exit status."""
@@ -46,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _UNREAD
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except (ZeroError, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, (ZeroError, OSError)) and type(error).__module__.split(".")[0] not in _STORES:
+            raise
         _say(error)
         return 1
     return status

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.difference import Comparison, Difference, Side, bytes_to_compare, compare
-from lightning_zero.checkpoint.storage import Location, locate
-from lightning_zero.cli.arguments import add_command, find_tag
+from lightning_zero.checkpoint.storage import Location
+from lightning_zero.cli.arguments import add_command, find_tag, location
 from lightning_zero.cli.output import plain, print_json, print_table
 from lightning_zero.cli.progress import progress_bar
 
@@ -40,7 +40,7 @@ def add_to(commands: Commands) -> None:
     example = "  lightning-zero diff ckpts/step=500.ckpt ckpts/step=1000.ckpt"
     command = add_command(commands, "diff", _diff, text, example)
     for name in ("a", "b"):
-        command.add_argument(name, type=locate, metavar=name.upper(), help="a tag's directory, or a save directory")
+        command.add_argument(name, type=location, metavar=name.upper(), help="a tag's directory, or a save directory")
     command.add_argument("--all", action="store_true", help="show what is the same too, in the state dict's order")
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from lightning_zero.checkpoint.storage import locate
-from lightning_zero.cli.arguments import add_command
+from lightning_zero.cli.arguments import add_command, location
 from lightning_zero.cli.output import bytes_text, print_json
 from lightning_zero.cli.progress import progress_bar
 
@@ -26,9 +25,9 @@ def add_to(commands: Commands) -> None:
     )
     command = add_command(commands, "import-deepspeed", _import, text, examples)
     command.add_argument(
-        "source", type=locate, metavar="SRC", help="DeepSpeed's save directory, one tag's, or Lightning's NAME.ckpt"
+        "source", type=location, metavar="SRC", help="DeepSpeed's save directory, one tag's, or Lightning's NAME.ckpt"
     )
-    command.add_argument("dir", type=locate, metavar="DST", help="the save directory that the tag is written into")
+    command.add_argument("dir", type=location, metavar="DST", help="the save directory that the tag is written into")
     command.add_argument("--tag", metavar="T", help="which one of SRC; the one that its `latest` names if not given")
     command.add_argument(
         "--submodule", metavar="NAME", default="", help="what was saved is this part of the LightningModule"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME
-from lightning_zero.checkpoint.storage import Location, absolute, is_remote, locate
-from lightning_zero.cli.arguments import add_command, positive
+from lightning_zero.checkpoint.storage import Location, absolute, is_remote
+from lightning_zero.cli.arguments import add_command, location, positive
 from lightning_zero.cli.output import bytes_text, print_json, print_table
 from lightning_zero.errors import CheckpointNotFoundError
 
@@ -24,7 +24,7 @@ def add_to(commands: Commands) -> None:
     text = "Remove all but the newest checkpoints, and never the one that `latest` names, nor a torn one."
     example = "  lightning-zero prune ckpts --keep-last 3 --keep-every-n-steps 10000 --dry-run"
     command = add_command(commands, "prune", _prune, text, example)
-    command.add_argument("dir", type=locate, metavar="DIR", help="a save directory, a path or a URL")
+    command.add_argument("dir", type=location, metavar="DIR", help="a save directory, a path or a URL")
     command.add_argument("--keep-last", type=positive, required=True, metavar="N", help="how many stay")
     command.add_argument(
         "--keep-every-n-steps", type=positive, metavar="N", help="those whose step is a multiple of it stay as well"
