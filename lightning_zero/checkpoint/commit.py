@@ -48,7 +48,7 @@ import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -353,14 +353,16 @@ class TagInfo:
         return not self.problem
 
 
-def list_tags(save_dir: Location) -> list[TagInfo]:
+def list_tags(save_dir: Location, without: Collection[str] = ()) -> list[TagInfo]:
     """Everything that is a checkpoint or looks like one, the newest first: by the time when it was made.
 
     Not by its step: a run that went back to an earlier one has the newer checkpoints.
 
-    A directory with neither a manifest nor a shard is somebody else's and is left out.
+    A directory with neither a manifest nor a shard is somebody else's and is left out. So are the names in `without`,
+    which aren't looked at.
     """
-    tags = [_inspect(save_dir, name) for name in names_in(save_dir) if _looks_like_tag(save_dir / name)]
+    names = [name for name in names_in(save_dir) if name not in without]
+    tags = [_inspect(save_dir, name) for name in names if _looks_like_tag(save_dir / name)]
     return sorted(tags, key=lambda tag: (tag.created, tag.step, tag.modified, tag.name), reverse=True)
 
 
@@ -430,9 +432,9 @@ def remove_tag(save_dir: Location, tag: str) -> None:
     if not (is_remote(path) or os.path.lexists(path)):
         return
     if _names(save_dir, tag):
-        real = _real(path)
+        real = real_path(path)
         others = [other for other in list_tags(save_dir) if other.complete and other.resumable]
-        others = [other for other in others if _real(other.path) != real]
+        others = [other for other in others if real_path(other.path) != real]
         if others:
             write_latest(save_dir, others[0].name)
         else:
@@ -448,66 +450,6 @@ def remove_tag(save_dir: Location, tag: str) -> None:
     except FileNotFoundError:
         return
     _remove(trash)
-
-
-def prune(
-    save_dir: Location,
-    keep_last: int,
-    protect: Collection[str] = (),
-    *,
-    keep_every_n_steps: int | None = None,
-    among: Callable[[str], bool] = lambda name: True,
-) -> list[str]:
-    """Remove what `superseded` gives, and nothing where `latest` is damaged.
-
-    Returns:
-        The tags that were removed.
-    """
-    try:
-        old = superseded(save_dir, keep_last, protect, keep_every_n_steps=keep_every_n_steps, among=among)
-    except CorruptCheckpointError:
-        return []  # nobody knows which one would be missed
-    for tag in old:
-        remove_tag(save_dir, tag.name)
-    return [tag.name for tag in old]
-
-
-def superseded(
-    save_dir: Location,
-    keep_last: int,
-    protect: Collection[str] = (),
-    *,
-    keep_every_n_steps: int | None = None,
-    among: Callable[[str], bool] = lambda name: True,
-) -> list[TagInfo]:
-    """All but the newest complete tags, and never the one that `latest` names.
-
-    Torn directories are left out: they aren't ours to judge, and `lightning-zero ls` shows them.
-
-    Args:
-        save_dir: the save directory.
-        keep_last: how many to keep, at least 1.
-        protect: tags that stay whatever their age; they count among the newest all the same.
-        keep_every_n_steps: tags whose step is a multiple of it stay as well.
-        among: by their names, the tags that are looked at; no other is counted, or given.
-
-    Raises:
-        CorruptCheckpointError: `latest` is damaged.
-    """
-    if keep_last < 1:
-        raise ValueError(f"keep_last must be at least 1, got {keep_last}")
-    latest = read_latest(save_dir)
-    tags = [tag for tag in list_tags(save_dir) if tag.complete]
-    links = [tag for tag in tags if tag.path.is_symlink()]
-    linked = {_real(tag.path) for tag in links}
-    return [
-        tag
-        for tag in [tag for tag in tags if tag not in links and among(tag.name)][keep_last:]
-        if tag.name != latest
-        and tag.name not in protect
-        and _real(tag.path) not in linked
-        and not (keep_every_n_steps is not None and tag.step % keep_every_n_steps == 0)
-    ]
 
 
 def clean_leftovers(save_dir: Location) -> None:
@@ -561,7 +503,8 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _real(path: Location) -> str:
+def real_path(path: Location) -> str:
+    """Where a tag lies that may be a link to another."""
     return str(path) if is_remote(path) else os.path.realpath(path)
 
 

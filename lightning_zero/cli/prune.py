@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME
+from lightning_zero.checkpoint.retention import Retention
 from lightning_zero.checkpoint.storage import Location, absolute, is_remote
 from lightning_zero.cli.arguments import add_command, location, positive
 from lightning_zero.cli.output import bytes_text, print_json, print_table
@@ -38,7 +39,7 @@ def _prune(options: argparse.Namespace) -> int:
         raise CheckpointNotFoundError(f"{save_dir} is one checkpoint; give the save directory that it lies in")
     if not save_dir.is_dir():
         raise CheckpointNotFoundError(f"there is no directory {save_dir}")
-    old = commit.superseded(save_dir, options.keep_last, keep_every_n_steps=options.keep_every_n_steps)
+    old = Retention(options.keep_last, options.keep_every_n_steps).superseded(save_dir)
     going = {tag.name for tag in old}
     kept = [tag.name for tag in commit.list_tags(save_dir) if tag.name not in going]
     freed = _bytes_freed(old)

@@ -26,6 +26,7 @@ from lightning_zero.checkpoint.integrity import read_manifest
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME, Manifest
 from lightning_zero.checkpoint.resolution import is_checkpoint, resolve
+from lightning_zero.checkpoint.retention import Retention
 from lightning_zero.checkpoint.storage import Location, is_remote, locate, names_in
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.plugin.strategy import ZeroStrategy
@@ -74,6 +75,7 @@ class ZeroCheckpoint(ModelCheckpoint):
         self.keep_last = keep_last
         self.keep_every_n_steps = keep_every_n_steps
         self.async_save = async_save
+        self._settled: dict[str, tuple[int, float]] = {}
         name = filename or ""
         if "/" in (name if kwargs.get("auto_insert_metric_name", True) else re.sub(r"{[^}]*}", "", name)):
             raise ValueError(
@@ -215,16 +217,16 @@ class ZeroCheckpoint(ModelCheckpoint):
         directory = locate(self.dirpath)
         last = directory / locate(self.last_model_path).name if self.last_model_path else None
         pattern = self._tag_pattern()
+        retention = Retention(
+            self.keep_last or 1,
+            self.keep_every_n_steps,
+            among=lambda name: pattern.fullmatch(name) is not None,
+            settled=self._settled,
+        )
 
         def remove() -> None:
             extra = 1 if last is not None and last.is_dir() and not last.is_symlink() else 0  # `save_last` is one more
-            commit.prune(
-                directory,
-                (self.keep_last or 1) + extra,
-                protect={locate(path).name for path in kept if path},
-                keep_every_n_steps=self.keep_every_n_steps,
-                among=lambda name: pattern.fullmatch(name) is not None,
-            )
+            retention.apply(directory, {locate(path).name for path in kept if path}, beside=extra)
 
         return remove
 

@@ -13,6 +13,7 @@ from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.commit import InvalidTagError
 from lightning_zero.checkpoint.export import convert_zero_checkpoint_to_fp32_state_dict
 from lightning_zero.checkpoint.resolution import is_checkpoint, resolve
+from lightning_zero.checkpoint.retention import Retention
 from lightning_zero.checkpoint.state_dict import (
     get_fp32_state_dict_from_zero_checkpoint,
     load_state_dict_from_zero_checkpoint,
@@ -177,7 +178,7 @@ def test_a_tag_is_not_followed_that_leads_out(how: str, tag: Path, outside: Path
         assert command("verify", save_dir, "--tag", "link")[0] == 1
         assert command("export", save_dir, save_dir / "x.ckpt", "--tag", "link")[0] == 1
     with unchanged(outside):
-        assert commit.prune(save_dir, 1) == []
+        assert Retention(1).apply(save_dir) == []
         commit.remove_tag(save_dir, "link")
     assert not os.path.lexists(link)
     assert resolve(save_dir) == tag
@@ -211,7 +212,7 @@ def test_what_is_removed_goes_without_what_its_links_lead_to(tag: Path, outside:
     (tag.parent / ".trash-tree").mkdir()
     (tag.parent / ".trash-tree" / "link").symlink_to(outside)
     with unchanged(outside):
-        assert commit.prune(tag.parent, 1) == ["s4", "tag"]
+        assert Retention(1).apply(tag.parent) == ["s4", "tag"]
         commit.clean_leftovers(tag.parent)
     assert not tag.exists()
     assert not os.path.lexists(tag.parent / ".trash-link")

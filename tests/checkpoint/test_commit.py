@@ -170,32 +170,12 @@ def test_tags_are_listed_newest_first_with_what_is_wrong(tmp_path: Path) -> None
     assert commit.list_tags(tmp_path / "nowhere") == []
 
 
-def test_pruning_keeps_the_newest_the_protected_the_linked_and_the_latest(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4, 5, 6):
-        Sample(step=step).save(tmp_path / f"s{step}", update_latest=step == 1)
-    (tmp_path / "last").symlink_to("s2")
-    assert sorted(commit.prune(tmp_path, 2, protect=["s3"])) == ["s4"]
-    assert sorted(os.listdir(tmp_path)) == ["last", "latest", "s1", "s2", "s3", "s5", "s6"]
-    with pytest.raises(ValueError, match="at least 1"):
-        commit.prune(tmp_path, 0)
-
-
 def test_copies_that_killed_replacements_left_go_when_the_tag_is_saved_again(tmp_path: Path) -> None:
     for name in ("tag", "tag.replaced-0123abcd", "tag.replaced-mine", "other.replaced-0123abcd"):
         Sample(step=1).save(tmp_path / name)
     Sample(step=2).save(tmp_path / "tag")
     assert sorted(os.listdir(tmp_path)) == ["latest", "other.replaced-0123abcd", "tag", "tag.replaced-mine"]
     assert commit.read_latest(tmp_path) == "tag"
-
-
-def test_after_going_back_the_newer_checkpoints_are_those_of_the_new_run(tmp_path: Path) -> None:
-    for step, run in ((2, "a"), (4, "a"), (6, "a"), (3, "b"), (4, "b")):
-        Sample(step=step).save(tmp_path / f"{run}{step}")
-    assert commit.prune(tmp_path, 3) == ["a4", "a2"]
-    (tmp_path / "latest").unlink()
-    (tmp_path / "b4" / "trainer.pt").unlink()
-    with pytest.warns(UserWarning, match="newest sound checkpoint is taken instead"):
-        assert resolve(tmp_path).name == "b3"
 
 
 @pytest.mark.parametrize("make", [os.mkdir, lambda path: os.symlink("run", path)])

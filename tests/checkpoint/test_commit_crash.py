@@ -22,6 +22,7 @@ import torch.distributed as dist
 from lightning_zero.checkpoint import commit, kernel
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.resolution import resolve
+from lightning_zero.checkpoint.retention import Retention
 from lightning_zero.checkpoint.save import save_checkpoint
 from lightning_zero.errors import CheckpointWriteError
 from tests.checkpoint.sample import Sample
@@ -78,7 +79,7 @@ def rank_of_two(rank: int, meeting: Path, save_dir: Path, case: str, number: int
                 save_dir / "tag", sample.rank(rank), sample.shared if rank == 0 else None, group=dist.group.WORLD
             )
         if rank == 0 and "pruned" in case:
-            commit.prune(save_dir, 3)
+            Retention(3).apply(save_dir)
         status = 0
     except BaseException:
         traceback.print_exc()
