@@ -421,6 +421,19 @@ def link_tag(target: Path, link: Path) -> None:
     _remove(old)
 
 
+def copy_tag(source: Path, copy: Path) -> None:
+    """Have a second tag hold what one beside it holds, by hard links where there can be some; it isn't `latest`.
+
+    It takes no room, and each outlives the other. What had its name before is replaced as by a save.
+    """
+    hidden = copy.parent / f"{_TRASH}{secrets.token_hex(4)}-copy"
+    try:
+        _copy_by_links(source, hidden, fsync=True)
+        commit(hidden, copy.parent, copy.name, update_latest=False)
+    finally:
+        _remove(hidden)
+
+
 def remove_tag(save_dir: Location, tag: str) -> None:
     """Remove a tag. If `latest` names it, `latest` names the newest other complete one first, or goes.
 

@@ -176,10 +176,22 @@ class ZeroCheckpoint(ModelCheckpoint):
         if not isinstance(strategy, ZeroStrategy):
             super()._save_checkpoint(trainer, filepath)
             return
+        if self._holds_the_same(trainer, filepath):
+            if strategy.tends_directory:
+                strategy.after_commit(partial(commit.copy_tag, Path(self._last_checkpoint_saved), Path(filepath)))
+            return
         with strategy.saving_behind(self.async_save):
             super()._save_checkpoint(trainer, filepath)
         if self._retains and strategy.tends_directory:
             strategy.after_commit(self._retention(trainer))
+
+    def _holds_the_same(self, trainer: Trainer, filepath: str) -> bool:
+        """Whether this is `save_last`'s, right after what it is a copy of: nothing has to be written a second time."""
+        saved = self._last_checkpoint_saved
+        if filepath != self.last_model_path or self._last_global_step_saved != trainer.global_step:
+            return False
+        beside = os.path.dirname(saved) == os.path.dirname(filepath) and saved != filepath
+        return beside and not is_remote(locate(filepath))
 
     @staticmethod
     @override

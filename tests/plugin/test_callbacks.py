@@ -1,6 +1,7 @@
 """Lightning's own callbacks, beside stock DDP and on checkpoint directories."""
 
 import os
+import shutil
 import signal
 from contextlib import nullcontext
 from datetime import timedelta
@@ -153,6 +154,26 @@ def test_save_last_as_a_link_is_followed_and_goes_with_the_newest(tmp_path):
     assert (tmp_path / "latest").read_text() == "step=15.ckpt"
     _, trainer = fit(Normed, ZeroStrategy(), ckpt_path=tmp_path / "last.ckpt", max_epochs=3)
     assert trainer.global_step == 24
+
+
+@distributed(world_size=2, process_group=False)
+def test_save_last_takes_no_room_beside_what_it_is_a_copy_of_and_outlives_it(tmp_path):
+    for behind in (False, True):
+        directory = tmp_path / str(behind)
+        make = lambda directory=directory, behind=behind: ZeroCheckpoint(  # noqa: E731
+            directory, every_n_train_steps=3, keep_last=1, save_last=True, async_save=behind
+        )
+        fit(Normed, ZeroStrategy(), callbacks=[make])
+        assert tags(directory) == ["last.ckpt", "step=15.ckpt"]
+        for name in os.listdir(directory / "last.ckpt"):
+            assert os.path.samefile(directory / "last.ckpt" / name, directory / "step=15.ckpt" / name)
+        assert (directory / "latest").read_text() == "step=15.ckpt"
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(directory / "step=15.ckpt")
+        dist.barrier()
+        _, trainer = fit(Normed, ZeroStrategy(), ckpt_path=directory / "last.ckpt", max_epochs=3)
+        assert trainer.global_step == 24
 
 
 @distributed(world_size=2, process_group=False)

@@ -16,11 +16,11 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_zero import ZeroCheckpoint, ZeroCheckpointIO, ZeroStrategy
-from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint import save as saving
 from lightning_zero.checkpoint.integrity import find_problems, read_manifest
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.resolution import resolve
+from lightning_zero.checkpoint.retention import Retention
 from lightning_zero.errors import CheckpointWriteError, UnsupportedModelError
 from tests.launch import distributed
 from tests.models import fit
@@ -299,7 +299,7 @@ def test_what_comes_after_a_commit_never_leaves_one_rank_alone_with_an_error(tmp
             def refuse(*args, **kwargs):
                 raise OSError(5, "Input/output error")
 
-            patch.setattr(commit, "prune", refuse)
+            patch.setattr(Retention, "apply", refuse)
             directory = tmp_path / str(behind)
             callback = ZeroCheckpoint(directory, every_n_train_steps=1, keep_last=1, async_save=behind)
             with warnings.catch_warnings():
