@@ -59,7 +59,7 @@ class SharedContent:
     Attributes:
         epoch: of training.
         stage: of ZeRO.
-        entries: the module's state dict, in its order.
+        entries: the module's state dict, in its order; then the tensors from elsewhere: see `placeholders`.
         aliases: tied tensors: the other name, to the name under which it is stored.
         optimizers: in the trainer's order.
         trainer: everything else, for `trainer.pt`; or what that file is to hold, byte for byte.

@@ -19,7 +19,7 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,7 @@ class Wanted:
             CheckpointMismatchError: there is no such submodule.
         """
         stored = checkpoint.model()
-        roles = {entry.name: entry.role for entry in checkpoint.manifest.entries}
+        roles = {entry.name: entry.role for entry in checkpoint.manifest.entries if entry.name in stored}
         shown: dict[str, Elements] = {}
         for name, role in roles.items():
             tensor = stored[name]
@@ -213,7 +213,7 @@ def export(
 
 def _lightning_content(checkpoint: Reader, wanted: Wanted, trainer: dict[Any, Any]) -> dict[Any, Any]:
     """Lightning's dict for any other strategy, but for the module's state dict."""
-    content = {key: value for key, value in trainer.items() if not _is_ours(key)}
+    content = {key: value for key, value in checkpoint.put_back(trainer).items() if not _is_ours(key)}
     states = content.pop("optimizer_states", None)
     if wanted.with_optimizer:
         if states is None:
@@ -233,16 +233,23 @@ def require_suitable(output: Path, wanted: Wanted, max_shard_bytes: int | None) 
     Raises:
         ValueError: it can't.
     """
-    if wanted.with_optimizer and (max_shard_bytes is not None or output.suffix == ".safetensors"):
+    if wanted.with_optimizer and not _is_lightnings(output, max_shard_bytes):
         raise ValueError(f"an optimizer's state goes into one .ckpt, and not into {output.name!r}")
 
 
-def exported_bytes(checkpoint: Reader, wanted: Wanted) -> int:
+def _is_lightnings(output: Path, max_shard_bytes: int | None) -> bool:
+    """Whether it is a Lightning checkpoint, and not weights alone."""
+    return max_shard_bytes is None and output.suffix != ".safetensors"
+
+
+def exported_bytes(checkpoint: Reader, output: Path, wanted: Wanted, max_shard_bytes: int | None = None) -> int:
     """The bytes of the tensors that an export writes: what `progress` adds up to."""
-    tensors: Iterable[object] = wanted.of(checkpoint).values()
+    tensors: list[object] = [*wanted.of(checkpoint).values()]
+    if _is_lightnings(output, max_shard_bytes):
+        tensors += checkpoint.elsewhere().values()
     if wanted.with_optimizer:
         states = checkpoint.optimizer_states(None)
-        tensors = [*tensors, *(value for state in states for of in state["state"].values() for value in of.values())]
+        tensors += (value for state in states for of in state["state"].values() for value in of.values())
     return sum(elements.nbytes for elements in {tensor for tensor in tensors if isinstance(tensor, Elements)})
 
 

@@ -44,7 +44,7 @@ class Checkpoint(Reader):
         return self._optimizer_state(index, self.trainer(weights_only).get("optimizer_states", []), as_tensor)
 
     def trainer(self, weights_only: bool = True) -> dict[str, Any]:
-        """Everything that is no tensor of the model or of an optimizer: the content of `trainer.pt`.
+        """Everything that is no tensor of the model or of an optimizer: `trainer.pt`, with placeholders for large ones.
 
         Args:
             weights_only: refuse whatever would run code.
@@ -58,12 +58,13 @@ class Checkpoint(Reader):
         return require_trainer(unpickle(self.trainer_bytes(), where, weights_only), where)
 
     def lightning_checkpoint(self, weights_only: bool = True) -> dict[str, Any]:
-        """What a plain Lightning checkpoint holds: `trainer` with the state dict and the optimizers' put back, unread.
+        """What a plain Lightning checkpoint holds: `trainer`, with the state dict and the optimizers' put back, unread.
 
         Args:
             weights_only: see `trainer`, whose errors this raises.
         """
-        checkpoint = self.trainer(weights_only)
+        # What is elsewhere is read at once: whoever gets it may keep it, and the checkpoint may go
+        checkpoint = self.put_back(self.trainer(weights_only), lambda elements: LazyTensor(elements).contiguous())
         checkpoint["state_dict"] = self.state_dict() | checkpoint.get("state_dict", {})
         if self.manifest.optimizers:
             states = checkpoint.get("optimizer_states", [])

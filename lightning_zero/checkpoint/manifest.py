@@ -41,7 +41,7 @@ MANIFEST_NAME = "manifest.json"
 TRAINER_NAME = "trainer.pt"
 
 Kind = Literal["model", "optimizer", "rank"]
-Role = Literal["parameter", "frozen", "buffer", "given"]
+Role = Literal["parameter", "frozen", "buffer", "given", "elsewhere"]
 Form = Literal["elementwise", "whole", "value"]
 Plain: TypeAlias = "bool | int | float | str | None"
 PLAIN = (bool, int, float, str, type(None))
@@ -201,14 +201,14 @@ class TrainerFile:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of the module's state dict.
+    """One tensor of the module's state dict, or one from elsewhere in Lightning's dict.
 
     Attributes:
-        name: in the state dict.
+        name: in the state dict; of one from elsewhere: see `placeholders`.
         shape: of the whole tensor.
         dtype: the live module's, by torch's name (`"bfloat16"`).
         role: `parameter`: trained, and stored as its fp32 (or wider) masters. The others are stored in `dtype`:
-            `frozen`, `buffer`, and `given` for what a hook or a callback put in a tensor's place.
+            `frozen`, `buffer`, `given` for what a hook or a callback put in a tensor's place, and `elsewhere`.
     """
 
     name: str
@@ -250,7 +250,7 @@ class Manifest:
         stage: the ZeRO stage, for the record.
         created: ISO 8601, UTC.
         versions: of the packages that wrote it, for the record.
-        entries: the module's state dict, in its order.
+        entries: the module's state dict, in its order; then the tensors from elsewhere.
         aliases: tied tensors: the other name, to the name under which it is stored.
         optimizers: in the trainer's order.
         files: a shard for each rank, in the order of the ranks; then those of the frozen parameters, in the same order.

@@ -27,6 +27,7 @@ from lightning_zero.checkpoint.manifest import (
     StoredValue,
     label,
 )
+from lightning_zero.checkpoint.placeholders import put_back
 from lightning_zero.checkpoint.storage import PathOrUrl, ReadableFile, locate, open_file
 from lightning_zero.checkpoint.torch_file import read_torch_file, require_dict
 from lightning_zero.errors import CorruptCheckpointError, IncompleteCheckpointError
@@ -82,13 +83,24 @@ class Reader:
 
         As it is stored: fp32 or wider for what was trained.
         """
-        model: dict[str, Elements] = {}
-        for entry in self.manifest.entries:
-            of = label("model", entry.name)
-            found = self.manifest.index.payloads(of)
-            code = cast("StoredTensor", found[0][1]).dtype if found else _code_without_elements(entry)
-            model[entry.name] = Elements(_Pieces(self, self.manifest.index, of, code), entry.shape, code, code)
+        model = {entry.name: self._elements(entry) for entry in self.manifest.entries if entry.role != "elsewhere"}
         return model | {alias: model[stored] for alias, stored in self.manifest.aliases.items()}
+
+    def elsewhere(self) -> dict[str, Elements]:
+        """The large tensors elsewhere in Lightning's dict, by the names that their placeholders have."""
+        return {entry.name: self._elements(entry) for entry in self.manifest.entries if entry.role == "elsewhere"}
+
+    def put_back(
+        self, trainer: dict[Any, Any], give: Callable[[Elements], Any] = lambda elements: elements
+    ) -> dict[Any, Any]:
+        """The content of `trainer.pt` with those in their place: see `placeholders.put_back`."""
+        return put_back(trainer, self.elsewhere(), give, str(self.directory / self.manifest.trainer.name))
+
+    def _elements(self, entry: Entry) -> Elements:
+        of = label("model", entry.name)
+        found = self.manifest.index.payloads(of)
+        code = cast("StoredTensor", found[0][1]).dtype if found else _code_without_elements(entry)
+        return Elements(_Pieces(self, self.manifest.index, of, code), entry.shape, code, code)
 
     def optimizer_states(
         self, states: list[Any] | None, give: Give = lambda elements, whole: elements
@@ -152,7 +164,7 @@ class Reader:
         return {entry.name: entry.shape for entry in self.manifest.entries}
 
     def trainer_bytes(self) -> bytes:
-        """`trainer.pt`: everything that is no tensor of the model or of an optimizer.
+        """`trainer.pt`: everything that is no tensor of the model or of an optimizer, and no large one.
 
         Raises:
             IncompleteCheckpointError: the file is missing, or cut short.

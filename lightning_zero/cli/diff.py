@@ -27,6 +27,7 @@ _KINDS = {
     "frozen": "frozen parameters",
     "buffer": "buffers",
     "given": "given by hooks",
+    "elsewhere": "tensors of callbacks and the like",
     "state": "optimizer states",
 }
 

@@ -56,7 +56,7 @@ def _export(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise WrongUseError(str(error)) from None
     checkpoint = Reader(resolve(options.dir, options.tag))
-    nbytes = export.exported_bytes(checkpoint, wanted)
+    nbytes = export.exported_bytes(checkpoint, options.out, wanted, size)
     with progress_bar("exporting", nbytes, quiet=options.json) as progress:
         export.export(
             checkpoint, options.out, wanted, max_shard_bytes=size, progress=progress, weights_only=not options.unsafe

@@ -10,8 +10,8 @@ from typing import Literal, get_args
 from lightning_zero.checkpoint.manifest import Manifest, Role
 
 Holding = Literal["parameters", "states", "frozen", "others", "own"]
-"""Masters; optimizer states; frozen parameters; buffers and what hooks gave; what one rank alone needs (its random
-states)."""
+"""Masters; optimizer states; frozen parameters; buffers and what hooks and callbacks gave; what one rank alone needs
+(its random states)."""
 
 HOLDINGS: tuple[Holding, ...] = get_args(Holding)
 
@@ -20,6 +20,7 @@ _BY_ROLE: Mapping[Role, Holding] = {
     "frozen": "frozen",
     "buffer": "others",
     "given": "others",
+    "elsewhere": "others",
 }
 
 

@@ -4,7 +4,8 @@ Lightning hands over a dict with the module's state dict and whatever hooks and 
 *is* a live parameter (the same memory) is stored as the segments of its masters, which each rank has of its own
 share; so a 16-bit model isn't stored twice. A frozen parameter is the same on every rank, and each writes a part.
 Anything else (buffers, averaged weights that a callback put in a parameter's place) is stored by rank 0 as given; the
-masters of a 16-bit parameter whose place was taken are then stored beside the optimizer's state of it.
+masters of a 16-bit parameter whose place was taken are then stored beside the optimizer's state of it. Large tensors
+elsewhere in the dict go into rank 0's shard too: see `placeholders`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lightning_zero.checkpoint.content import RankContent, SharedContent, TensorToSave
-from lightning_zero.checkpoint.manifest import PLAIN, Entry, OptimizerEntry, Role, StoredValue
+from lightning_zero.checkpoint.manifest import DTYPES, PLAIN, Entry, OptimizerEntry, Role, StoredValue
+from lightning_zero.checkpoint.placeholders import take_out
 from lightning_zero.engine.optimizer import MASTER
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.plugin.metric_state import MetricState
 from lightning_zero.plugin.random_state import get_random_state
 from lightning_zero.segments import ParameterSpec, plan_buckets
+
+_LARGE_BYTES = 64 << 10
 
 
 def contents(
@@ -86,7 +90,13 @@ def contents(
 
     values: list[StoredValue] = []
     optimizers: list[OptimizerEntry] = []
-    trainer = dict(checkpoint)
+    rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+    rest, elsewhere = take_out(rest, _is_large, state_dict.keys())
+    for name, value in elsewhere.items():
+        entries.append(Entry(name, tuple(value.shape), str(value.dtype).removeprefix("torch."), "elsewhere"))
+        if rank == 0 and value.numel():
+            tensors.append(TensorToSave("model", name, 0, value.numel(), value.view(-1)))
+    trainer = {**checkpoint, **rest}
     trainer["state_dict"] = {name: value for name, value in state_dict.items() if not isinstance(value, Tensor)}
     if partition is not None:
         names = {
@@ -123,6 +133,15 @@ def contents(
         ),
         SharedContent(checkpoint["epoch"], stage, entries, aliases, optimizers, trainer),
     )
+
+
+def _is_large(value: Any) -> bool:
+    """Whether it is a plain tensor that a pickle would hold too much of: all of the memory that it is a part of."""
+    if type(value) is not Tensor or value.requires_grad or value.layout != torch.strided or not value.is_contiguous():
+        return False
+    if value.is_meta or value.is_conj() or value.is_neg() or str(value.dtype).removeprefix("torch.") not in DTYPES:
+        return False
+    return value.untyped_storage().nbytes() >= _LARGE_BYTES
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:

@@ -265,7 +265,7 @@ def test_with_the_optimizer_it_is_what_torch_saves(save_dir: Path, sample: Sampl
     convert_zero_checkpoint_to_fp32_state_dict(
         save_dir, tmp_path / "m.ckpt", with_optimizer=True, progress=written.append
     )
-    assert sum(written) == exported_bytes(Checkpoint(save_dir / "tag"), Wanted(with_optimizer=True))
+    assert sum(written) == exported_bytes(Checkpoint(save_dir / "tag"), Path("x.ckpt"), Wanted(with_optimizer=True))
     loaded = torch.load(tmp_path / "m.ckpt", weights_only=True)
     assert_same(loaded["state_dict"], sample)
     (optimizer,) = loaded["optimizer_states"]
