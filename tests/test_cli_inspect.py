@@ -41,13 +41,15 @@ def test_inspect_as_json_says_all_of_it(save_dir: Path, capsys: pytest.CaptureFi
     assert main(["inspect", str(save_dir), "--json", "--hyper-parameters"]) == 0
     found = json.loads(capsys.readouterr().out)
     entries = {entry["name"]: entry for entry in found["entries"]}
-    assert list(entries) == [*SHAPES, "frozen", "counter"]
+    assert list(entries) == [*SHAPES, "frozen", "counter", "<average>"]
     assert entries["bias"]["bytes"] == 4 * 19
     assert entries["bias"]["state_bytes"] == 4 * 19 + 2 * (4 + 12)  # in two pieces, each with `step` and `factors`
     assert entries["frozen"]["bytes"] == 2 * 33
     assert found["complete"]
     assert found["aliases"] == {"head.weight": "embed.weight"}
-    assert found["optimizers"][0]["states"]["exp_avg"] == 4 * sum(e["elements"] for e in entries.values()) - 4 * 34
+    assert found["optimizers"][0]["states"]["exp_avg"] == 4 * sum(
+        e["elements"] for e in entries.values() if e["role"] == "parameter"
+    )
     assert found["hyper_parameters"] == {"width": 5}
     assert found["param_groups"] == {"0": [{"lr": 0.1}]}
     manifest = read_manifest(save_dir / "step=2.ckpt")

@@ -40,6 +40,7 @@ class Sample:
         self.moments = {name: torch.randn(shape, generator=random) for name, shape in self.shapes.items()}
         self.frozen = torch.randn(11, 3, generator=random).to(self.frozen_dtype)
         self.counter = torch.tensor(2**40 + self.step)
+        self.average = torch.randn((4, 6), generator=random)
 
     def rank(self, rank: int) -> RankContent:
         specs = [ParameterSpec(name, shape, 4) for name, shape in self.shapes.items()]
@@ -62,6 +63,7 @@ class Sample:
             frozen_part.append(TensorToSave("model", "frozen", segment.start, segment.stop, part))
         if rank == 0:
             tensors.append(TensorToSave("model", "counter", 0, 1, self.counter.view(1)))
+            tensors.append(TensorToSave("model", "<average>", 0, 24, self.average.view(-1)))
         return RankContent(tensors, values, f"rank {rank}".encode(), self.step, frozen_part)
 
     @property
@@ -73,6 +75,7 @@ class Sample:
         entries += [
             Entry("frozen", (11, 3), str(self.frozen_dtype).removeprefix("torch."), "frozen"),
             Entry("counter", (), "int64", "buffer"),
+            Entry("<average>", (4, 6), "float32", "elsewhere"),
         ]
         groups = [{"lr": 0.1, "params": list(range(len(self.shapes)))}]
         trainer = {
@@ -80,6 +83,7 @@ class Sample:
             "global_step": self.step,
             "pytorch-lightning_version": "2.6.6",
             "hyper_parameters": {"width": 5},
+            "average": {"lightning_zero_tensor": "<average>"},
             "optimizer_states": [{"state": {}, "param_groups": groups}],
             **self.trainer,
         }

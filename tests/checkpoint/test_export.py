@@ -105,12 +105,13 @@ def test_a_torch_file_is_a_whole_lightning_checkpoint(
         ties = loaded["state_dict"]["head.weight"], loaded["state_dict"]["embed.weight"]
         assert ties[0].data_ptr() == ties[1].data_ptr()
     assert loaded["hyper_parameters"] == {"width": 5}
+    assert torch.equal(loaded["average"], sample.average)
     assert loaded["global_step"] == sample.step
     assert "optimizer_states" not in loaded
     with zipfile.ZipFile(tmp_path / "out" / "model.ckpt") as archive:
         assert archive.testzip() is None
-    stored = get_fp32_state_dict_from_zero_checkpoint(save_dir)
-    assert sum(written) == sum({id(tensor): tensor.nbytes for tensor in stored.values()}.values())
+    stored = [*get_fp32_state_dict_from_zero_checkpoint(save_dir).values(), sample.average]
+    assert sum(written) == sum({id(tensor): tensor.nbytes for tensor in stored}.values())
 
 
 def test_tensors_in_a_callbacks_state_are_kept(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def read(save_dir: Path) -> dict[str, np.ndarray]:
                 pieces.setdefault(tensor["name"], []).append((tensor["start"], array))
         assert end == len(data)
     model = {}
-    for entry in manifest["entries"]:
+    for entry in (entry for entry in manifest["entries"] if entry["role"] != "elsewhere"):
         found = [array for _, array in sorted(pieces.get(entry["name"], []), key=lambda piece: piece[0])]
         flat = np.concatenate(found) if found else np.zeros(0, "<f4")
         assert flat.size == math.prod(entry["shape"])
