@@ -11,7 +11,7 @@ elsewhere in the dict go into rank 0's shard too: see `placeholders`.
 from __future__ import annotations
 
 import io
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ def contents(
     world_size: int,
     stage: int,
     metrics: Mapping[str, MetricState] | None = None,
+    loaders: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[RankContent, SharedContent]:
     """Divide Lightning's dict into what this rank writes and what the ranks share.
 
@@ -51,6 +52,7 @@ def contents(
         world_size: of how many.
         stage: the ZeRO stage, for the record.
         metrics: what this rank's metrics have accumulated.
+        loaders: what the order of this rank's data was drawn from: see `data_order`.
     """
     state_dict: Mapping[str, Any] = checkpoint["state_dict"]
     live = {_memory(parameter): parameter for parameter in module.parameters()}
@@ -121,7 +123,12 @@ def contents(
                 for state in checkpoint["optimizer_states"]
             ]
     rank_state = io.BytesIO()
-    own = {"random": get_random_state(), "loops": checkpoint.get("loops"), "metrics": dict(metrics or {})}
+    own = {
+        "random": get_random_state(),
+        "loops": checkpoint.get("loops"),
+        "metrics": dict(metrics or {}),
+        "loaders": [*loaders],
+    }
     torch.serialization.save(own, rank_state)
     return (
         RankContent(

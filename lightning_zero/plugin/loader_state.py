@@ -8,8 +8,7 @@ Three things, each measured with Lightning 2.6 and torchdata 0.11, and each wron
 - Lightning stops asking a loader when it has had its number of batches, so a loader that was saved with an epoch's last
   batch never learns that the epoch is over: resumed, it gives nothing, and a whole epoch goes by without a batch.
   `finish_epochs` lets it begin the next one.
-- A loader that is told so makes two iterators, and draws twice where it would have drawn once. `draw_once` says what
-  would have been drawn.
+- A loader that is told so makes two iterators, and draws twice where it would have drawn once: `Iterators` says so.
 """
 
 from __future__ import annotations
@@ -123,13 +122,6 @@ def finish_epochs(loops: dict[str, Any], *, by_steps: bool) -> Iterators:
         state["_iterator_finished"] = True
         _rewind_samplers(state)
     return "two"
-
-
-def draw_once(loaders: Iterable[Any]) -> None:
-    """Draw from torch's random numbers what one new iterator of each loader does: the seed of its workers."""
-    for loader in loaders:
-        if getattr(loader, "generator", None) is None:
-            torch.empty((), dtype=torch.int64).random_()
 
 
 def is_at_epochs_end(loops: Mapping[str, Any]) -> bool:

@@ -6,14 +6,15 @@ iterators anew on the way.
 
 | the checkpoint was saved    | its iterator was made      | so the states are restored                          |
 |-----------------------------|----------------------------|-----------------------------------------------------|
-| in the middle of an epoch   | before                     | when all iterators are there (`when_all_are_made`)  |
-| at an epoch's end           | after, for the next epoch  | between loader and iterator (`between`), and again  |
-|                             |                            | where two were made (`when_all_are_made`)           |
+| in the middle of an epoch   | before                     | when all iterators are there (`when_all_are_made`); |
+|                             |                            | a loader's own when its order has been drawn        |
+| at an epoch's end           | after, for the next epoch  | between loader and iterator (`between`); where two  |
+|                             |                            | were made, before a third (`when_all_are_made`)     |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.data import _set_sampler_epoch
@@ -21,7 +22,8 @@ from torch.nn import Module
 
 from lightning_zero.checkpoint.trust import unpickle
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint
-from lightning_zero.plugin.loader_state import Iterators, draw_once, finish_epochs, next_epoch
+from lightning_zero.plugin.data_order import pass_over, set_generators
+from lightning_zero.plugin.loader_state import Iterators, finish_epochs, next_epoch
 from lightning_zero.plugin.metric_state import MetricState, set_metric_states
 from lightning_zero.plugin.random_state import set_random_state
 
@@ -66,6 +68,9 @@ class Resume:
         self._metric_names: set[str] = set()
         self._epoch: int | None = None
         self._iterators: Iterators = "one"
+        alike = fitting and saved_by == world_size
+        self._loaders: list[dict[str, Any]] = own.get("loaders", []) if alike else []
+        self._begun = 0
         if fitting:
             others = [of(other) for other in range(rank + world_size, saved_by, world_size)]
             self._metrics = [state.get("metrics", {}) for state in (own, *others) if state]
@@ -78,16 +83,33 @@ class Resume:
         """Let the module's metrics go on, when the module's own state has been loaded."""
         set_metric_states(module, self._metrics, self._metric_names)
 
-    def between(self, loader: object, *, in_mid_epoch: bool) -> None:
-        """A loader is there, and its iterator isn't."""
+    def between(self, loader: object, *, in_mid_epoch: bool, batches: int) -> None:
+        """A training loader is there, and its iterator isn't; `batches` of its epoch have been trained on."""
         if self._epoch is not None:
             _set_sampler_epoch(loader, self._epoch)
-        if self._random_state is not None and not in_mid_epoch:
+        states = self._loaders[self._begun : self._begun + 1]
+        self._begun += 1
+        if in_mid_epoch:
+            pass_over(loader, states[0] if states else None, batches)
+        else:
+            set_generators([loader], states)
+            self._restore_random_state()
+
+    def when_all_are_made(
+        self, loaders: Sequence[Any], make_again: Callable[[], object], *, in_mid_epoch: bool
+    ) -> None:
+        """The iterators are there."""
+        if in_mid_epoch or self._iterators != "one":
+            self._restore_random_state()
+        if not in_mid_epoch and self._iterators != "one":
+            set_generators(loaders, self._loaders)
+        if self._random_state is not None and self._iterators == "two":
+            make_again()
+
+    def _restore_random_state(self) -> None:
+        if self._random_state is not None:
             set_random_state(self._random_state)
 
-    def when_all_are_made(self, loaders: Iterable[Any], *, in_mid_epoch: bool) -> None:
-        """The iterators are there."""
-        if self._random_state is not None and (in_mid_epoch or self._iterators != "one"):
-            set_random_state(self._random_state)
-            if self._iterators == "two":
-                draw_once(loaders)
+    def when_first_batch_is_there(self, loaders: Sequence[Any]) -> None:
+        """The order of the epoch in whose middle the run is resumed has been drawn."""
+        set_generators(loaders, self._loaders)

@@ -21,8 +21,10 @@ import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
@@ -58,6 +60,7 @@ from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown
 from lightning_zero.plugin.checkpoint_io import PREPARED, LoadedCheckpoint, PreparedSave, ZeroCheckpointIO
 from lightning_zero.plugin.choice import Choice, choose
 from lightning_zero.plugin.contents import contents
+from lightning_zero.plugin.data_order import all_go_on, get_states, make_redrawable
 from lightning_zero.plugin.loader_state import make_resumable
 from lightning_zero.plugin.loading import load_module, restore_optimizer_states
 from lightning_zero.plugin.materialize import materialize
@@ -176,6 +179,7 @@ class ZeroStrategy(DDPStrategy):
         self._partition: Partition | None = None
         self._ranks = Ranks(timeout)
         self._resume: Resume | None = None
+        self._resumed_in_mid_epoch: Resume | None = None
         self._signals: SharedSignals | None = None
 
     # --- plugins ---
@@ -246,7 +250,8 @@ class ZeroStrategy(DDPStrategy):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         self._uninitialized: set[str] = set()
-        self._resume = self._signals = None  # a fit that was stopped before it began leaves nothing to the next
+        # A fit that was stopped before it began leaves nothing to the next
+        self._resume = self._resumed_in_mid_epoch = self._signals = None
 
     @override
     def setup_environment(self) -> None:
@@ -595,9 +600,15 @@ class ZeroStrategy(DDPStrategy):
             partition.take_over_outside_writes()
         loops = checkpoint.get("loops", {})
         metrics = get_metric_states(module, without=finished_metrics(module, loops)) if partition else {}
-        rank, world_size = self._ranks.rank, self._ranks.count
         return contents(
-            checkpoint, module, partition, rank=rank, world_size=world_size, stage=self.stage, metrics=metrics
+            checkpoint,
+            module,
+            partition,
+            rank=self._ranks.rank,
+            world_size=self._ranks.count,
+            stage=self.stage,
+            metrics=metrics,
+            loaders=get_states(self._training_loaders) if partition else (),
         )
 
     @property
@@ -891,8 +902,11 @@ class ZeroStrategy(DDPStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         """Called when a loader is there and its iterator isn't: see [Note: when random states are restored]."""
         make_resumable(dataloader)
-        if self._resume is not None:
-            self._resume.between(dataloader, in_mid_epoch=self._in_mid_epoch)
+        if self._trainer.training:
+            make_redrawable(dataloader)
+            if self._resume is not None:
+                batches = self._batch_progress.processed
+                self._resume.between(dataloader, in_mid_epoch=self._in_mid_epoch, batches=batches)
         return super().process_dataloader(dataloader)
 
     @override
@@ -938,9 +952,24 @@ class ZeroStrategy(DDPStrategy):
             self.expect_saves_behind()
         resume, self._resume = self._resume, None
         if resume is not None:
-            loader = self._trainer.fit_loop._combined_loader
-            loaders = [] if loader is None else loader.flattened
-            resume.when_all_are_made(loaders, in_mid_epoch=self._in_mid_epoch)
+            make_again = partial(iter, self._trainer.fit_loop._data_fetcher)
+            resume.when_all_are_made(self._training_loaders, make_again, in_mid_epoch=self._in_mid_epoch)
+            self._resumed_in_mid_epoch = resume if self._in_mid_epoch else None
+            if self._in_mid_epoch and all_go_on(self._training_loaders):
+                # Lightning looks for loaders with a state, and finds none
+                warnings.filterwarnings("ignore", ".*your dataloader is not resumable", PossibleUserWarning)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        resume, self._resumed_in_mid_epoch = self._resumed_in_mid_epoch, None
+        if resume is not None:
+            resume.when_first_batch_is_there(self._training_loaders)
+
+    @property
+    def _training_loaders(self) -> list[Any]:
+        loader = self._trainer.fit_loop._combined_loader
+        return [] if loader is None else loader.flattened
 
     @property
     def _trainer_if_any(self) -> Trainer | None:
@@ -959,8 +988,15 @@ class ZeroStrategy(DDPStrategy):
 
     @property
     def _in_mid_epoch(self) -> bool:
-        progress = self._trainer.fit_loop.epoch_loop.batch_progress
-        return progress.current.ready > 0 and not progress.is_last_batch
+        is_last = self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        return self._batch_progress.ready > 0 and not is_last
+
+    @property
+    def _batch_progress(self) -> _ProcessedTracker:
+        """How many of the epoch's batches were begun, trained on, and done with all hooks."""
+        current = self._trainer.fit_loop.epoch_loop.batch_progress.current
+        assert isinstance(current, _ProcessedTracker)
+        return current
 
 
 def _require_tag_validation(value: object) -> None:

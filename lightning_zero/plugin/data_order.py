@@ -1,0 +1,138 @@
+"""The order in which a data loader gives its data, drawn again: a resumed run goes on with the batch that comes next.
+
+torch's own `DataLoader` has no state. Lightning begins it anew in the middle of an epoch: what was trained on comes a
+second time, and the rest of the epoch never, under stock DDP too. Here each rank saves what an epoch's order was drawn
+from; resumed, the same order is drawn, and as much of it passed over as was trained on, without loading it.
+
+| a training loader | resumed in the middle of an epoch |
+|---|---|
+| a `DataLoader` whose dataset has indices | here: whatever its sampler, which may be anybody's |
+| one with a state, as torchdata's `StatefulDataLoader` | by itself: see `loader_state` |
+| of an iterable dataset without a state | from its beginning: Lightning warns of it |
+
+What the workers of a loader draw themselves is not drawn again. Where a checkpoint is another number of ranks', the
+order is a new one; of that, too, as many batches are passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+
+from lightning_zero.plugin.random_state import get_random_state, set_random_state
+
+
+class _Redrawn(Sampler[Any]):
+    """A sampler whose order can be drawn again; mixed into the class of whichever gives a loader its indices."""
+
+    _drawn_from: dict[str, Any] | None = None
+    _redraw: tuple[dict[str, Any] | None, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        (drawn_from, passed_over), self._redraw = self._redraw or (None, 0), None
+        # Drawn when the first is asked for, as most samplers do
+        with _random_state(drawn_from, self) as self._drawn_from:
+            order = iter(super().__iter__())
+            first = list(islice(order, passed_over + 1))[passed_over:]
+        yield from first
+        yield from order
+
+
+@contextmanager
+def _random_state(drawn_from: dict[str, Any] | None, sampler: object) -> Iterator[dict[str, Any]]:
+    """Draw from what was drawn from before, and leave the process's own random numbers as they are; or from these."""
+    generators = _generators(sampler)
+    if drawn_from is None:
+        yield {"random": get_random_state(), "generators": [generator.get_state() for generator in generators]}
+        return
+    outside = get_random_state()
+    set_random_state(drawn_from["random"])
+    _set_states(generators, drawn_from["generators"])
+    try:
+        yield drawn_from
+    finally:
+        set_random_state(outside)
+
+
+def make_redrawable(loader: object) -> None:
+    """Have the sampler of a loader note what its order is drawn from, if nothing else knows how to go on with it."""
+    sampler = _sampler_of(loader)
+    if sampler is not None and not isinstance(sampler, _Redrawn):
+        kind = type(sampler)
+        sampler.__class__ = type(kind.__name__, (_Redrawn, kind), {"__module__": kind.__module__})
+
+
+def pass_over(loader: object, state: dict[str, Any] | None, batches: int) -> None:
+    """Have a loader's next iterator begin where another one was.
+
+    Args:
+        loader: made redrawable.
+        state: that loader's, as `get_states` gave it; None: nothing is known of its order.
+        batches: how many of the epoch have been trained on.
+    """
+    sampler, length = _sampler_of(loader), sized_len(loader)
+    if isinstance(sampler, _Redrawn) and batches:
+        # Beside a longer loader, a shorter one begins again and again
+        sampler._redraw = (state or {}).get("drawn_from"), (batches - 1) % length + 1 if length else batches
+
+
+def all_go_on(loaders: Sequence[object]) -> bool:
+    """Whether each of them can be resumed in the middle of an epoch."""
+    return all(_has_state(loader) or isinstance(_sampler_of(loader), _Redrawn) for loader in loaders)
+
+
+def get_states(loaders: Sequence[object]) -> list[dict[str, Any]]:
+    """What the order of each loader was drawn from, and the states of its own generators, which come after."""
+    return [
+        {
+            "drawn_from": getattr(_sampler_of(loader), "_drawn_from", None),
+            "generators": [generator.get_state() for generator in _generators(loader)],
+        }
+        for loader in loaders
+    ]
+
+
+def set_generators(loaders: Sequence[object], states: Sequence[dict[str, Any]]) -> None:
+    """Let the loaders' own generators go on from where they were, for what is drawn from them next."""
+    for loader, state in zip(loaders, states, strict=False):
+        _set_states(_generators(loader), state["generators"])
+
+
+def _sampler_of(loader: object) -> Sampler[Any] | None:
+    """What gives a loader its indices, batch by batch, where a loader without a state has such a thing."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or _has_state(loader):
+        return None
+    sampler: object = loader._index_sampler
+    parts = (sampler, getattr(sampler, "sampler", None), loader.dataset)
+    return sampler if isinstance(sampler, Sampler) and not any(map(_has_state, parts)) else None
+
+
+def _has_state(part: object) -> bool:
+    return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
+
+
+def _generators(part: object) -> list[torch.Generator]:
+    """The generators of a loader or a sampler and of the samplers in it, each once."""
+    found: dict[int, torch.Generator] = {}
+    seen: list[object] = [part]
+    for each in seen:
+        generator = getattr(each, "generator", None)
+        if isinstance(generator, torch.Generator):
+            found[id(generator)] = generator
+        inner = [getattr(each, name, None) for name in ("batch_sampler", "sampler")]
+        if isinstance(each, DistributedSamplerWrapper):
+            inner.append(getattr(each.dataset, "_sampler", None))
+        seen += [one for one in inner if one is not None and all(one is not other for other in seen)]
+    return list(found.values())
+
+
+def _set_states(generators: Sequence[torch.Generator], states: Sequence[torch.Tensor]) -> None:
+    for generator, state in zip(generators, states, strict=False):
+        generator.set_state(state)
