@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.integrity import Depth, find_problems, read_manifest, require_sound
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME
+from lightning_zero.checkpoint.origins import advice
 from lightning_zero.checkpoint.storage import Location, PathOrUrl, locate
 from lightning_zero.errors import CheckpointNotFoundError, ZeroError
 
@@ -93,7 +94,7 @@ def resolve(
         warnings.warn(f"{problem}\nThe newest sound checkpoint is taken instead: {candidate.path}", stacklevel=2)
         return candidate.path
     listed = "".join(f"\n  {name}: {wrong}" for name, wrong in problems.items())
-    raise CheckpointNotFoundError(f"{where} holds no sound checkpoint; {problem}{listed}")
+    raise CheckpointNotFoundError(f"{where} holds no sound checkpoint; {problem}{advice(where)}{listed}")
 
 
 def _tag_directory(path: Location) -> Location | None:

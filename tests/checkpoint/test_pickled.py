@@ -65,10 +65,11 @@ def test_whatever_is_plain_comes_back(value: object) -> None:
     assert repr(again([value, value])) == repr([value, value])
 
 
-def test_what_pickle_dump_writes_by_default_is_read_too() -> None:
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_what_pickle_dump_writes_by_default_is_read_too(protocol: int) -> None:
     named, text = argparse.Namespace(a=[1, "x" * 300], b=(2.5, None)), "ä"
     value = {"of a class": named, "again": [named, named], text: {text: text}, 2**40: collections.OrderedDict(x=1)}
-    found = read_pickle(pickle.dumps(value, 4), refuse)
+    found = read_pickle(pickle.dumps(value, protocol), refuse)
     made = pickle.loads(write_pickle(found.value, no_id, refuse))
     assert made == value
     assert made["again"][0] is made["of a class"]

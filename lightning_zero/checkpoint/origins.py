@@ -1,0 +1,44 @@
+"""Whose checkpoint a directory holds, where it isn't ours; and the command that makes one of ours of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lightning_zero.checkpoint.deepspeed.files import LIGHTNING_TAG, is_deepspeed_tag
+from lightning_zero.checkpoint.fsdp.metadata import is_distributed
+from lightning_zero.checkpoint.storage import Location, names_in
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A system that writes checkpoints: its name, and the command that imports them."""
+
+    writer: str
+    command: str
+
+
+_DEEPSPEED = Origin("DeepSpeed", "import-deepspeed")
+_DISTRIBUTED = Origin("torch.distributed.checkpoint", "import-fsdp")
+
+
+def origin_of(directory: Location) -> Origin | None:
+    """Who has written the checkpoint in a directory; None where there is none, or it is ours."""
+    if is_deepspeed_tag(directory) or is_deepspeed_tag(directory / LIGHTNING_TAG):
+        return _DEEPSPEED
+    return _DISTRIBUTED if is_distributed(directory) else None
+
+
+def origins_beside(directory: Location) -> Iterator[tuple[Location, Origin]]:
+    """Others' checkpoints in a directory, in the one that it lies in, and in all that lie beside it."""
+    parent = directory.parent
+    for there in (directory, parent, *(parent / name for name in sorted(names_in(parent)))):
+        if (origin := origin_of(there)) is not None:
+            yield there, origin
+
+
+def advice(path: Location) -> str:
+    """What to do about a path without a checkpoint of ours, to be appended to a message: others' may be there."""
+    for there, origin in origins_beside(path / "latest"):
+        return f"; {there} is a checkpoint of {origin.writer}'s: lightning-zero {origin.command} {there} DST imports it"
+    return ""
