@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lightning_zero.checkpoint.commit import LATEST
 from lightning_zero.checkpoint.deepspeed.files import LIGHTNING_TAG, is_deepspeed_tag
 from lightning_zero.checkpoint.fsdp.metadata import is_distributed
+from lightning_zero.checkpoint.manifest import MANIFEST_NAME
 from lightning_zero.checkpoint.storage import Location, names_in
+from lightning_zero.errors import CheckpointNotFoundError
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +26,13 @@ _DISTRIBUTED = Origin("torch.distributed.checkpoint", "import-fsdp")
 
 
 def origin_of(directory: Location) -> Origin | None:
-    """Who has written the checkpoint in a directory; None where there is none, or it is ours."""
-    if is_deepspeed_tag(directory) or is_deepspeed_tag(directory / LIGHTNING_TAG):
-        return _DEEPSPEED
-    return _DISTRIBUTED if is_distributed(directory) else None
+    """Who has written the checkpoint in a directory; None where there is none, or it is ours, or nobody may look."""
+    try:
+        if is_deepspeed_tag(directory) or is_deepspeed_tag(directory / LIGHTNING_TAG):
+            return _DEEPSPEED
+        return _DISTRIBUTED if is_distributed(directory) else None
+    except OSError:
+        return None
 
 
 def origins_beside(directory: Location) -> Iterator[tuple[Location, Origin]]:
@@ -37,8 +43,21 @@ def origins_beside(directory: Location) -> Iterator[tuple[Location, Origin]]:
             yield there, origin
 
 
+def require_ours(directory: Location) -> None:
+    """Make sure that a tag's directory isn't another system's.
+
+    Raises:
+        CheckpointNotFoundError: it is.
+    """
+    if not (directory / MANIFEST_NAME).is_file() and (origin := origin_of(directory)) is not None:
+        raise CheckpointNotFoundError(_advice(directory, origin))
+
+
 def advice(path: Location) -> str:
     """What to do about a path without a checkpoint of ours, to be appended to a message: others' may be there."""
-    for there, origin in origins_beside(path / "latest"):
-        return f"; {there} is a checkpoint of {origin.writer}'s: lightning-zero {origin.command} {there} DST imports it"
-    return ""
+    found = next(origins_beside(path / LATEST), None)
+    return f"; {_advice(*found)}" if found else ""
+
+
+def _advice(there: Location, origin: Origin) -> str:
+    return f"{there} is a checkpoint of {origin.writer}'s: lightning-zero {origin.command} {there} DST imports it"

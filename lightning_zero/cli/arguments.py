@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME
-from lightning_zero.checkpoint.origins import advice
+from lightning_zero.checkpoint.origins import advice, require_ours
 from lightning_zero.checkpoint.shards import Problem
 from lightning_zero.checkpoint.storage import Location, locate
 from lightning_zero.errors import CheckpointNotFoundError, ZeroError
@@ -77,4 +77,5 @@ def find_tag(path: Location, tag: str | None) -> tuple[Location, list[Problem]]:
     if not directory.is_dir():
         there = [found.name for found in commit.list_tags(path)]
         raise CheckpointNotFoundError(f"there is no checkpoint {tag!r} in {path}; there are {there}")
+    require_ours(directory)
     return directory, problems

@@ -16,6 +16,7 @@ from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.cli import main
 from lightning_zero.errors import CheckpointMismatchError, CheckpointNotFoundError, UnsupportedModelError
+from tests.checkpoint.deepspeed.training import trained
 from tests.checkpoint.fsdp.forger import flattened, forge, optimizer_state, training
 from tests.models import Model
 
@@ -236,11 +237,18 @@ def test_the_command_and_what_it_leads_to(tmp_path: Path, capsys: pytest.Capture
     assert main(["diff", f"{ours}/step-5", f"{ours}/b"]) == 0
 
 
-@pytest.mark.parametrize("command", ["verify", "inspect", "export"])
+@pytest.mark.parametrize("command", ["ls", "verify", "inspect", "export"])
 def test_whoever_takes_it_for_one_of_ours_is_told_the_command(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = forge(tmp_path / "run" / "step-5", in_loops(*training()))
-    for given in (source, source.parent):
-        assert main([command, str(given), *([str(tmp_path / "x.ckpt")] if command == "export" else [])]) == 1
+    other = trained(stage=2).save(tmp_path / "other")
+    more = [str(tmp_path / "x.ckpt")] if command == "export" else []
+    for given, advised in ((source, source), (source.parent, source), (other, other), (other.parent, other)):
+        assert main([command, str(given), *more]) == (0 if command == "ls" else 1)
+        told = capsys.readouterr()
+        name = "import-fsdp" if advised is source else "import-deepspeed"
+        assert f"lightning-zero {name} {advised} DST" in told.out + told.err
+    if command != "ls":
+        assert main([command, str(source.parent), *more, "--tag", source.name]) == 1
         assert f"lightning-zero import-fsdp {source} DST" in capsys.readouterr().err
