@@ -22,7 +22,7 @@ class Origin:
 
 
 _DEEPSPEED = Origin("DeepSpeed", "import-deepspeed")
-_DISTRIBUTED = Origin("torch.distributed.checkpoint", "import-fsdp")
+_FSDP = Origin("FSDP", "import-fsdp")
 
 
 def origin_of(directory: Location) -> Origin | None:
@@ -30,7 +30,7 @@ def origin_of(directory: Location) -> Origin | None:
     try:
         if is_deepspeed_tag(directory) or is_deepspeed_tag(directory / LIGHTNING_TAG):
             return _DEEPSPEED
-        return _DISTRIBUTED if is_distributed(directory) else None
+        return _FSDP if is_distributed(directory) else None
     except OSError:
         return None
 

@@ -25,7 +25,7 @@ from lightning_zero.checkpoint.descriptions import require
 from lightning_zero.checkpoint.elements import NAMES
 from lightning_zero.checkpoint.foreign import LIGHTNING_VERSION, ForeignCheckpoint, Optimizer, Rank
 from lightning_zero.checkpoint.fsdp.archives import Archives
-from lightning_zero.checkpoint.fsdp.metadata import Chunked, Leaf, Path, is_distributed, read_metadata
+from lightning_zero.checkpoint.fsdp.metadata import Chunked, KeyPath, Leaf, is_distributed, read_metadata
 from lightning_zero.checkpoint.fsdp.nesting import below, is_below, joined, nested
 from lightning_zero.checkpoint.fsdp.optimizer import optimizer_keys, read_groups, read_states
 from lightning_zero.checkpoint.manifest import Entry
@@ -146,11 +146,11 @@ class _Divided:
     """The leaves: of the module's state dict by their names in it, of each optimizer's, and all others."""
 
     module: dict[str, Leaf]
-    optimizers: list[dict[Path, Leaf]]
-    beside: dict[Path, Leaf]
+    optimizers: list[dict[KeyPath, Leaf]]
+    beside: dict[KeyPath, Leaf]
 
 
-def _divide(leaves: Mapping[Path, Leaf], model_key: str | None, optimizer_key: str | None, where: str) -> _Divided:
+def _divide(leaves: Mapping[KeyPath, Leaf], model_key: str | None, optimizer_key: str | None, where: str) -> _Divided:
     keys = optimizer_keys(leaves) if optimizer_key is None else [_key(leaves, optimizer_key, where)]
     rest = {path: leaf for path, leaf in leaves.items() if not any(is_below(path, key) for key in keys)}
     model = _model_key(rest, where) if model_key is None else _key(rest, model_key, where)
@@ -164,7 +164,7 @@ def _divide(leaves: Mapping[Path, Leaf], model_key: str | None, optimizer_key: s
     )
 
 
-def _key(leaves: Mapping[Path, Leaf], name: str, where: str) -> Path:
+def _key(leaves: Mapping[KeyPath, Leaf], name: str, where: str) -> KeyPath:
     """The key that goes by that name."""
     found = (path[:depth] for path in leaves for depth in range(len(path)) if joined(path[:depth]) == name)
     if (key := next(found, None)) is None:
@@ -172,7 +172,7 @@ def _key(leaves: Mapping[Path, Leaf], name: str, where: str) -> Path:
     return key
 
 
-def _model_key(leaves: Mapping[Path, Leaf], where: str) -> Path:
+def _model_key(leaves: Mapping[KeyPath, Leaf], where: str) -> KeyPath:
     keys = {path[:depth] for path in leaves for depth in range(1, len(path)) if path[depth - 1] in _MODEL_KEYS}
     depth = min(map(len, keys), default=0)
     outermost = [key for key in keys if len(key) == depth]
@@ -184,7 +184,7 @@ def _model_key(leaves: Mapping[Path, Leaf], where: str) -> Path:
     return outermost[0]
 
 
-def _there(leaves: Mapping[Path, Leaf]) -> str:
+def _there(leaves: Mapping[KeyPath, Leaf]) -> str:
     keys = sorted({str(path[0]) for path in leaves})
     return f"is {str(keys[:10])[:400]}{' and more' if len(keys) > 10 else ''}"
 
@@ -197,7 +197,7 @@ def _lightnings(directory: Location, verify: bool) -> dict[Any, Any]:
     return require(describe_torch_file(path, open_file, lambda nbytes: None, verify=verify).value, dict, f"{path}")
 
 
-def _kept(leaves: Mapping[Path, Leaf], archives: Archives) -> dict[Any, Any]:
+def _kept(leaves: Mapping[KeyPath, Leaf], archives: Archives) -> dict[Any, Any]:
     """What stands beside the module and the optimizers, where it is small: without tensors."""
     large = {path[0] for path, leaf in leaves.items() if isinstance(leaf, Chunked)}
     if large:

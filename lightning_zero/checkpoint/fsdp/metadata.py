@@ -45,7 +45,9 @@ _INDEX = Global(f"{_HOME}.metadata", "MetadataIndex")
 _PLACE = Global(f"{_HOME}.filesystem", "_StorageInfo")
 _MOST_KEYS = 64
 
-Path: TypeAlias = "tuple[str | int, ...]"
+KeyPath: TypeAlias = "tuple[str | int, ...]"
+_Stored: TypeAlias = "tuple[str, tuple[int, ...] | None]"
+"""By what an archive is found: its leaf's name, and the chunk's offsets."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -94,7 +96,7 @@ def is_distributed(directory: Location) -> bool:
     return any(map(_FILE.fullmatch, names_in(directory)))
 
 
-def read_metadata(directory: Location) -> dict[Path, Leaf]:
+def read_metadata(directory: Location) -> dict[KeyPath, Leaf]:
     """The leaves, by their paths, in their order.
 
     Raises:
@@ -102,21 +104,21 @@ def read_metadata(directory: Location) -> dict[Path, Leaf]:
         CorruptCheckpointError: it isn't what DCP writes, or contradicts itself.
         UnsupportedModelError: the archives are compressed, or none of `torch.save`.
     """
-    where = directory / METADATA_NAME
+    where = f"{directory / METADATA_NAME}"
     try:
-        content = read_file(where)
+        content = read_file(directory / METADATA_NAME)
     except IncompleteCheckpointError as error:
         raise IncompleteCheckpointError(
             f"{error}: it is written last, so the save didn't come to its end; import an earlier checkpoint"
         ) from error
     try:
         saved = _fields(read_pickle(content, _refuse).value, _METADATA)
-        places = _places(item(saved, "storage_data", dict, f"{where}"), f"{where}")
-        paths = item(saved, "planner_data", dict, f"{where}")
-        leaves = item(saved, "state_dict_metadata", dict, f"{where}")
+        places = _places(item(saved, "storage_data", dict, where), where)
+        paths = item(saved, "planner_data", dict, where)
+        leaves = item(saved, "state_dict_metadata", dict, where)
         if paths.keys() != leaves.keys():
             raise UnpicklingError("what it lists isn't what it has the paths of")
-        return {_path(name, path): _leaf(name, leaves[name], places, f"{where}") for name, path in paths.items()}
+        return {_path(name, path): _leaf(name, leaves[name], places, where) for name, path in paths.items()}
     except ZeroError:
         raise
     except Exception as error:
@@ -136,7 +138,7 @@ def _fields(value: object, kind: Global) -> Any:
     return value.steps[0][1] if value.steps else {}
 
 
-def _path(name: object, path: object) -> Path:
+def _path(name: object, path: object) -> KeyPath:
     if type(path) is not tuple or not 0 < len(path) <= _MOST_KEYS or not all(type(key) in (str, int) for key in path):
         raise UnpicklingError(f"{path!r:.80} is no path")
     if ".".join(map(str, path)) != name:
@@ -144,7 +146,7 @@ def _path(name: object, path: object) -> Path:
     return path
 
 
-def _places(storage: Mapping[Any, Any], where: str) -> dict[tuple[str, tuple[int, ...] | None], Place]:
+def _places(storage: Mapping[Any, Any], where: str) -> dict[_Stored, Place]:
     places = {}
     for index, place in storage.items():
         key = _fields(index, _INDEX)
@@ -177,7 +179,7 @@ def _place(saved: Mapping[Any, Any], where: str) -> Place:
     return Place(file, begin, begin + item(saved, "length", int, where))
 
 
-def _leaf(name: str, value: object, places: Mapping[tuple[str, tuple[int, ...] | None], Place], where: str) -> Leaf:
+def _leaf(name: str, value: object, places: Mapping[_Stored, Place], where: str) -> Leaf:
     where = f"{where}: {name!r:.200}"
     if getattr(value, "function", None) == _OBJECT:
         return _placed(places.get((name, None)), where)

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from lightning_zero.checkpoint.fsdp.metadata import Path
+from lightning_zero.checkpoint.fsdp.metadata import KeyPath
 from lightning_zero.errors import CorruptCheckpointError
 
 _T = TypeVar("_T")
 
 
-def below(leaves: Mapping[Path, _T], key: Path) -> dict[Path, _T]:
+def below(leaves: Mapping[KeyPath, _T], key: KeyPath) -> dict[KeyPath, _T]:
     """What stands below a key, by what is left of the paths."""
     return {path[len(key) :]: leaf for path, leaf in leaves.items() if is_below(path, key)}
 
 
-def joined(path: Path) -> str:
+def joined(path: KeyPath) -> str:
     """A path as one name."""
     return ".".join(map(str, path))
 
 
-def is_below(path: Path, key: Path) -> bool:
+def is_below(path: KeyPath, key: KeyPath) -> bool:
     """Whether a path leads through a key."""
     return len(path) > len(key) and path[: len(key)] == key
 
@@ -30,7 +30,7 @@ class _Node(dict[Any, Any]):
     """A dict, or a list by its numbers: not what a leaf itself is."""
 
 
-def nested(values: Mapping[Path, object], where: str) -> Any:
+def nested(values: Mapping[KeyPath, object], where: str) -> Any:
     """The dict or the list that flattened to these.
 
     Raises:

@@ -18,7 +18,7 @@ from typing import Any
 from lightning_zero.checkpoint.descriptions import number_of_steps, require
 from lightning_zero.checkpoint.foreign import ParameterGroup, Piece
 from lightning_zero.checkpoint.fsdp.archives import Archives, Held
-from lightning_zero.checkpoint.fsdp.metadata import Chunked, Leaf, Path
+from lightning_zero.checkpoint.fsdp.metadata import Chunked, KeyPath, Leaf
 from lightning_zero.checkpoint.fsdp.nesting import below, joined, nested
 from lightning_zero.checkpoint.manifest import MASTER_CODES, PLAIN
 from lightning_zero.errors import CorruptCheckpointError, UnsupportedModelError
@@ -26,7 +26,7 @@ from lightning_zero.errors import CorruptCheckpointError, UnsupportedModelError
 _GROUPS, _STATES = "param_groups", "state"
 
 
-def optimizer_keys(leaves: Mapping[Path, Leaf]) -> list[Path]:
+def optimizer_keys(leaves: Mapping[KeyPath, Leaf]) -> list[KeyPath]:
     """Where optimizers' state dicts stand: wherever there are param groups."""
     found = {}
     for path in leaves:
@@ -36,7 +36,7 @@ def optimizer_keys(leaves: Mapping[Path, Leaf]) -> list[Path]:
     return list(found)
 
 
-def read_groups(leaves: Mapping[Path, Leaf], archives: Archives) -> list[ParameterGroup]:
+def read_groups(leaves: Mapping[KeyPath, Leaf], archives: Archives) -> list[ParameterGroup]:
     """The param groups in one optimizer's state dict.
 
     Raises:
@@ -63,7 +63,7 @@ def read_groups(leaves: Mapping[Path, Leaf], archives: Archives) -> list[Paramet
 
 
 def read_states(
-    leaves: Mapping[Path, Leaf],
+    leaves: Mapping[KeyPath, Leaf],
     number: int,
     module: Mapping[str, tuple[Chunked, Held]],
     archives: Archives,
