@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_zero.checkpoint.export import (
         convert_zero_checkpoint_to_fp32_state_dict as convert_zero_checkpoint_to_fp32_state_dict,
     )
+    from lightning_zero.checkpoint.fsdp.importing import import_fsdp_checkpoint as import_fsdp_checkpoint
     from lightning_zero.checkpoint.state_dict import (
         get_fp32_state_dict_from_zero_checkpoint as get_fp32_state_dict_from_zero_checkpoint,
     )
@@ -45,6 +46,7 @@ _HOMES = {
     "convert_zero_checkpoint_to_fp32_state_dict": "checkpoint.export",
     "get_fp32_state_dict_from_zero_checkpoint": "checkpoint.state_dict",
     "import_deepspeed_checkpoint": "checkpoint.deepspeed.importing",
+    "import_fsdp_checkpoint": "checkpoint.fsdp.importing",
     "load_state_dict_from_zero_checkpoint": "checkpoint.state_dict",
 }
 

@@ -1,8 +1,8 @@
 """Every code block and every command of the README and of docs/ is run, page by page, in its order.
 
-A page's Python blocks share their names, as they would in a notebook; `model` and `MyModule` are given, and a directory
-of DeepSpeed's. A `console` block runs what follows each `$`. What sets a machine up, or measures for minutes, is looked
-at and not run.
+A page's Python blocks share their names, as they would in a notebook; `model` and `MyModule` are given, and directories
+of DeepSpeed's and of FSDP's. A `console` block runs what follows each `$`. What sets a machine up, or measures for
+minutes, is looked at and not run.
 """
 
 import io
@@ -41,6 +41,7 @@ class ShortTrainer(lightning.pytorch.Trainer):
 
 def run_page(page, directory):
     from tests.checkpoint.deepspeed.training import trained
+    from tests.checkpoint.fsdp.forger import forge, optimizer_state, training
     from tests.models import Data, Model
 
     class MyModule(Model):
@@ -53,6 +54,9 @@ def run_page(page, directory):
     os.chdir(directory)
     lightning.pytorch.Trainer = ShortTrainer
     trained(stage=2).save(Path("deepspeed_run"))
+    module, optimizer = training(step=2)
+    state = {"model": module.state_dict(), "optimizer": optimizer_state(module, optimizer)}
+    forge(Path("fsdp_run", "step-2"), state)
     names = {"MyModule": MyModule, "model": MyModule(dropout=0.0), "__name__": "a page"}
     for kind, text in blocks(page):
         if kind == "python":

@@ -66,10 +66,12 @@ def find_records(file: BinaryIO, nbytes: int) -> dict[str, Found]:
 
 
 class Stream(io.RawIOBase):
-    """A file that is read by position, as `zipfile` reads one."""
+    """The bytes `[begin, end)` of a file that is read by position, as `zipfile` reads one."""
 
-    def __init__(self, file: ReadableFile) -> None:
+    def __init__(self, file: ReadableFile, begin: int, end: int) -> None:
         self._file = file
+        self._begin = begin
+        self._nbytes = end - begin
         self._position = 0
 
     @override
@@ -82,16 +84,16 @@ class Stream(io.RawIOBase):
 
     @override
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        begin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.nbytes}[whence]
+        begin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._nbytes}[whence]
         if begin + offset < 0:
             raise OSError("there is nothing before the beginning of a file")
         self._position = begin + offset
         return self._position
 
     def readinto(self, buffer: Any, /) -> int:
-        """Fill the buffer as far as the file goes."""
-        target = memoryview(buffer).cast("B")[: max(0, self._file.nbytes - self._position)]
-        self._file.read_into(self._position, target)
+        """Fill the buffer as far as they go."""
+        target = memoryview(buffer).cast("B")[: max(0, self._nbytes - self._position)]
+        self._file.read_into(self._begin + self._position, target)
         self._position += len(target)
         return len(target)
 

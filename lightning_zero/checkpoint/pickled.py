@@ -3,7 +3,8 @@
 Reading gives Python's own plain values, dicts, lists and tuples, shared where the pickle shares them, and nodes for all
 else: a name that would be imported is a `Global`, what a call would make is an `Object` with what is done to it after.
 The reader is an interpreter of its own for the few opcodes that `torch.save` writes (protocol 2: see `pickletools`),
-since Python's has too many ways to come to code: names with dots, registered extensions, `__setstate__`.
+and the four that `pickle.dump` has for text, names and frames (protocol 4), since Python's has too many ways to come to
+code: names with dots, registered extensions, `__setstate__`.
 
 | a hostile pickle | what comes of it |
 |---|---|
@@ -33,7 +34,7 @@ _MOST_AGAIN = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A name that would be imported, as protocol 2 spells it (`__builtin__`, not `builtins`)."""
+    """A name that would be imported, as the pickle spells it (in protocol 2, `__builtin__` and not `builtins`)."""
 
     module: str
     name: str
@@ -156,6 +157,14 @@ class _Reader:
         self.names.add(name)
         self._push(name)
 
+    def _stack_global(self) -> None:
+        name, module = self._stack.pop(), self._stack.pop()
+        if not all(type(text) is str and text.isprintable() for text in (module, name)):
+            # A line break in it would be more than a name, in protocol 2
+            raise pickle.UnpicklingError("a name that would be imported is no text, or more than a line")
+        self._push(Global(module, name))
+        self.names.add(Global(module, name))
+
     def _make(self, opcode: bytes) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
         if type(arguments) is not tuple or type(function) not in (Global, Object):
@@ -265,9 +274,14 @@ _OPERATIONS: dict[bytes, Callable[[_Reader], object]] = {
     pickle.POP: _Reader._pop,
     pickle.POP_MARK: _Reader._pop_mark,
     pickle.LONG4: lambda it: it._push(pickle.decode_long(it._take(it._number("<I")))),
+    pickle.FRAME: lambda it: it._take(8),
+    pickle.SHORT_BINUNICODE: lambda it: it._push(it._take(it._number("<B")).decode(errors="surrogatepass")),
+    pickle.MEMOIZE: lambda it: it._put(len(it._memo)),
+    pickle.STACK_GLOBAL: _Reader._stack_global,
 }
-_UNUSUAL = frozenset((pickle.POP, pickle.POP_MARK, pickle.LONG4))
-"""Written for tuples that hold themselves, for state setters, and for huge numbers."""
+_PROTOCOL_4 = frozenset((pickle.FRAME, pickle.SHORT_BINUNICODE, pickle.MEMOIZE, pickle.STACK_GLOBAL))
+_UNUSUAL = frozenset((pickle.POP, pickle.POP_MARK, pickle.LONG4)) | _PROTOCOL_4
+"""For tuples that hold themselves, for state setters, and for huge numbers; and what `torch.save` never writes."""
 
 
 # -------------------------------------------------------------------------------------------------------- write

@@ -7,6 +7,7 @@
 | a save directory | names a sound tag | that tag |
 | a save directory | missing, damaged, or names what is not sound | a warning, and the newest sound tag |
 | a save directory without a sound tag | any | CheckpointNotFoundError, with what is wrong with each |
+| a directory, or a tag, of another system's | any | CheckpointNotFoundError, with the command that imports it |
 
 No row deletes or repairs anything.
 """
@@ -19,6 +20,7 @@ from collections.abc import Mapping
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.integrity import Depth, find_problems, read_manifest, require_sound
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME
+from lightning_zero.checkpoint.origins import advice, require_ours
 from lightning_zero.checkpoint.storage import Location, PathOrUrl, locate
 from lightning_zero.errors import CheckpointNotFoundError, ZeroError
 
@@ -60,7 +62,9 @@ def resolve(
     if where.name == commit.LATEST and where.is_file():
         where = where.parent
     if tag is not None:
-        return _named(where, tag)
+        named = _named(where, tag)
+        require_ours(named)
+        return named
     if (directory := _tag_directory(where)) is not None:
         return directory
     if not where.is_dir():
@@ -93,7 +97,7 @@ def resolve(
         warnings.warn(f"{problem}\nThe newest sound checkpoint is taken instead: {candidate.path}", stacklevel=2)
         return candidate.path
     listed = "".join(f"\n  {name}: {wrong}" for name, wrong in problems.items())
-    raise CheckpointNotFoundError(f"{where} holds no sound checkpoint; {problem}{listed}")
+    raise CheckpointNotFoundError(f"{where} holds no sound checkpoint; {problem}{advice(where)}{listed}")
 
 
 def _tag_directory(path: Location) -> Location | None:

@@ -34,7 +34,12 @@ from lightning_zero.checkpoint.manifest import ITEM_BYTES
 from lightning_zero.checkpoint.pickled import Global, Object, Ordered, Pickled, read_pickle, write_pickle
 from lightning_zero.checkpoint.read_ahead import read_ahead
 from lightning_zero.checkpoint.storage import Location, create_file
-from lightning_zero.errors import CorruptCheckpointError, UnsupportedModelError, ZeroError
+from lightning_zero.errors import (
+    CorruptCheckpointError,
+    IncompleteCheckpointError,
+    UnsupportedModelError,
+    ZeroError,
+)
 
 Progress: TypeAlias = Callable[[int], object]
 
@@ -130,7 +135,9 @@ def read_torch_file(content: bytes, where: str, *, weights_only: bool) -> dict[A
     return require_dict(found.value, where)
 
 
-def describe_torch_file(path: Location, open_file: Open, progress: Progress, *, verify: bool) -> Pickled:
+def describe_torch_file(
+    path: Location, open_file: Open, progress: Progress, *, verify: bool, within: tuple[int, int] | None = None
+) -> Pickled:
     """The same of a file that is too large for memory: what a storage holds is read when it is wanted.
 
     Nothing in it is refused: that is for whoever knows what is to be done with it.
@@ -140,19 +147,24 @@ def describe_torch_file(path: Location, open_file: Open, progress: Progress, *, 
         open_file: opens it, now and whenever something is read.
         progress: is told of the storages' bytes as they are read.
         verify: compare the description with its checksum; for a storage, `Record.verify` is there.
+        within: the bytes of a file of several that are this one.
 
     Raises:
-        IncompleteCheckpointError: there is no such file.
+        IncompleteCheckpointError: there is no such file, or it ends before.
         CorruptCheckpointError: it is something else, or the checksum doesn't match.
     """
     file = open_file(path)
+    begin, end = within or (0, file.nbytes)
+    if end > file.nbytes:
+        raise IncompleteCheckpointError(f"{path} was cut short: it has {file.nbytes} bytes of at least {end}")
 
     def unread(name: str, place: Found) -> Elements:
-        record = Record(open_file, path, name, place, progress)
+        record = Record(open_file, path, name, Found(begin + place.offset, begin + place.end, place.checksum), progress)
         return Elements(record, (record.nbytes,), "U8", "U8")
 
-    stream: Any = Stream(file)
-    return _describe(io.BufferedReader(stream), file.nbytes, str(path), unread, verify=verify)[0]
+    stream: Any = Stream(file, begin, end)
+    where = f"{path}, bytes {begin} to {end}," if within else str(path)
+    return _describe(io.BufferedReader(stream), end - begin, where, unread, verify=verify)[0]
 
 
 def _describe(

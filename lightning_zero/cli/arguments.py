@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME
+from lightning_zero.checkpoint.origins import advice, require_ours
 from lightning_zero.checkpoint.shards import Problem
 from lightning_zero.checkpoint.storage import Location, is_remote, locate
 from lightning_zero.errors import CheckpointNotFoundError, ZeroError
@@ -79,7 +80,7 @@ def find_tag(path: Location, tag: str | None) -> tuple[Location, list[Problem]]:
         if tag is None or not (path / tag).is_dir():
             tags = commit.list_tags(path)
             if not tags:
-                raise CheckpointNotFoundError(f"there is no checkpoint in {path}")
+                raise CheckpointNotFoundError(f"there is no checkpoint in {path}{advice(path)}")
             text = "it is missing" if tag is None and not (path / commit.LATEST).exists() else missing
             problems.append(Problem(commit.LATEST, None, 0, 0, text))
             tag = tags[0].name
@@ -87,4 +88,5 @@ def find_tag(path: Location, tag: str | None) -> tuple[Location, list[Problem]]:
     if not directory.is_dir():
         there = [found.name for found in commit.list_tags(path)]
         raise CheckpointNotFoundError(f"there is no checkpoint {tag!r} in {path}; there are {there}")
+    require_ours(directory)
     return directory, problems

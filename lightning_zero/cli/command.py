@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Sequence
 
 from lightning_zero.checkpoint.commit import InvalidTagError
-from lightning_zero.cli import diff, export, import_deepspeed, inspect, ls, plan, prune, verify
+from lightning_zero.cli import diff, export, import_deepspeed, import_fsdp, inspect, ls, plan, prune, verify
 from lightning_zero.cli.arguments import WrongUseError
 from lightning_zero.errors import ZeroError
 
@@ -72,6 +72,6 @@ def _parser() -> argparse.ArgumentParser:
         epilog="lightning-zero COMMAND --help shows an example of each.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (ls, inspect, verify, diff, export, prune, plan, import_deepspeed):
+    for module in (ls, inspect, verify, diff, export, prune, plan, import_deepspeed, import_fsdp):
         module.add_to(commands)
     return parser

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME
+from lightning_zero.checkpoint.origins import advice
 from lightning_zero.checkpoint.storage import Location, absolute
 from lightning_zero.cli.arguments import add_command, add_directory
 from lightning_zero.cli.output import age_text, bytes_text, print_json, print_table
@@ -40,7 +41,7 @@ def _ls(options: argparse.Namespace) -> int:
     if options.json:
         print_json(rows)
     elif not rows:
-        print(f"no checkpoints in {save_dir}")
+        print(f"no checkpoints in {save_dir}{advice(save_dir)}")
     else:
         header = ["tag", "step", "epoch", "world size", "stage", "bytes", "age", ""]
         print_table([header, *map(_cells, rows)], "<>>>>>><")

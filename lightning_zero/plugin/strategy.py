@@ -44,6 +44,7 @@ from lightning_zero.checkpoint.content import CLIENT_STATE, RankContent, SharedC
 from lightning_zero.checkpoint.integrity import Depth
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.nodes import Place
+from lightning_zero.checkpoint.origins import advice
 from lightning_zero.checkpoint.plan import TagValidation
 from lightning_zero.checkpoint.save import holds_model
 from lightning_zero.checkpoint.storage import Location, absolute, locate
@@ -778,7 +779,7 @@ class ZeroStrategy(DDPStrategy):
         self._join_save()
         choice = self._choose(load_dir, tag)
         if choice is None:
-            rank_zero_warn(f"there is no checkpoint in {load_dir}: nothing is loaded")
+            rank_zero_warn(f"there is no checkpoint in {load_dir}: nothing is loaded{advice(locate(load_dir))}")
             return None, {}
 
         def load() -> dict[str, Any]:

@@ -65,6 +65,18 @@ def test_whatever_is_plain_comes_back(value: object) -> None:
     assert repr(again([value, value])) == repr([value, value])
 
 
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_what_pickle_dump_writes_by_default_is_read_too(protocol: int) -> None:
+    named, text = argparse.Namespace(a=[1, "x" * 300], b=(2.5, None)), "ä"
+    value = {"of a class": named, "again": [named, named], text: {text: text}, 2**40: collections.OrderedDict(x=1)}
+    found = read_pickle(pickle.dumps(value, protocol), refuse)
+    made = pickle.loads(write_pickle(found.value, no_id, refuse))
+    assert made == value
+    assert made["again"][0] is made["of a class"]
+    assert found.unusual  # `torch.load(weights_only=True)` reads no such thing
+    assert Global("argparse", "Namespace") in found.names
+
+
 def test_a_key_may_be_as_long_as_it_is_written() -> None:
     value = {tuple(range(10_000)): 1, ("x",) * 500: 2, ((1, 2), (3,)): 3}
     assert again(value) == value
@@ -179,6 +191,8 @@ HOSTILE: dict[str, bytes] = {
     "keys": TRAP + b")R(K\x01K\x02u",
     "a name for a key": b"}" + TRAP + b"K\x01s",
     "a persistent id": TRAP + b"Q",
+    "a name on the stack": b"\x8c\x10trap_of_a_pickle\x8c\x03x.y\x93",
+    "a call of a name on the stack": b"\x8c\x10trap_of_a_pickle\x94\x8c\x03x.y\x93\x94)R\x94",
 }
 
 
@@ -197,7 +211,10 @@ MALFORMED: dict[str, bytes] = {
     "EXT1": b"\x82\x01.",
     "EXT2": b"\x83\x01\x00.",
     "EXT4": b"\x84\x01\x00\x00\x00.",
-    "STACK_GLOBAL": b"X\x02\x00\x00\x00osX\x05\x00\x00\x00mkdir\x93.",
+    "a name of numbers": b"K\x01K\x02\x93.",
+    "a name of two lines": b"\x8c\x04os\nx\x8c\x05mkdir\x93.",
+    "a name of half a character": b"\x8c\x02os\x8c\x03\xed\xa0\x80\x93.",
+    "a frame without an end": b"\x95\x01\x00\x00",
     "NEWOBJ_EX": TRAP + b")}\x92.",
     "a text id": b"Px\n.",
     "a number in decimals": b"I" + b"9" * 10**6 + b"\n.",

@@ -20,26 +20,33 @@ isn't mentioned here, a resume has no use for. Source: the files that DeepSpeed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from lightning_zero.checkpoint.archive import Record
-from lightning_zero.checkpoint.deepspeed.files import Files, Progress, integers, item, require
+from lightning_zero.checkpoint.deepspeed.files import LIGHTNING_TAG, Files
 from lightning_zero.checkpoint.deepspeed.flat_groups import (
     FlatGroups,
-    Piece,
     frozen_pieces,
     read_flat_groups,
     read_groups,
     trained_pieces,
 )
 from lightning_zero.checkpoint.deepspeed.module import Module, Shapes, read_shapes, renaming
+from lightning_zero.checkpoint.descriptions import integers, item, require
 from lightning_zero.checkpoint.elements import Elements
-from lightning_zero.checkpoint.manifest import Entry
+from lightning_zero.checkpoint.foreign import (
+    LIGHTNING_VERSION,
+    ForeignCheckpoint,
+    Optimizer,
+    ParameterGroup,
+    Piece,
+    Rank,
+)
 from lightning_zero.checkpoint.pickled import Object
 from lightning_zero.checkpoint.storage import Location, names_in
-from lightning_zero.checkpoint.torch_file import View, is_tensor, part_of, unread_tensor
+from lightning_zero.checkpoint.torch_file import Progress, is_tensor, part_of, unread_tensor
 from lightning_zero.errors import (
     CheckpointMismatchError,
     CorruptCheckpointError,
@@ -47,9 +54,6 @@ from lightning_zero.errors import (
     UnsupportedModelError,
 )
 from lightning_zero.segments import Segment
-
-LIGHTNING_TAG = "checkpoint"
-_LIGHTNING_VERSION = "pytorch-lightning_version"
 
 _OWN = frozenset(
     (
@@ -80,83 +84,6 @@ _OWN = frozenset(
 """What DeepSpeed itself puts into the model's file: all else there is the client state."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """What one rank holds.
-
-    Attributes:
-        trained: masters and optimizer states.
-        frozen: parameters that aren't trained.
-        others: buffers, and whatever else is in the state dict; rank 0 has them.
-    """
-
-    trained: list[Piece] = field(default_factory=list)
-    frozen: list[Piece] = field(default_factory=list)
-    others: list[Piece] = field(default_factory=list)
-
-    @property
-    def records(self) -> set[Record]:
-        """Where all of it is read."""
-        pieces = (*self.trained, *self.frozen, *self.others)
-        views = (piece.value.source for piece in pieces if isinstance(piece.value, Elements))
-        return {view.record for view in views if isinstance(view, View)}
-
-    def renamed(self, rename: Callable[[str], str]) -> Rank:
-        """The same, by other names."""
-        return Rank(
-            *(
-                [replace(piece, segment=replace(piece.segment, name=rename(piece.segment.name))) for piece in pieces]
-                for pieces in (self.trained, self.frozen, self.others)
-            )
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ParameterGroup:
-    """One of the optimizer's: the names of its parameters, in the optimizer's order, and its settings."""
-
-    names: tuple[str, ...]
-    settings: dict[Any, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class DeepSpeedCheckpoint:
-    """What a tag's directory holds; the terms for what is no tensor are those of `pickled`.
-
-    Attributes:
-        directory: the tag's.
-        name: the tag; of Lightning's directories, their own name.
-        stage: of ZeRO.
-        step: how many steps DeepSpeed has counted.
-        entries: the module's state dict, in its order.
-        aliases: tied tensors: the other name, to the name under which it is stored.
-        odd: what in the state dict is no tensor.
-        optimizer: the name of its class, where it can be told.
-        groups: the optimizer's; none, if the module alone was wanted.
-        ranks: what each rank held.
-        client_state: what was given to DeepSpeed to keep: under Lightning, Lightning's own dict.
-        scheduler: the state of DeepSpeed's learning-rate scheduler, if there is one.
-    """
-
-    directory: Location
-    name: str
-    stage: int
-    step: int
-    entries: list[Entry]
-    aliases: dict[str, str]
-    odd: dict[str, Any]
-    optimizer: str
-    groups: list[ParameterGroup]
-    ranks: list[Rank]
-    client_state: dict[Any, Any]
-    scheduler: Any
-
-    @property
-    def is_lightnings(self) -> bool:
-        """Whether a Trainer wrote it."""
-        return _LIGHTNING_VERSION in self.client_state
-
-
 def read_deepspeed(
     directory: Location,
     *,
@@ -165,7 +92,7 @@ def read_deepspeed(
     weights_only: bool = True,
     verify: bool = True,
     progress: Progress = lambda nbytes: None,
-) -> DeepSpeedCheckpoint:
+) -> ForeignCheckpoint:
     """Open a tag's directory; its tensors stay unread.
 
     Args:
@@ -224,11 +151,12 @@ def read_deepspeed(
             of_kind = ranks[0].frozen if entry.role == "frozen" else ranks[0].others
             of_kind.append(Piece(Segment(entry.name, 0, tensor.numel), part_of(tensor, 0, tensor.numel)))
 
-    is_lightnings = _LIGHTNING_VERSION in client_state
+    is_lightnings = LIGHTNING_VERSION in client_state
     rename = renaming(module.names, submodule, is_lightnings=is_lightnings)
     groups = [] if module_only or not optimizers else _parameter_groups(optimizers[0], shapes, model, module)
     config = model.get("ds_config")
-    return DeepSpeedCheckpoint(
+    class_name = _class_name(groups, config if isinstance(config, dict) else {})
+    return ForeignCheckpoint(
         directory=directory,
         name=directory.parent.name if is_lightnings and directory.name == LIGHTNING_TAG else directory.name,
         stage=stage,
@@ -236,12 +164,23 @@ def read_deepspeed(
         entries=[replace(entry, name=rename(entry.name)) for entry in entries],
         aliases={rename(alias): rename(stored) for alias, stored in aliases.items()},
         odd={rename(name): value for name, value in module.odd.items()},
-        optimizer=_class_name(groups, config if isinstance(config, dict) else {}),
-        groups=[replace(group, names=tuple(map(rename, group.names))) for group in groups],
+        optimizers=[Optimizer(class_name, groups).renamed(rename)] if groups else [],
         ranks=[held.renamed(rename) for held in ranks],
         client_state=client_state,
-        scheduler=model.get("lr_scheduler"),
+        schedulers=[] if is_lightnings else _schedulers(model.get("lr_scheduler"), step, directory),
     )
+
+
+def _schedulers(state: object, step: int, directory: Location) -> list[Any]:
+    if isinstance(state, dict) and "last_epoch" in state:
+        return [state]
+    if state is not None:
+        warnings.warn(
+            f"{directory} has the state of a scheduler of DeepSpeed's own, which no other takes: it isn't imported. "
+            f"Have yours begin at step {step} (last_epoch={step}, once each param group has its 'initial_lr')",
+            stacklevel=4,
+        )
+    return []
 
 
 def _stage_and_count(content: Mapping[Any, Any], where: str) -> tuple[int, int]:

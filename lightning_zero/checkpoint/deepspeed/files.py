@@ -7,15 +7,14 @@ DeepSpeed writes it, is an error that names the file.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal
 
 from lightning_zero.checkpoint import commit
-from lightning_zero.checkpoint.manifest import LARGEST
+from lightning_zero.checkpoint.descriptions import require
 from lightning_zero.checkpoint.pickled import Global
 from lightning_zero.checkpoint.storage import Location, PathOrUrl, absolute, is_remote, locate, names_in, open_file
-from lightning_zero.checkpoint.torch_file import describe_torch_file, harmless
+from lightning_zero.checkpoint.torch_file import Progress, describe_torch_file, harmless
 from lightning_zero.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -24,9 +23,10 @@ from lightning_zero.errors import (
     UntrustedContentError,
 )
 
-Progress: TypeAlias = Callable[[int], object]
 Kind = Literal["model", "optim"]
-_T = TypeVar("_T")
+
+LIGHTNING_TAG = "checkpoint"
+"""The tag's directory in what Lightning's `DeepSpeedStrategy` saves."""
 
 _STATES = re.compile(r"(?:bf16_|fp16_)?(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_?(model|optim)_states\.pt")
 _EXPERTS_OR_LAYERS = re.compile(r"(layer|expert|expp_rank)_.*_states\.pt")
@@ -132,34 +132,3 @@ def _require_harmless(names: frozenset[Global], path: Location) -> None:
             f"{path} names {shown}, which would run when the file is loaded; here it didn't. If you trust whoever "
             "wrote it, import it with weights_only=False (--unsafe): what is kept of it runs when that is loaded so"
         )
-
-
-def require(value: object, kind: type[_T], what: str) -> _T:
-    """The same value, if it is of that kind; an `int` isn't negative, nor more than 64 bits have.
-
-    Raises:
-        CorruptCheckpointError: it is something else.
-    """
-    if not isinstance(value, kind) or (kind is int and not _is_count(value)):
-        raise CorruptCheckpointError(f"{what} is {type(value).__name__}, which DeepSpeed doesn't write there")
-    return value
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value <= LARGEST
-
-
-def item(of: Mapping[Any, Any], key: str, kind: type[_T], where: str) -> _T:
-    """What stands under a key, if it is of that kind; see `require`."""
-    return require(of.get(key), kind, f"{where}: {key!r}")
-
-
-def integers(value: object, what: str) -> tuple[int, ...]:
-    """A list of sizes, numbers or the like.
-
-    Raises:
-        CorruptCheckpointError: it is something else.
-    """
-    if not isinstance(value, list | tuple) or not all(map(_is_count, value)):
-        raise CorruptCheckpointError(f"{what} is no list of whole numbers")
-    return tuple(value)

@@ -6,37 +6,19 @@ See [Note: DeepSpeed's layout].
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any
 
-from lightning_zero.checkpoint.deepspeed.files import integers, item, require
 from lightning_zero.checkpoint.deepspeed.module import Shapes
+from lightning_zero.checkpoint.descriptions import integers, item, number_of_steps, require
 from lightning_zero.checkpoint.elements import Elements
-from lightning_zero.checkpoint.manifest import ITEM_BYTES, LARGEST, PLAIN, Plain
+from lightning_zero.checkpoint.foreign import Piece
+from lightning_zero.checkpoint.manifest import PLAIN, Plain
 from lightning_zero.checkpoint.torch_file import is_tensor, part_of, unread_tensor
 from lightning_zero.errors import CorruptCheckpointError, UnsupportedModelError
 from lightning_zero.segments import Segment, SegmentIndex
-
-_FORMATS = {"F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i"}
-"""In which a step is kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What a rank holds of one tensor of the state dict, or of one of the optimizer's states of it.
-
-    Attributes:
-        segment: of the tensor.
-        value: one element for each of the segment's, or what belongs to the whole: an unread number, or one as it is.
-        state: of the optimizer; None for the tensor itself, which is the master, if it is trained.
-    """
-
-    segment: Segment
-    value: Elements | Plain
-    state: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +52,8 @@ class FlatGroups:
         step = state.get("step", group.get("step", steps if self.step is None else self.step))
         if "step" not in state and "exp_avg" not in state:
             return state
-        return {**state, "step": _number(step, f"{self.where}: the step of flat group {flat}")}
+        where = f"{self.where}: the step of flat group {flat}"
+        return {**state, "step": number_of_steps(unread_tensor(step, where) if is_tensor(step) else step, where)}
 
 
 def read_flat_groups(content: Mapping[Any, Any], where: str) -> FlatGroups:
@@ -113,20 +96,6 @@ def read_groups(base: Mapping[Any, Any], where: str) -> list[dict[Any, Any]]:
         if group.get("moe"):
             raise UnsupportedModelError(f"{where} holds the states of experts, which can't be imported")
     return groups
-
-
-def _number(value: object, what: str) -> float:
-    """A step, as a number or as a tensor with one."""
-    if is_tensor(value):
-        tensor = unread_tensor(value, what)
-        if tensor.numel != 1 or tensor.stored not in _FORMATS:
-            raise CorruptCheckpointError(f"{what} is a tensor of {tensor.numel} elements in {tensor.stored}")
-        content = bytearray(ITEM_BYTES[tensor.stored])
-        tensor.source.read(0, 1, memoryview(content))
-        value = struct.unpack(_FORMATS[tensor.stored], content)[0]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
-        raise CorruptCheckpointError(f"{what} is {type(value).__name__}, and no number of steps")
-    return float(value)
 
 
 # ---------------------------------------------------------------------------------------------------- where it lies

@@ -5,29 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from lightning_zero.checkpoint.deepspeed.files import integers, item, require
+from lightning_zero.checkpoint.descriptions import item, require, sizes
 from lightning_zero.checkpoint.elements import NAMES, Elements
 from lightning_zero.checkpoint.manifest import Entry, Role
-from lightning_zero.checkpoint.pickled import Global, Object
 from lightning_zero.checkpoint.torch_file import is_tensor, unread_tensor
 from lightning_zero.errors import CorruptCheckpointError, IncompleteCheckpointError
 
 Shapes: TypeAlias = "dict[str, tuple[int, ...]]"
-_MOST_DIMENSIONS = 64
 _OLD_LIGHTNING_PREFIX = "_forward_module."
 
 
 def read_shapes(value: object, where: str) -> Shapes:
-    """Names and shapes; of a `torch.Size`, its own."""
-    shapes = {}
-    for name, shape in require(value, dict, where).items():
-        if type(shape) is Object and shape.function == Global("torch", "Size") and len(shape.arguments) == 1:
-            shape = shape.arguments[0]
-        name = require(name, str, f"{where}: a name")
-        shapes[name] = integers(shape, f"{where}: the shape of {name!r:.80}")
-        if len(shapes[name]) > _MOST_DIMENSIONS:
-            raise CorruptCheckpointError(f"{where}: {name!r:.80} has {len(shapes[name])} dimensions")
-    return shapes
+    """Names and shapes."""
+    return {
+        require(name, str, f"{where}: a name"): sizes(shape, f"{where}: the shape of {name!r:.80}")
+        for name, shape in require(value, dict, where).items()
+    }
 
 
 class Module:
