@@ -16,7 +16,7 @@ order is a new one; of that, too, as many batches are passed over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -48,17 +48,17 @@ class _Redrawn(Sampler[Any]):
 @contextmanager
 def _random_state(drawn_from: dict[str, Any] | None, sampler: object) -> Iterator[dict[str, Any]]:
     """Draw from what was drawn from before, and leave the process's own random numbers as they are; or from these."""
-    generators = _generators(sampler)
     if drawn_from is None:
-        yield {"random": get_random_state(), "generators": [generator.get_state() for generator in generators]}
+        yield {"random": get_random_state(), **_own_state(sampler)}
         return
-    outside = get_random_state()
+    outside, epochs = get_random_state(), _own_state(sampler)["epochs"]
     set_random_state(drawn_from["random"])
-    _set_states(generators, drawn_from["generators"])
+    _set_own_state(sampler, **{key: value for key, value in drawn_from.items() if key != "random"})
     try:
         yield drawn_from
     finally:
         set_random_state(outside)
+        _set_own_state(sampler, epochs=epochs)
 
 
 def make_redrawable(loader: object) -> None:
@@ -93,7 +93,7 @@ def get_states(loaders: Sequence[object]) -> list[dict[str, Any]]:
     return [
         {
             "drawn_from": getattr(_sampler_of(loader), "_drawn_from", None),
-            "generators": [generator.get_state() for generator in _generators(loader)],
+            "generators": _own_state(loader)["generators"],
         }
         for loader in loaders
     ]
@@ -102,7 +102,7 @@ def get_states(loaders: Sequence[object]) -> list[dict[str, Any]]:
 def set_generators(loaders: Sequence[object], states: Sequence[dict[str, Any]]) -> None:
     """Let the loaders' own generators go on from where they were, for what is drawn from them next."""
     for loader, state in zip(loaders, states, strict=False):
-        _set_states(_generators(loader), state["generators"])
+        _set_own_state(loader, generators=state["generators"])
 
 
 def _sampler_of(loader: object) -> Sampler[Any] | None:
@@ -118,21 +118,35 @@ def _has_state(part: object) -> bool:
     return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
 
 
-def _generators(part: object) -> list[torch.Generator]:
-    """The generators of a loader or a sampler and of the samplers in it, each once."""
-    found: dict[int, torch.Generator] = {}
-    seen: list[object] = [part]
-    for each in seen:
-        generator = getattr(each, "generator", None)
-        if isinstance(generator, torch.Generator):
-            found[id(generator)] = generator
+def _own_state(part: object) -> dict[str, list[Any]]:
+    """What a loader or a sampler draws from beside the process's random numbers."""
+    samplers = _parts(part)
+    return {
+        "generators": [generator.get_state() for generator in _generators(samplers)],
+        "epochs": [getattr(each, "epoch", None) for each in samplers if hasattr(each, "set_epoch")],
+    }
+
+
+def _set_own_state(part: object, generators: Sequence[Any] = (), epochs: Sequence[Any] = ()) -> None:
+    samplers = _parts(part)
+    for generator, state in zip(_generators(samplers), generators, strict=False):
+        generator.set_state(state)
+    for sampler, epoch in zip((each for each in samplers if hasattr(each, "set_epoch")), epochs, strict=False):
+        if epoch is not None:
+            sampler.set_epoch(epoch)
+
+
+def _parts(part: object) -> list[Any]:
+    """A loader or a sampler, and the samplers in it, each once."""
+    parts: list[Any] = [part]
+    for each in parts:
         inner = [getattr(each, name, None) for name in ("batch_sampler", "sampler")]
         if isinstance(each, DistributedSamplerWrapper):
             inner.append(getattr(each.dataset, "_sampler", None))
-        seen += [one for one in inner if one is not None and all(one is not other for other in seen)]
-    return list(found.values())
+        parts += [one for one in inner if one is not None and all(one is not other for other in parts)]
+    return parts
 
 
-def _set_states(generators: Sequence[torch.Generator], states: Sequence[torch.Tensor]) -> None:
-    for generator, state in zip(generators, states, strict=False):
-        generator.set_state(state)
+def _generators(samplers: Iterable[object]) -> list[torch.Generator]:
+    found = (getattr(sampler, "generator", None) for sampler in samplers)
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())

@@ -83,11 +83,13 @@ class Watched(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(make, world_size, *, ckpt_path=None, validate=False, **options):
+def fit(make, world_size, *, ckpt_path=None, validate=False, save_after=None, **options):
     seed_everything(7, verbose=False)
     module = Watched()
     trainer = quiet_trainer(ZeroStrategy(), world_size=world_size, max_epochs=3, **options)
     trainer.fit(module, make(), *([DataLoader(ROWS, batch_size=8)] if validate else []), ckpt_path=ckpt_path)
+    if save_after is not None:
+        trainer.save_checkpoint(save_after)
     return module.seen
 
 
@@ -119,6 +121,17 @@ def test_one_rank_goes_on_with_the_next_batch(tmp_path):
 @distributed(world_size=2, process_group=False)
 def test_two_ranks_go_on_with_the_next_batch(tmp_path):
     go_on_exactly(tmp_path, 2, {name: make for name, make in LOADERS.items() if name != "with a worker"})
+
+
+@distributed(world_size=1, process_group=False)
+def test_a_fit_that_max_steps_has_ended_goes_on_with_the_next_batch(tmp_path):
+    """Lightning counts its epoch as over, and goes on in the middle of the next one."""
+    make = LOADERS["shuffled"]
+    whole = fit(make, 1)
+    before = fit(make, 1, max_steps=2, save_after=tmp_path / "tag")
+    after = fit(make, 1, ckpt_path=tmp_path / "tag")
+    rest = len(whole) // 3 - len(before)
+    assert [rows for _, _, rows, _ in after[:rest]] == [rows for _, _, rows, _ in whole[2 : 2 + rest]]
 
 
 @distributed(world_size=1, process_group=False)
