@@ -8,6 +8,7 @@ nobody enters a collective before everybody is known to be there.
 from __future__ import annotations
 
 import atexit
+import gc
 import pickle
 import time
 import weakref
@@ -33,7 +34,7 @@ _LEFT = -(10**6)
 _SHORT_BYTES, _LENGTH_BYTES = 4096, 8
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Groups:
     """Groups of our own, and the one that they were made in."""
 
@@ -42,6 +43,30 @@ class _Groups:
     control: dist.ProcessGroup
     """On gloo, for what the ranks tell each other as Python objects, so that no device has to stop for it."""
     collectives: Collectives
+    behind: dist.ProcessGroup | None = None
+
+    def destroy(self) -> None:
+        """Let go of them, which each rank does for itself."""
+        self.collectives.release()
+        for group in (self.data, self.control, self.behind):
+            if group is not None and self.world is dist.group.WORLD:
+                dist.destroy_process_group(group)
+
+
+_with_groups: weakref.WeakSet[Ranks] = weakref.WeakSet()
+_abandoned: list[_Groups] = []
+"""Groups of strategies that nobody has any more: torch keeps one, with threads and connections, until it is destroyed.
+
+That is done when the next are made, and not by the garbage collector, which comes by at any moment, in any thread.
+"""
+_MANY = 4
+
+
+def _destroy_abandoned() -> None:
+    if len(_with_groups) > _MANY:
+        gc.collect()  # a Trainer and its module hold each other
+    while _abandoned:
+        _abandoned.pop().destroy()
 
 
 class Ranks:
@@ -56,12 +81,12 @@ class Ranks:
         self.device = torch.device("cpu")
         """Where this rank's parameters are."""
         self._groups: _Groups | None = None
-        self._behind: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+        self._abandon: weakref.finalize[..., Ranks] | None = None
         self._renewals = 0
         self._all_arrived: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_groups": None, "_behind": None}
+        return {**vars(self), "_groups": None, "_abandon": None}
 
     @property
     def count(self) -> int:
@@ -78,9 +103,13 @@ class Ranks:
         world = dist.group.WORLD
         if self._groups is None or self._groups.world is not world:
             assert world is not None
+            _destroy_abandoned()
             data = dist.new_group(timeout=self._timeout)
             control = dist.new_group(timeout=self._timeout, backend="gloo")
             self._groups = _Groups(world, data, control, collectives_for(data, self.device, self._timeout))
+            self._abandon = weakref.finalize(self, _abandoned.append, self._groups)
+            self._abandon.atexit = False
+            _with_groups.add(self)
             atexit.register(_leave, weakref.ref(self))
         return self._groups
 
@@ -97,30 +126,31 @@ class Ranks:
     @property
     def behind(self) -> dist.ProcessGroup:
         """For what a thread says behind training. To be made, and let go, while no such thread runs."""
-        world = self._own.world
-        if self._behind is None or self._behind[0] is not world:
-            group = dist.new_group(timeout=self._timeout, backend="gloo")
-            assert group is not None
-            self._behind = world, group
-        return self._behind[1]
+        own = self._own
+        if own.behind is None:
+            own.behind = dist.new_group(timeout=self._timeout, backend="gloo")
+        return own.behind
 
     def renew(self) -> None:
         """Begin a fit with groups in which nothing is under way: the last one may have ended in an exception."""
-        groups, self._groups = self._groups, None
-        behind, self._behind = self._behind, None
-        if groups is not None and groups.world is dist.group.WORLD:
-            groups.collectives.release()
-            for group in (groups.data, groups.control, *(behind or ())[1:]):
-                dist.destroy_process_group(group)
+        groups = self._let_go()
+        if groups is not None:
+            groups.destroy()
         self._renewals += 1
         self._all_arrived = None
 
     def release(self) -> None:
         """Let go of the groups."""
-        groups, self._groups = self._groups, None
-        self._behind = None
+        groups = self._let_go()
         if groups is not None:
             groups.collectives.release()
+
+    def _let_go(self) -> _Groups | None:
+        groups, self._groups = self._groups, None
+        _with_groups.discard(self)
+        if self._abandon is not None:
+            self._abandon.detach()
+        return groups
 
     def decided_by_first(self, decide: Callable[[], _T]) -> _T:
         """What `decide` gives on rank 0, or the error that it raises there, on every rank."""

@@ -1,11 +1,15 @@
 """What the ranks tell each other."""
 
+import os
+
 import pytest
 import torch.distributed as dist
 
+from lightning_zero import ZeroStrategy
 from lightning_zero.errors import CheckpointMismatchError
 from lightning_zero.plugin.ranks import Ranks
 from tests.launch import distributed
+from tests.models import fit
 
 
 @distributed(world_size=2)
@@ -41,3 +45,13 @@ def test_what_cant_be_told_on_one_rank_fails_on_all():
     with pytest.raises(Exception, match="lambda"):
         ranks.everyones(lambda: [lambda: 1] if dist.get_rank() == 1 else [1])
     ranks.release()
+
+
+@distributed(world_size=2, process_group=False)
+def test_the_groups_of_fits_that_nobody_looks_at_any_more_are_let_go_of():
+    count = lambda: len(os.listdir("/proc/self/fd"))  # noqa: E731
+    fit(strategy=ZeroStrategy(), world_size=2, max_steps=1)
+    first = count()
+    for _ in range(12):
+        fit(strategy=ZeroStrategy(), world_size=2, max_steps=1)
+    assert count() < first + 60  # 10 a fit, where none is let go of
