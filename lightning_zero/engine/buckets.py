@@ -102,6 +102,8 @@ class ParameterBucket:
         self.is_own_master = collectives.world_size == 1 and self.dtype == self.master_dtype
         """The parameters are their masters; there is no buffer, nothing to copy and nothing to send."""
         self._gradient: Tensor | None = None
+        self.at_rest = False
+        """The fit is over: see `come_to_rest`."""
         self.pieces: list[Piece] = []
         if self.is_own_master:
             self.pieces += [
@@ -176,7 +178,8 @@ class ParameterBucket:
     @property
     def master_bytes(self) -> int:
         """Of the masters, where they are no part of the parameters."""
-        return 0 if self.is_own_master or self.dtype == self.master_dtype else self._masters.nbytes
+        shared = self.is_own_master or self.dtype == self.master_dtype
+        return 0 if shared else sum(piece.master.nbytes for piece in self.pieces)
 
     def segment_gradient(self, piece: Piece) -> Tensor | None:
         """The averaged gradient of a segment, in its master's shape and dtype; None where there is none."""
@@ -207,7 +210,9 @@ class ParameterBucket:
     @torch.no_grad()
     def take_over_outside_writes(self) -> None:
         """Bring what was written into the parameters since the last step into the masters."""
-        if self.is_own_master:
+        if self.at_rest:
+            self.come_to_rest()
+        if self.is_own_master or self.at_rest:
             return
         for slot, spec in zip(self.slots, self.plan.parameters, strict=True):
             parameter = slot.parameter
@@ -274,23 +279,31 @@ class ParameterBucket:
             if slot.parameter.numel() and not slot.pointer:
                 slot.parameter.copy_(self._region(slot))
 
-    def rebase(self) -> None:
-        """Follow the parameters to wherever they were moved; the flat buffer and the gradients are dropped.
+    @torch.no_grad()
+    def come_to_rest(self) -> None:
+        """The fit is over: each parameter has memory of its own again, and its masters follow it; no buffer is left.
 
-        Lightning moves a module to the CPU when a fit ends. The masters stay what they are for the checkpoint
-        that is saved after that.
+        So whatever is saved of a part of the module is as large as that part. Lightning may have moved the module to
+        another device, which is followed as often as this is called. What is saved after the fit is the masters'.
         """
-        moved = any(slot.pointer and slot.parameter.data_ptr() != slot.pointer for slot in self.slots)
-        self._gradient = None
-        if not moved:
-            return
-        for piece in self.pieces:
-            data = piece.slot.parameter.data
+        if not self.at_rest:
+            self.at_rest = True
+            self._gradient = None
+            for slot in self.slots if not self.is_own_master else ():
+                if self._is_part(slot) and len(self.slots) > 1:
+                    slot.parameter.data = slot.parameter.data.clone()
+            if not self.is_own_master:
+                self._flat = self._flat.new_empty(0)
+                self._masters = self._masters.new_empty(0)
+        for piece in self.pieces if not self.is_own_master else ():
+            parameter, segment = piece.slot.parameter.data, piece.segment
+            part = parameter.reshape(-1)[segment.start : segment.stop].view(piece.master.shape)
             if self.dtype == self.master_dtype:
-                flat = data.reshape(-1)[piece.segment.start : piece.segment.stop]
-                piece.place = flat.view(piece.master.shape)
+                piece.place = part
             else:
-                piece.place = piece.master.data.to(data.device)
+                piece.place = piece.master.data.to(parameter.device)
+                outside = piece.place.to(self.dtype) != part
+                piece.place[outside] = part[outside].to(self.master_dtype)
             piece.master.data = piece.place
 
 

@@ -170,10 +170,10 @@ class Partition:
             segmented.drop_gradients()
             segmented.detach()
 
-    def rebase(self) -> None:
-        """Follow the parameters after the module was moved to another device."""
+    def come_to_rest(self) -> None:
+        """The fit is over: see `ParameterBucket.come_to_rest`."""
         for bucket in self.buckets:
-            bucket.rebase()
+            bucket.come_to_rest()
 
     def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
         """This rank's part of an optimizer's state: see `SegmentedOptimizer.state_dict`."""

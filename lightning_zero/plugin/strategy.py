@@ -319,7 +319,7 @@ class ZeroStrategy(DDPStrategy):
                         continue  # Lightning makes one up where there is none
                     rank_zero_info(f"{type(optimizer).__name__} is partitioned by {cut.policy}: {cut.reason}")
         elif self._partition is not None:
-            self._partition.rebase()
+            self._partition.come_to_rest()
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -346,7 +346,7 @@ class ZeroStrategy(DDPStrategy):
         unroute_clipping(self.precision_plugin)
         super().teardown()
         if self._partition is not None:
-            self._partition.rebase()
+            self._partition.come_to_rest()
 
     def begin_overlap(self) -> None:
         """From now on, let a step's gather go on until somebody calls `wait_for_parameters`, or a module needs it."""

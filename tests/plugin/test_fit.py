@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
-from lightning_zero import ZeroStrategy
+from lightning_zero import ZeroStrategy, get_fp32_state_dict_from_zero_checkpoint
 from tests.launch import distributed
 from tests.models import Data, Model, fit, quiet_trainer
 
@@ -153,3 +153,23 @@ def test_the_model_for_the_tests_has_what_the_tests_are_about():
     model = Model()
     assert model.out.weight is model.tied.weight
     assert not model.frozen.weight.requires_grad
+
+
+@distributed(world_size=2, process_group=False)
+def test_after_the_fit_every_parameter_has_memory_of_its_own_and_what_is_written_there_is_saved(tmp_path):
+    for precision in ("32-true", "bf16-true"):
+        model, trainer = fit(strategy=ZeroStrategy(), world_size=2, max_steps=3, precision=precision)
+        for parameter in model.parameters():
+            assert parameter.untyped_storage().nbytes() == parameter.nbytes
+        path = tmp_path / precision
+        trainer.save_checkpoint(path / "as trained")
+        before = get_fp32_state_dict_from_zero_checkpoint(path / "as trained")
+        whole = trainer.strategy.full_state(model.into.weight)
+        assert torch.equal(before["into.weight"], whole["param"])
+        with torch.no_grad():
+            model.into.weight[0] += 1
+        model.float()  # follows the parameters to wherever they go
+        trainer.save_checkpoint(path / "changed")
+        after = get_fp32_state_dict_from_zero_checkpoint(path / "changed")
+        assert torch.equal(after["into.weight"][0], model.into.weight[0])
+        assert torch.equal(after["into.weight"][1:], before["into.weight"][1:])
