@@ -70,8 +70,8 @@ class ZeroCheckpoint(ModelCheckpoint):
         **kwargs: Any,
     ) -> None:
         for name, value in (("keep_last", keep_last), ("keep_every_n_steps", keep_every_n_steps)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, or None, not {value}")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number from 1 on, or None, not {value!r}")
         self.keep_last = keep_last
         self.keep_every_n_steps = keep_every_n_steps
         self.async_save = async_save
@@ -205,12 +205,14 @@ class ZeroCheckpoint(ModelCheckpoint):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """When all ranks were told to stop (SIGTERM), save where they are."""
+        """When all ranks were told to stop (SIGTERM, Ctrl+C), save where they are."""
         strategy = trainer.strategy
         saves = getattr(self, "save_on_exception", False)  # only then is it worth waiting for the other ranks
         if not saves or not isinstance(strategy, ZeroStrategy) or strategy.all_ranks_are_here():
             super().on_exception(trainer, pl_module, exception)
-        if isinstance(exception, SIGTERMException) and not self._should_skip_saving_checkpoint(trainer):
+        interrupted = isinstance(exception, KeyboardInterrupt) and getattr(strategy, "stopped_together", False)
+        stopped = interrupted or isinstance(exception, SIGTERMException)
+        if stopped and not self._should_skip_saving_checkpoint(trainer):
             self._save_checkpoint(trainer, self.format_checkpoint_name(self._monitor_candidates(trainer)))
 
     @override

@@ -40,11 +40,12 @@ class SharedSignals:
     def __init__(self, trainer: Trainer, group: dist.ProcessGroup | None) -> None:
         self._trainer = trainer
         self._group = group
+        self._is_alone = group is None
         self._noted = torch.zeros(3, dtype=torch.int32)  # SIGTERM; the number of SLURM's requeue signal; SIGINT
         self._agreed = [0, 0, 0]
         self._agreeing: tuple[dist.Work, torch.Tensor] | None = None
         self.all_stopped = False
-        """Every rank has raised `SIGTERMException` at the same place: they can still do things together."""
+        """Every rank was told to stop, and has done so at the same place: they can still do things together."""
         connector: Any = trainer._signal_connector
         self._requeue: Callable[[int, Any], None] = type(connector)._slurm_sigusr_handler_fn.__get__(connector)
         connector._sigterm_notifier_fn = self._on_sigterm
@@ -61,8 +62,9 @@ class SharedSignals:
 
         It registers whatever was there before it again when the fit ends.
         """
+        noted = self._shared or (self._is_alone and self._trainer.state.fn == TrainerFn.FITTING)
         in_main_thread = threading.current_thread() is threading.main_thread()
-        if self._shared and in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        if noted and in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._on_sigint_before = signal.signal(signal.SIGINT, self._on_sigint)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,7 +96,7 @@ class SharedSignals:
         if self._noted[2]:
             signal.default_int_handler(signum, frame)
         self._noted[2] = 1
-        rank_zero_info("Interrupted: all ranks stop after this batch; interrupt again to stop at once.")
+        rank_zero_info("Interrupted: training stops after this batch; interrupt again to stop at once.")
 
     def restore(self) -> None:
         """Give SIGINT its handler back."""
@@ -105,6 +107,13 @@ class SharedSignals:
     def release(self) -> None:
         """Let go of the process group."""
         self._group = self._agreeing = None
+
+    def stop_alone(self) -> None:
+        """Before a batch of a rank that has nobody to agree with: act on an interrupt. SIGTERM is Lightning's then."""
+        begun = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if self._is_alone and self._noted[2] and (begun - 1) % self._trainer.accumulate_grad_batches == 0:
+            self.all_stopped = True
+            raise KeyboardInterrupt
 
     def agree(self) -> None:
         """Before a batch: act on what any rank has noted before the last one. A collective."""

@@ -52,6 +52,7 @@ from lightning_zero.engine.buffers import keep_freed_memory
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import (
+    CheckpointMismatchError,
     CheckpointNotFoundError,
     CheckpointWriteError,
     UnsupportedModelError,
@@ -324,7 +325,12 @@ class ZeroStrategy(DDPStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._uninitialized = materialize(self._module, self.root_device)
-        super().load_model_state_dict(checkpoint, strict=strict)
+        try:
+            super().load_model_state_dict(checkpoint, strict=strict)
+        except RuntimeError as error:
+            if not isinstance(checkpoint, LoadedCheckpoint):
+                raise
+            raise CheckpointMismatchError(f"{checkpoint.source.directory} doesn't fit the module: {error}") from None
         self._uninitialized -= checkpoint["state_dict"].keys()
         if self._resume is not None:
             self._resume.restore_metrics(self._module)
@@ -332,7 +338,7 @@ class ZeroStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._join_quietly()
-        if not self._stopped_together:
+        if not self.stopped_together:
             stay_at_exit()
         super().on_exception(exception)
 
@@ -389,12 +395,13 @@ class ZeroStrategy(DDPStrategy):
         return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED and self.world_size > 1
 
     @property
-    def _stopped_together(self) -> bool:
+    def stopped_together(self) -> bool:
+        """Whether all ranks were told to stop, and have stopped between the same two batches."""
         return self._signals is not None and self._signals.all_stopped
 
     def all_ranks_are_here(self) -> bool:
         """Whether the ranks can do something together: after an exception only if every rank had one."""
-        if not self._interrupted or self._stopped_together:
+        if not self._interrupted or self.stopped_together:
             return True
         self._join_quietly()  # all ranks' savers end together, and with them this wait
         return self._ranks.all_are_here()
@@ -695,7 +702,7 @@ class ZeroStrategy(DDPStrategy):
     def save_zero_checkpoint(
         self,
         save_dir: str | Path,
-        tag: str | None = None,
+        tag: str | int | None = None,
         client_state: Mapping[str, Any] | None = None,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
@@ -706,7 +713,7 @@ class ZeroStrategy(DDPStrategy):
 
         Args:
             save_dir: the save directory, a path or a URL.
-            tag: `global_step{N}` by default; the same on every rank.
+            tag: `global_step{N}` by default; the same on every rank. A number is taken as its digits.
             client_state: what `load_zero_checkpoint` is to give back: plain values and tensors.
             tag_validation: where the ranks give different tags, `"fail"`, or take the first rank's, and `"warn"` of
                 it, or `"ignore"` it; the strategy's own by default.
@@ -721,7 +728,7 @@ class ZeroStrategy(DDPStrategy):
         if tag_validation is not None:
             _require_tag_validation(tag_validation)
         trainer = self._trainer
-        tag = f"global_step{trainer.global_step}" if tag is None else tag
+        tag = f"global_step{trainer.global_step}" if tag is None else _as_tag(tag)
 
         def dump() -> dict[str, Any]:
             validate_tag(tag)
@@ -746,7 +753,7 @@ class ZeroStrategy(DDPStrategy):
     def load_zero_checkpoint(
         self,
         load_dir: str | Path,
-        tag: str | None = None,
+        tag: str | int | None = None,
         load_module_strict: bool = True,
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
@@ -777,7 +784,7 @@ class ZeroStrategy(DDPStrategy):
         """
         module = self._trainer.lightning_module
         self._join_save()
-        choice = self._choose(load_dir, tag)
+        choice = self._choose(load_dir, None if tag is None else _as_tag(tag))
         if choice is None:
             rank_zero_warn(f"there is no checkpoint in {load_dir}: nothing is loaded{advice(locate(load_dir))}")
             return None, {}
@@ -963,6 +970,8 @@ class ZeroStrategy(DDPStrategy):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        if self._signals is not None:
+            self._signals.stop_alone()
         resume, self._resumed_in_mid_epoch = self._resumed_in_mid_epoch, None
         if resume is not None:
             resume.when_first_batch_is_there(self._training_loaders)
@@ -1003,6 +1012,11 @@ class ZeroStrategy(DDPStrategy):
 def _require_tag_validation(value: object) -> None:
     if value not in get_args(TagValidation):
         raise ValueError(f"tag_validation must be one of {get_args(TagValidation)}, not {value!r}")
+
+
+def _as_tag(tag: str | int) -> str:
+    """DeepSpeed makes a string of it, and its users give it numbers."""
+    return str(tag) if isinstance(tag, int) else tag
 
 
 def _require_values(module: Module, uninitialized: Collection[str]) -> None:

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
 from tests.models import Data, Model, quiet_trainer
 
@@ -38,7 +37,6 @@ def main(directory: str, strategy: str = "zero_stage_2", steps: str = "4") -> No
         callbacks=[
             ZeroCheckpoint(f"{directory}/ckpts", every_n_train_steps=2 if steps == "4" else 10**6),
             Fp32Export(f"{directory}/model.ckpt"),
-            *([OnExceptionCheckpoint(f"{directory}/interrupted")] if "SAVE_ON_EXCEPTION" in os.environ else []),
             Told(directory, slow=steps != "4"),
         ],
     )

@@ -131,7 +131,7 @@ def test_sigterm_at_any_rank_ends_all_with_a_checkpoint_that_is_resumed_from(lau
 def test_one_interrupt_at_all_ranks_stops_them_together_with_a_checkpoint(tmp_path):
     run = subprocess.Popen(
         command("lightning", tmp_path, "zero_stage_2", 1000),
-        env=environment(SAVE_ON_EXCEPTION="1"),
+        env=environment(),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -144,9 +144,8 @@ def test_one_interrupt_at_all_ranks_stops_them_together_with_a_checkpoint(tmp_pa
         output, _ = run.communicate(timeout=30)
     finally:
         run.kill()
-    assert "all ranks stop after this batch" in output
-    assert (tmp_path / "interrupted" / "on_exception.ckpt" / "manifest.json").exists(), output
-    assert latest_step(tmp_path / "interrupted") >= 5
+    assert "training stops after this batch" in output
+    assert latest_step(tmp_path / "ckpts") >= 5
     wait_for(lambda: not any(is_running(pid) for pid in pids), seconds=20)
 
 
