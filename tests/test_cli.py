@@ -124,7 +124,10 @@ def test_a_wrong_use_is_2(save_dir: Path, arguments: list[str], capsys: pytest.C
     with pytest.raises(SystemExit) as caught:
         main([str(save_dir) if argument == "DIR" else argument for argument in arguments])
     assert caught.value.code == 2
-    assert "usage: " in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    name = "lightning-zero" if arguments in ([], ["dance"]) else f"lightning-zero {arguments[0]}"
+    assert line.startswith(f"{name}: ")
+    assert line.endswith(f" (see {name} --help)")
 
 
 @pytest.mark.parametrize(
