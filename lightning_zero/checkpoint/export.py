@@ -7,7 +7,7 @@ the model; it appears under its name by a rename, whole or not at all, and what 
 | what | its dtype in the export |
 |---|---|
 | a parameter, trained or frozen, and what a hook or a callback put in its place | `dtype`, if it is floating |
-| a buffer | its own |
+| a buffer | its own; fp32, if it has 16 bits and `dtype` is fp32, as DeepSpeed's `zero_to_fp32` does it |
 | an optimizer's state | its own |
 
 `dtype` is fp32 where none is asked for; then what is wider than fp32 stays as it is.
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_zero.checkpoint import kernel
 from lightning_zero.checkpoint.elements import FLOATING, NAMES, Elements
 from lightning_zero.checkpoint.hugging_face import write_folder, write_safetensors
+from lightning_zero.checkpoint.manifest import Role
 from lightning_zero.checkpoint.plain_loops import plain_loops
 from lightning_zero.checkpoint.reader import Reader
 from lightning_zero.checkpoint.resolution import resolve
@@ -85,20 +86,18 @@ class Wanted:
             CheckpointMismatchError: there is no such submodule.
         """
         stored = checkpoint.model()
-        roles = {entry.name: entry.role for entry in checkpoint.manifest.entries if entry.name in stored}
-        shown: dict[str, Elements] = {}
-        for name, role in roles.items():
-            tensor = stored[name]
-            if role != "buffer" and tensor.stored in FLOATING:
-                wide = self.dtype is None and tensor.stored == "F64"
-                tensor = tensor if wide else tensor.shown_in(self.dtype or "F32")
-            shown[name] = tensor
+        shown = {
+            entry.name: stored[entry.name].shown_in(self._code(stored[entry.name].stored, entry.role))
+            for entry in checkpoint.manifest.entries
+            if entry.name in stored
+        }
         first = {name: checkpoint.manifest.aliases.get(name, name) for name in stored}
+        left_out = checkpoint.manifest.frozen if self.exclude_frozen_parameters else frozenset()
         prefix = f"{self.submodule}." if self.submodule else ""
         found = {
             name.removeprefix(prefix): shown[first[name]]
             for name in stored
-            if name.startswith(prefix) and not (self.exclude_frozen_parameters and roles[first[name]] == "frozen")
+            if name.startswith(prefix) and first[name] not in left_out
         }
         if not found and prefix:
             parts = sorted({name.split(".")[0] for name in stored if "." in name})
@@ -106,6 +105,13 @@ class Wanted:
                 f"{checkpoint.directory} has no submodule {self.submodule!r} with tensors in it; the module has {parts}"
             )
         return found
+
+    def _code(self, stored: str, role: Role) -> str:
+        """Of the dtype in which something is exported: the table of the module."""
+        code = self.dtype or "F32"
+        if role == "buffer":
+            return code if code == "F32" and stored in ("F16", "BF16") else stored
+        return stored if stored not in FLOATING or (stored == "F64" and self.dtype is None) else code
 
 
 def convert_zero_checkpoint_to_fp32_state_dict(
@@ -131,8 +137,8 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         tag: of the save directory; `latest` decides where it is None.
         exclude_frozen_parameters: leave out the parameters that were not trained.
         max_shard_size: the largest file, in bytes or as `"5GB"`; a larger tensor gets a file of its own.
-        dtype: of the parameters, for deployment: `"bf16"`, `"fp16"`, or torch's own. Buffers keep theirs. Parameters
-            whose values are too large for it are named in a warning.
+        dtype: of the parameters, for deployment: `"bf16"`, `"fp16"`, or torch's own. Buffers keep theirs, but for
+            those of 16 bits where it is fp32. Parameters whose values are too large for it are named in a warning.
         with_optimizer: write a Lightning checkpoint with the optimizers' states as torch's own save them, from which
             `Trainer(strategy="ddp")`, or any other, resumes training. It has no random states.
         submodule: write this part of the module alone, under the names that it has by itself: `"model"`, where

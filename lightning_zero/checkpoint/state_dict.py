@@ -21,7 +21,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
     exclude_frozen_parameters: bool = False,
     lazy_mode: bool = False,
 ) -> dict[str, Tensor]:
-    """The model's state dict, parameters in fp32 (fp64 stays), buffers in their own dtype, tied tensors as one.
+    """The model's state dict, in fp32: parameters (fp64 stays) and 16-bit buffers. Tied tensors are one.
 
     Args:
         checkpoint_dir: a save directory, or a tag's.

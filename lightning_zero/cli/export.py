@@ -28,7 +28,7 @@ def add_to(commands: Commands) -> None:
     export.add_argument("out", type=Path, metavar="OUT", help="a .ckpt, a .safetensors, or a folder for several")
     export.add_argument("--max-shard-size", metavar="SIZE", help='write a folder of files of this size, such as "5GB"')
     export.add_argument("--exclude-frozen", action="store_true", help="leave out parameters that were not trained")
-    export.add_argument("--dtype", metavar="D", help="of the parameters: bf16, fp16 or fp32; buffers keep their own")
+    export.add_argument("--dtype", metavar="D", help="of the parameters: bf16, fp16 or fp32 (of 16-bit buffers too)")
     export.add_argument("--submodule", metavar="NAME", default="", help="write this part of the module alone")
     export.add_argument(
         "--with-optimizer", action="store_true", help="write a .ckpt from which any other strategy resumes training"

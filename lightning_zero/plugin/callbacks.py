@@ -263,7 +263,7 @@ class Fp32Export(Callback):
         path: `.ckpt` for `MyModule.load_from_checkpoint`, `.safetensors` for the weights alone; `{step}` and `{epoch}`
             in it stand for the checkpoint's. Without them, a newer export replaces the one before.
         every_n_checkpoints: write one after every N-th checkpoint directory that is saved in the fit, too.
-        dtype: of the parameters: `"bf16"` or `"fp16"` for deployment; fp32 by default. Buffers keep their own.
+        dtype: of the parameters: `"bf16"` or `"fp16"` for deployment, where buffers keep their own; fp32 by default.
         weights_only: False to export a checkpoint during the fit whose hyper-parameters are objects of any class.
 
     Raises:
