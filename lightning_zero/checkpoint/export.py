@@ -148,7 +148,8 @@ def convert_zero_checkpoint_to_fp32_state_dict(
             loaded. Here they don't in any case.
 
     Raises:
-        ZeroError: there is no such checkpoint, it is damaged, or has no such submodule.
+        ZeroError: there is no such checkpoint, it is damaged (what is read is compared with its checksums), or has no
+            such submodule.
         OSError: the output can't be written.
         ValueError: arguments that don't go together, or have no meaning.
     """
@@ -159,7 +160,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         submodule=submodule,
     )
     export(
-        Reader(resolve(checkpoint_dir, tag)),
+        Reader(resolve(checkpoint_dir, tag), check_reads=True),
         Path(output_file),
         wanted,
         max_shard_bytes=None if max_shard_size is None else parse_size(max_shard_size),

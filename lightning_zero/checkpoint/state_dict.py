@@ -30,10 +30,10 @@ def get_fp32_state_dict_from_zero_checkpoint(
         lazy_mode: give stand-ins with `.shape`, `.dtype` and `.contiguous()`, which reads one, and keeps nothing.
 
     Raises:
-        ZeroError: there is no such checkpoint, or it is damaged.
+        ZeroError: there is no such checkpoint, or it is damaged; a lazy tensor isn't compared with its checksums.
     """
     wanted = Wanted(exclude_frozen_parameters=exclude_frozen_parameters)
-    elements = wanted.of(Reader(resolve(checkpoint_dir, tag)))
+    elements = wanted.of(Reader(resolve(checkpoint_dir, tag), check_reads=not lazy_mode))
     tensors: dict[Elements, Tensor] = {each: LazyTensor(each) for each in elements.values()}
     if not lazy_mode:
         tensors = {each: tensor.contiguous() for each, tensor in tensors.items()}
@@ -55,11 +55,13 @@ def load_state_dict_from_zero_checkpoint(
 
     Raises:
         CheckpointMismatchError: a name or a shape differs.
-        ZeroError: there is no such checkpoint, or it is damaged.
+        ZeroError: there is no such checkpoint, or it is damaged; the module may be filled in part.
     """
-    directory = resolve(checkpoint_dir, tag)
+    checkpoint = Checkpoint(resolve(checkpoint_dir, tag), check_reads=True)
     try:
-        model.load_state_dict(Checkpoint(directory).state_dict())
+        model.load_state_dict(checkpoint.state_dict())
     except RuntimeError as error:
-        raise CheckpointMismatchError(f"the checkpoint {directory} is of another model: {error}") from error
+        raise checkpoint.damage or CheckpointMismatchError(
+            f"the checkpoint {checkpoint.directory} is of another model: {error}"
+        ) from error
     return model

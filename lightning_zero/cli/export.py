@@ -55,7 +55,7 @@ def _export(options: argparse.Namespace) -> int:
         export.require_suitable(options.out, wanted, size)
     except ValueError as error:
         raise WrongUseError(str(error)) from None
-    checkpoint = Reader(resolve(options.dir, options.tag))
+    checkpoint = Reader(resolve(options.dir, options.tag), check_reads=True)
     nbytes = export.exported_bytes(checkpoint, options.out, wanted, size)
     with progress_bar("exporting", nbytes, quiet=options.json) as progress:
         export.export(

@@ -323,7 +323,7 @@ class Fp32Export(Callback):
         return self._output(step=manifest.step, epoch=manifest.epoch)
 
     def _export_saved(self, directory: Location, output: Path) -> None:
-        export(Checkpoint(directory), output, self._wanted, weights_only=self.weights_only)
+        export(Checkpoint(directory, check_reads=True), output, self._wanted, weights_only=self.weights_only)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

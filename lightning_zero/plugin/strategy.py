@@ -828,7 +828,7 @@ class ZeroStrategy(DDPStrategy):
         source = self._last_saved if saved and self._last_saved is not None else shards
 
         def write_first() -> None:
-            write(Checkpoint(source), rest)
+            write(Checkpoint(source, check_reads=True), rest)
 
         try:
             if not saved:
