@@ -12,7 +12,7 @@ from lightning_zero.checkpoint.reader import Reader
 from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.checkpoint.storage import PathOrUrl
 from lightning_zero.checkpoint.tensors import LazyTensor
-from lightning_zero.errors import CheckpointMismatchError
+from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError
 
 
 def get_fp32_state_dict_from_zero_checkpoint(
@@ -46,7 +46,7 @@ def load_state_dict_from_zero_checkpoint(
     """Fill a plain module in place, each tensor read straight into the parameter's memory.
 
     Args:
-        model: with the names and shapes of the one that was saved; of any dtype, on any device.
+        model: with the names and shapes of the one that was saved; of any dtype, on any device but meta.
         checkpoint_dir: a save directory, or a tag's.
         tag: of the save directory; `latest` decides where it is None.
 
@@ -54,9 +54,15 @@ def load_state_dict_from_zero_checkpoint(
         The same module.
 
     Raises:
+        UnsupportedModelError: a tensor of the module is on the meta device, where there is nothing to fill.
         CheckpointMismatchError: a name or a shape differs.
         ZeroError: there is no such checkpoint, or it is damaged; the module may be filled in part.
     """
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise UnsupportedModelError(
+                f"{name!r} is on the meta device, and has no memory to read into; call model.to_empty(device=...) first"
+            )
     checkpoint = Checkpoint(resolve(checkpoint_dir, tag), check_reads=True)
     try:
         model.load_state_dict(checkpoint.state_dict())

@@ -26,7 +26,7 @@ from lightning_zero.checkpoint.state_dict import (
     get_fp32_state_dict_from_zero_checkpoint,
     load_state_dict_from_zero_checkpoint,
 )
-from lightning_zero.errors import CheckpointMismatchError, IncompleteCheckpointError
+from lightning_zero.errors import CheckpointMismatchError, IncompleteCheckpointError, UnsupportedModelError
 from tests.checkpoint.sample import Sample
 
 
@@ -90,6 +90,10 @@ def test_into_a_module(save_dir: Path, sample: Sample) -> None:
         assert torch.equal(tensor, sample.state_dict[name])
     with pytest.raises(CheckpointMismatchError, match="another model"):
         load_state_dict_from_zero_checkpoint(torch.nn.Linear(2, 2), save_dir)
+    with pytest.raises(UnsupportedModelError, match=r"'scale' is on the meta device.*to_empty"):
+        load_state_dict_from_zero_checkpoint(model.to("meta"), save_dir)
+    filled = load_state_dict_from_zero_checkpoint(model.to_empty(device="cpu"), save_dir).state_dict()
+    assert all(torch.equal(tensor, sample.state_dict[name]) for name, tensor in filled.items())
 
 
 def test_a_torch_file_is_a_whole_lightning_checkpoint(
