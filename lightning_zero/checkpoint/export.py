@@ -2,7 +2,13 @@
 
 One process, no process group; and no torch, unless values are cast, or `trainer.pt` holds objects of unusual classes
 (see `torch_file`). A file is written through a few small buffers, so that its peak memory does not grow with
-the model; it appears under its name by a rename, whole or not at all, and what stood there before stays until then.
+the model.
+
+| the output | how it comes to be | what was there before |
+|---|---|---|
+| a file | whole or not at all: by a rename; behind a URL, by the store | stays until then |
+| a folder | whole or not at all, by a rename | an earlier export goes, what belongs beside it stays, else an error |
+| a folder behind a URL | file by file, the index at last; if one fails, all go | an earlier export is an error |
 
 | what | its dtype in the export |
 |---|---|
@@ -33,12 +39,13 @@ from lightning_zero.checkpoint.manifest import Role
 from lightning_zero.checkpoint.plain_loops import plain_loops
 from lightning_zero.checkpoint.reader import Reader
 from lightning_zero.checkpoint.resolution import resolve
-from lightning_zero.checkpoint.storage import PathOrUrl
+from lightning_zero.checkpoint.storage import Location, PathOrUrl, is_remote, locate, names_in, remove_file
 from lightning_zero.checkpoint.torch_file import write_torch_file
 from lightning_zero.errors import CheckpointMismatchError, CorruptCheckpointError
 
 if TYPE_CHECKING:
     import torch
+    from upath import UPath
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
@@ -116,7 +123,7 @@ class Wanted:
 
 def convert_zero_checkpoint_to_fp32_state_dict(
     checkpoint_dir: PathOrUrl,
-    output_file: str | os.PathLike[str],
+    output_file: PathOrUrl,
     tag: str | None = None,
     exclude_frozen_parameters: bool = False,
     max_shard_size: int | str | None = None,
@@ -131,8 +138,8 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
     Args:
         checkpoint_dir: a save directory, or a tag's.
-        output_file: by its ending a `.safetensors`, or else a Lightning checkpoint, which keeps the hyper-parameters,
-            the epoch, the step and the callbacks' state, and which `load_from_checkpoint` reads. With
+        output_file: a path or a URL; by its ending a `.safetensors`, or else a Lightning checkpoint, which keeps the
+            hyper-parameters, the epoch, the step and the callbacks' state, and which `load_from_checkpoint` reads. With
             `max_shard_size`, a folder in the Hugging Face layout; a configuration or a tokenizer that lies in it stays.
         tag: of the save directory; `latest` decides where it is None.
         exclude_frozen_parameters: leave out the parameters that were not trained.
@@ -161,7 +168,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     )
     export(
         Reader(resolve(checkpoint_dir, tag), check_reads=True),
-        Path(output_file),
+        locate(output_file),
         wanted,
         max_shard_bytes=None if max_shard_size is None else parse_size(max_shard_size),
         progress=progress,
@@ -171,7 +178,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
 def export(
     checkpoint: Reader,
-    output: Path,
+    output: Location,
     wanted: Wanted,
     *,
     max_shard_bytes: int | None = None,
@@ -193,9 +200,8 @@ def export(
     tensors = wanted.of(checkpoint)
     overflows: set[Elements] = set()
     require_suitable(output, wanted, max_shard_bytes)
-    with _appears(output) as path:
+    with _appears(output, folder=max_shard_bytes is not None) as path:
         if max_shard_bytes is not None:
-            path.mkdir()
             write_folder(path, tensors, max_shard_bytes, progress, overflows)
         elif output.suffix == ".safetensors":
             write_safetensors(path, tensors, progress, overflows)
@@ -234,22 +240,29 @@ def _lightning_content(checkpoint: Reader, wanted: Wanted, trainer: dict[Any, An
     return content
 
 
-def require_suitable(output: Path, wanted: Wanted, max_shard_bytes: int | None) -> None:
-    """Whether the output can hold what is wanted.
+def require_suitable(output: Location, wanted: Wanted, max_shard_bytes: int | None) -> None:
+    """Whether the output can be written, and can hold what is wanted.
 
     Raises:
         ValueError: it can't.
     """
+    if not output.name:
+        raise ValueError(f"{str(output)!r} names nothing to write; give a file's name, such as 'model.ckpt'")
+    if not is_remote(output):
+        if max_shard_bytes is None and output.is_dir():
+            raise ValueError(f"{output} is a directory; name a file, or give a shard size to have a folder of several")
+        if max_shard_bytes is not None and output.is_file():
+            raise ValueError(f"{output} is a file; with a shard size, give the name of a folder")
     if wanted.with_optimizer and not _is_lightnings(output, max_shard_bytes):
         raise ValueError(f"an optimizer's state goes into one .ckpt, and not into {output.name!r}")
 
 
-def _is_lightnings(output: Path, max_shard_bytes: int | None) -> bool:
+def _is_lightnings(output: Location, max_shard_bytes: int | None) -> bool:
     """Whether it is a Lightning checkpoint, and not weights alone."""
     return max_shard_bytes is None and output.suffix != ".safetensors"
 
 
-def exported_bytes(checkpoint: Reader, output: Path, wanted: Wanted, max_shard_bytes: int | None = None) -> int:
+def exported_bytes(checkpoint: Reader, output: Location, wanted: Wanted, max_shard_bytes: int | None = None) -> int:
     """The bytes of the tensors that an export writes: what `progress` adds up to."""
     tensors: list[object] = [*wanted.of(checkpoint).values()]
     if _is_lightnings(output, max_shard_bytes):
@@ -305,11 +318,16 @@ def parse_dtype(dtype: torch.dtype | str | None) -> str | None:
 
 
 @contextmanager
-def _appears(output: Path) -> Iterator[Path]:
-    """A hidden name to write under; what was written takes its own name if all went well, and else goes."""
+def _appears(output: Location, *, folder: bool) -> Iterator[Location]:
+    """Where to write; what was written is there under its own name if all went well, and else goes."""
+    if is_remote(output):
+        yield from _appears_behind_url(output, folder)
+        return
     output.parent.mkdir(parents=True, exist_ok=True)
     hidden = output.parent / f".{output.name}.{secrets.token_hex(4)}"
     try:
+        if folder:
+            hidden.mkdir()
         yield hidden
         if hidden.is_dir() and output.is_dir():
             _replace_folder(hidden, output)
@@ -322,9 +340,24 @@ def _appears(output: Path) -> Iterator[Path]:
             hidden.unlink(missing_ok=True)
 
 
+def _appears_behind_url(url: UPath, folder: bool) -> Iterator[UPath]:
+    if folder and (there := _weights_in(url)):
+        raise FileExistsError(f"{url} holds {there[0]!r}, and nothing there can be replaced at once; give a new folder")
+    try:
+        yield url
+    except BaseException:
+        for name in _weights_in(url) if folder else ():
+            remove_file(url / name)
+        raise
+
+
+def _weights_in(folder: Location) -> list[str]:
+    return [name for name in names_in(folder) if name.startswith("model") and "safetensors" in name]
+
+
 def _replace_folder(new: Path, output: Path) -> None:
     """An earlier export goes, what belongs beside it stays; anything else in the folder is somebody's: an error."""
-    others = [name for name in os.listdir(output) if not (name.startswith("model") and "safetensors" in name)]
+    others = sorted(set(os.listdir(output)).difference(_weights_in(output)))
     foreign = [name for name in others if not name.endswith(_BESIDE_WEIGHTS) or not (output / name).is_file()]
     if foreign:
         raise FileExistsError(f"{output} exists and holds {foreign[0]!r}; give a new folder, or an empty one")

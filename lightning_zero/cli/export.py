@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_zero.cli.arguments import WrongUseError, add_command, add_directory, add_tag
+from lightning_zero.cli.arguments import WrongUseError, add_command, add_directory, add_tag, location
 from lightning_zero.cli.output import bytes_text
 from lightning_zero.cli.progress import progress_bar
 
@@ -21,11 +20,13 @@ def add_to(commands: Commands) -> None:
     examples = (
         "  lightning-zero export ckpts model.ckpt\n"
         "  lightning-zero export ckpts hf --max-shard-size 5GB --submodule model --dtype bf16\n"
-        "  lightning-zero export ckpts for_ddp.ckpt --with-optimizer"
+        "  lightning-zero export ckpts s3://bucket/for_ddp.ckpt --with-optimizer"
     )
     export = add_command(commands, "export", _export, text, examples)
     add_directory(export)
-    export.add_argument("out", type=Path, metavar="OUT", help="a .ckpt, a .safetensors, or a folder for several")
+    export.add_argument(
+        "out", type=location, metavar="OUT", help="a .ckpt, a .safetensors or a folder: a path or a URL"
+    )
     export.add_argument("--max-shard-size", metavar="SIZE", help='write a folder of files of this size, such as "5GB"')
     export.add_argument("--exclude-frozen", action="store_true", help="leave out parameters that were not trained")
     export.add_argument("--dtype", metavar="D", help="of the parameters: bf16, fp16 or fp32 (of 16-bit buffers too)")

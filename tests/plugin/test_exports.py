@@ -278,12 +278,14 @@ def test_the_last_checkpoint_is_converted_if_it_holds_the_model_as_it_is(tmp_pat
 
 
 def test_what_an_export_is_told_has_a_meaning(tmp_path):
+    (tmp_path / "a directory.ckpt").mkdir()
     for path, options in (
         ("model.bin", {}),
         ("model-{loss}.ckpt", {}),
+        ("a directory.ckpt", {}),
         ("model-{}.ckpt", {}),
         ("model.ckpt", {"every_n_checkpoints": 0}),
         ("model.ckpt", {"dtype": "int8"}),
     ):
-        with pytest.raises(ValueError, match=r"model|at least 1|dtype"):
+        with pytest.raises(ValueError, match=r"model|at least 1|dtype|is a directory"):
             Fp32Export(tmp_path / path, **options)
