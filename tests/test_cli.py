@@ -113,6 +113,11 @@ def test_export_writes_what_torch_loads(save_dir: Path, tmp_path: Path, capsys: 
         ["export", "DIR", "OUT", "--max-shard-size", "huge"],
         ["export", "DIR", "OUT", "--dtype", "int8"],
         ["export", "DIR", "OUT.safetensors", "--with-optimizer"],
+        ["export", "DIR", ""],
+        ["export", "DIR", "DIR"],
+        ["export", "DIR", "DIR/latest", "--max-shard-size", "1GB"],
+        ["export", "DIR", "s3://bucket"],
+        ["export", "DIR", "nosuch://bucket/m.ckpt"],
         ["inspect", "DIR", "--plot", "owners.gif"],
         ["diff", "DIR"],
         ["prune", "DIR"],
@@ -122,9 +127,12 @@ def test_export_writes_what_torch_loads(save_dir: Path, tmp_path: Path, capsys: 
 )
 def test_a_wrong_use_is_2(save_dir: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main([str(save_dir) if argument == "DIR" else argument for argument in arguments])
+        main([argument.replace("DIR", str(save_dir)) for argument in arguments])
     assert caught.value.code == 2
-    assert "usage: " in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    name = "lightning-zero" if arguments in ([], ["dance"]) else f"lightning-zero {arguments[0]}"
+    assert line.startswith(f"{name}: ")
+    assert line.endswith(f" (see {name} --help)")
 
 
 @pytest.mark.parametrize(

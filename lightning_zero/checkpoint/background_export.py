@@ -39,9 +39,9 @@ class _Held:
 
 @dataclass(frozen=True, slots=True)
 class _Export:
-    output: Path
+    output: Location
     held: _Held
-    action: Callable[[Location, Path], object]
+    action: Callable[[Location, Location], object]
 
 
 class BackgroundExport:
@@ -54,7 +54,7 @@ class BackgroundExport:
         self._error: Exception | None = None
 
     def begin(
-        self, directory: Location, name: Callable[[Manifest], Path], action: Callable[[Location, Path], object]
+        self, directory: Location, name: Callable[[Manifest], Location], action: Callable[[Location, Location], object]
     ) -> None:
         """Export a checkpoint, which may be removed as soon as this returns. Raises nothing: see `join`.
 
@@ -96,7 +96,7 @@ class BackgroundExport:
             finally:
                 export.held.staging.abandon()
 
-    def _attempt(self, output: Path, action: Callable[[Location, Path], object], directory: Location) -> None:
+    def _attempt(self, output: Location, action: Callable[[Location, Location], object], directory: Location) -> None:
         try:
             action(directory, output)
         except Exception as error:

@@ -86,10 +86,10 @@ def validate_tag(tag: str, *, hidden: bool = False) -> str:
         raise InvalidTagError(f"a tag is a string, not {tag!r:.80}")
     if not tag or tag == LATEST or tag in (".", "..") or tag.startswith((_STAGING, _TRASH)):
         raise InvalidTagError(f"{tag!r} can't be a tag: it is empty, or a name of our own")
-    if tag.startswith(".") and not hidden:
-        raise InvalidTagError(f"{tag!r} can't be a tag: it is hidden")
     if "/" in tag or "\\" in tag or not tag.isprintable():
         raise InvalidTagError(f"{tag!r:.200} can't be a tag: it is one plain name, without separators of a path")
+    if tag.startswith(".") and not hidden:
+        raise InvalidTagError(f"{tag!r:.200} can't be a tag: it is hidden; begin it without a dot")
     if len(tag.encode(errors="replace")) > _TAG_BYTES:
         raise InvalidTagError(f"{tag!r:.40}… can't be a tag: it is longer than {_TAG_BYTES} bytes")
     return tag

@@ -2,12 +2,18 @@
 
 One process, no process group; and no torch, unless values are cast, or `trainer.pt` holds objects of unusual classes
 (see `torch_file`). A file is written through a few small buffers, so that its peak memory does not grow with
-the model; it appears under its name by a rename, whole or not at all, and what stood there before stays until then.
+the model.
+
+| the output | how it comes to be | what was there before |
+|---|---|---|
+| a file | whole or not at all: by a rename; behind a URL, by the store | stays until then |
+| a folder | whole or not at all, by a rename | an earlier export goes, what belongs beside it stays, else an error |
+| a folder behind a URL | file by file, the index at last; if one fails, all go | an earlier export is an error |
 
 | what | its dtype in the export |
 |---|---|
 | a parameter, trained or frozen, and what a hook or a callback put in its place | `dtype`, if it is floating |
-| a buffer | its own |
+| a buffer | its own; fp32, if it has 16 bits and `dtype` is fp32, as DeepSpeed's `zero_to_fp32` does it |
 | an optimizer's state | its own |
 
 `dtype` is fp32 where none is asked for; then what is wider than fp32 stays as it is.
@@ -29,15 +35,17 @@ from typing import TYPE_CHECKING, Any
 from lightning_zero.checkpoint import kernel
 from lightning_zero.checkpoint.elements import FLOATING, NAMES, Elements
 from lightning_zero.checkpoint.hugging_face import write_folder, write_safetensors
+from lightning_zero.checkpoint.manifest import Role
 from lightning_zero.checkpoint.plain_loops import plain_loops
 from lightning_zero.checkpoint.reader import Reader
 from lightning_zero.checkpoint.resolution import resolve
-from lightning_zero.checkpoint.storage import PathOrUrl
+from lightning_zero.checkpoint.storage import Location, PathOrUrl, is_remote, locate, names_in, remove_file
 from lightning_zero.checkpoint.torch_file import write_torch_file
 from lightning_zero.errors import CheckpointMismatchError, CorruptCheckpointError
 
 if TYPE_CHECKING:
     import torch
+    from upath import UPath
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
@@ -85,20 +93,18 @@ class Wanted:
             CheckpointMismatchError: there is no such submodule.
         """
         stored = checkpoint.model()
-        roles = {entry.name: entry.role for entry in checkpoint.manifest.entries if entry.name in stored}
-        shown: dict[str, Elements] = {}
-        for name, role in roles.items():
-            tensor = stored[name]
-            if role != "buffer" and tensor.stored in FLOATING:
-                wide = self.dtype is None and tensor.stored == "F64"
-                tensor = tensor if wide else tensor.shown_in(self.dtype or "F32")
-            shown[name] = tensor
+        shown = {
+            entry.name: stored[entry.name].shown_in(self._code(stored[entry.name].stored, entry.role))
+            for entry in checkpoint.manifest.entries
+            if entry.name in stored
+        }
         first = {name: checkpoint.manifest.aliases.get(name, name) for name in stored}
+        left_out = checkpoint.manifest.frozen if self.exclude_frozen_parameters else frozenset()
         prefix = f"{self.submodule}." if self.submodule else ""
         found = {
             name.removeprefix(prefix): shown[first[name]]
             for name in stored
-            if name.startswith(prefix) and not (self.exclude_frozen_parameters and roles[first[name]] == "frozen")
+            if name.startswith(prefix) and first[name] not in left_out
         }
         if not found and prefix:
             parts = sorted({name.split(".")[0] for name in stored if "." in name})
@@ -107,10 +113,17 @@ class Wanted:
             )
         return found
 
+    def _code(self, stored: str, role: Role) -> str:
+        """Of the dtype in which something is exported: the table of the module."""
+        code = self.dtype or "F32"
+        if role == "buffer":
+            return code if code == "F32" and stored in ("F16", "BF16") else stored
+        return stored if stored not in FLOATING or (stored == "F64" and self.dtype is None) else code
+
 
 def convert_zero_checkpoint_to_fp32_state_dict(
     checkpoint_dir: PathOrUrl,
-    output_file: str | os.PathLike[str],
+    output_file: PathOrUrl,
     tag: str | None = None,
     exclude_frozen_parameters: bool = False,
     max_shard_size: int | str | None = None,
@@ -125,14 +138,14 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
     Args:
         checkpoint_dir: a save directory, or a tag's.
-        output_file: by its ending a `.safetensors`, or else a Lightning checkpoint, which keeps the hyper-parameters,
-            the epoch, the step and the callbacks' state, and which `load_from_checkpoint` reads. With
+        output_file: a path or a URL; by its ending a `.safetensors`, or else a Lightning checkpoint, which keeps the
+            hyper-parameters, the epoch, the step and the callbacks' state, and which `load_from_checkpoint` reads. With
             `max_shard_size`, a folder in the Hugging Face layout; a configuration or a tokenizer that lies in it stays.
         tag: of the save directory; `latest` decides where it is None.
         exclude_frozen_parameters: leave out the parameters that were not trained.
         max_shard_size: the largest file, in bytes or as `"5GB"`; a larger tensor gets a file of its own.
-        dtype: of the parameters, for deployment: `"bf16"`, `"fp16"`, or torch's own. Buffers keep theirs. Parameters
-            whose values are too large for it are named in a warning.
+        dtype: of the parameters, for deployment: `"bf16"`, `"fp16"`, or torch's own. Buffers keep theirs, but for
+            those of 16 bits where it is fp32. Parameters whose values are too large for it are named in a warning.
         with_optimizer: write a Lightning checkpoint with the optimizers' states as torch's own save them, from which
             `Trainer(strategy="ddp")`, or any other, resumes training. It has no random states.
         submodule: write this part of the module alone, under the names that it has by itself: `"model"`, where
@@ -142,7 +155,8 @@ def convert_zero_checkpoint_to_fp32_state_dict(
             loaded. Here they don't in any case.
 
     Raises:
-        ZeroError: there is no such checkpoint, it is damaged, or has no such submodule.
+        ZeroError: there is no such checkpoint, it is damaged (what is read is compared with its checksums), or has no
+            such submodule.
         OSError: the output can't be written.
         ValueError: arguments that don't go together, or have no meaning.
     """
@@ -153,8 +167,8 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         submodule=submodule,
     )
     export(
-        Reader(resolve(checkpoint_dir, tag)),
-        Path(output_file),
+        Reader(resolve(checkpoint_dir, tag), check_reads=True),
+        locate(output_file),
         wanted,
         max_shard_bytes=None if max_shard_size is None else parse_size(max_shard_size),
         progress=progress,
@@ -164,7 +178,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
 def export(
     checkpoint: Reader,
-    output: Path,
+    output: Location,
     wanted: Wanted,
     *,
     max_shard_bytes: int | None = None,
@@ -186,9 +200,8 @@ def export(
     tensors = wanted.of(checkpoint)
     overflows: set[Elements] = set()
     require_suitable(output, wanted, max_shard_bytes)
-    with _appears(output) as path:
+    with _appears(output, folder=max_shard_bytes is not None) as path:
         if max_shard_bytes is not None:
-            path.mkdir()
             write_folder(path, tensors, max_shard_bytes, progress, overflows)
         elif output.suffix == ".safetensors":
             write_safetensors(path, tensors, progress, overflows)
@@ -227,22 +240,29 @@ def _lightning_content(checkpoint: Reader, wanted: Wanted, trainer: dict[Any, An
     return content
 
 
-def require_suitable(output: Path, wanted: Wanted, max_shard_bytes: int | None) -> None:
-    """Whether the output can hold what is wanted.
+def require_suitable(output: Location, wanted: Wanted, max_shard_bytes: int | None) -> None:
+    """Whether the output can be written, and can hold what is wanted.
 
     Raises:
         ValueError: it can't.
     """
+    if not output.name:
+        raise ValueError(f"{str(output)!r} names nothing to write; give a file's name, such as 'model.ckpt'")
+    if not is_remote(output):
+        if max_shard_bytes is None and output.is_dir():
+            raise ValueError(f"{output} is a directory; name a file, or give a shard size to have a folder of several")
+        if max_shard_bytes is not None and output.is_file():
+            raise ValueError(f"{output} is a file; with a shard size, give the name of a folder")
     if wanted.with_optimizer and not _is_lightnings(output, max_shard_bytes):
         raise ValueError(f"an optimizer's state goes into one .ckpt, and not into {output.name!r}")
 
 
-def _is_lightnings(output: Path, max_shard_bytes: int | None) -> bool:
+def _is_lightnings(output: Location, max_shard_bytes: int | None) -> bool:
     """Whether it is a Lightning checkpoint, and not weights alone."""
     return max_shard_bytes is None and output.suffix != ".safetensors"
 
 
-def exported_bytes(checkpoint: Reader, output: Path, wanted: Wanted, max_shard_bytes: int | None = None) -> int:
+def exported_bytes(checkpoint: Reader, output: Location, wanted: Wanted, max_shard_bytes: int | None = None) -> int:
     """The bytes of the tensors that an export writes: what `progress` adds up to."""
     tensors: list[object] = [*wanted.of(checkpoint).values()]
     if _is_lightnings(output, max_shard_bytes):
@@ -298,11 +318,16 @@ def parse_dtype(dtype: torch.dtype | str | None) -> str | None:
 
 
 @contextmanager
-def _appears(output: Path) -> Iterator[Path]:
-    """A hidden name to write under; what was written takes its own name if all went well, and else goes."""
+def _appears(output: Location, *, folder: bool) -> Iterator[Location]:
+    """Where to write; what was written is there under its own name if all went well, and else goes."""
+    if is_remote(output):
+        yield from _appears_behind_url(output, folder)
+        return
     output.parent.mkdir(parents=True, exist_ok=True)
     hidden = output.parent / f".{output.name}.{secrets.token_hex(4)}"
     try:
+        if folder:
+            hidden.mkdir()
         yield hidden
         if hidden.is_dir() and output.is_dir():
             _replace_folder(hidden, output)
@@ -315,9 +340,24 @@ def _appears(output: Path) -> Iterator[Path]:
             hidden.unlink(missing_ok=True)
 
 
+def _appears_behind_url(url: UPath, folder: bool) -> Iterator[UPath]:
+    if folder and (there := _weights_in(url)):
+        raise FileExistsError(f"{url} holds {there[0]!r}, and nothing there can be replaced at once; give a new folder")
+    try:
+        yield url
+    except BaseException:
+        for name in _weights_in(url) if folder else ():
+            remove_file(url / name)
+        raise
+
+
+def _weights_in(folder: Location) -> list[str]:
+    return [name for name in names_in(folder) if name.startswith("model") and "safetensors" in name]
+
+
 def _replace_folder(new: Path, output: Path) -> None:
     """An earlier export goes, what belongs beside it stays; anything else in the folder is somebody's: an error."""
-    others = [name for name in os.listdir(output) if not (name.startswith("model") and "safetensors" in name)]
+    others = sorted(set(os.listdir(output)).difference(_weights_in(output)))
     foreign = [name for name in others if not name.endswith(_BESIDE_WEIGHTS) or not (output / name).is_file()]
     if foreign:
         raise FileExistsError(f"{output} exists and holds {foreign[0]!r}; give a new folder, or an empty one")

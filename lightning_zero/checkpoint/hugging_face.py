@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from lightning_zero.checkpoint.elements import NAMES, Elements
 from lightning_zero.checkpoint.manifest import ITEM_BYTES
 from lightning_zero.checkpoint.read_ahead import read_ahead
-from lightning_zero.checkpoint.storage import create_file
+from lightning_zero.checkpoint.storage import Location, create_file
 from lightning_zero.errors import UnsupportedModelError
 
 WEIGHTS = "model.safetensors"
@@ -22,7 +21,7 @@ _HEADER_ALIGNMENT = 64
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, Elements], progress: Callable[[int], None], overflows: set[Elements]
+    path: Location, tensors: Mapping[str, Elements], progress: Callable[[int], None], overflows: set[Elements]
 ) -> None:
     """Write one file, which is durable when this returns.
 
@@ -53,7 +52,7 @@ def write_safetensors(
 
 
 def write_folder(
-    folder: Path,
+    folder: Location,
     tensors: Mapping[str, Elements],
     max_shard_bytes: int,
     progress: Callable[[int], None],

@@ -207,7 +207,8 @@ class Entry:
         name: in the state dict; of one from elsewhere: see `placeholders`.
         shape: of the whole tensor.
         dtype: the live module's, by torch's name (`"bfloat16"`).
-        role: `parameter`: trained, and stored as its fp32 (or wider) masters. The others are stored in `dtype`:
+        role: `parameter`: an optimizer's, and stored as its fp32 (or wider) masters; it is trained, unless it is among
+            `Manifest.frozen`. The others are stored in `dtype`:
             `frozen`, `buffer`, `given` for what a hook or a callback put in a tensor's place, and `elsewhere`.
     """
 
@@ -291,6 +292,21 @@ class Manifest:
     def forms(self) -> dict[str, Form]:
         """In what form each thing is stored, by its label: see [Note: whole and element-wise tensors]."""
         return {of: _form([item for _, item in self.index.payloads(of)], of) for of in self.index}
+
+    @cached_property
+    def frozen(self) -> frozenset[str]:
+        """The names of the parameters that weren't trained, which an optimizer may hold all the same.
+
+        Then they have masters, and the role of what is trained; but all of it lies in the files of frozen parameters.
+        """
+        elsewhere = {
+            item.name for file in self.files if not file.frozen for item in file.tensors if item.kind == "model"
+        }
+        return frozenset(
+            entry.name
+            for entry in self.entries
+            if entry.role == "frozen" or (entry.role == "parameter" and entry.numel and entry.name not in elsewhere)
+        )
 
     def to_json(self) -> str:
         """The text of `manifest.json`, sealed: see [Note: the manifest's own checksum]."""

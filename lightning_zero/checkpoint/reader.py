@@ -34,6 +34,8 @@ from lightning_zero.errors import CorruptCheckpointError, IncompleteCheckpointEr
 from lightning_zero.segments import Segment, SegmentIndex
 
 _OPEN_FILES = 64
+_CHECKED_BYTES = 4 << 20
+"""Read at once: still in the processor's cache when the checksum goes over it."""
 
 Give: TypeAlias = Callable[[Elements, bool], Any]
 """Makes of an optimizer's state what a caller wants of it, who is told whether it is a whole tensor."""
@@ -46,16 +48,30 @@ class Reader:
         directory: the tag's, as `resolve` gives it.
         verify: what is checked at once: see `integrity`.
         manifest: of that directory, where it has been read already.
+        check_reads: compare each piece of a tensor with its checksum as it is read, if it is read from its beginning to
+            its end. Then one thread at a time reads a tensor.
+
+    Attributes:
+        damage: what such a comparison has found: torch's `load_state_dict`, for one, hides what is raised under it.
 
     Raises:
         IncompleteCheckpointError: something is missing, cut short, or another save's.
         CorruptCheckpointError: the manifest can't be believed, or (`full`) a checksum doesn't match.
     """
 
-    def __init__(self, directory: PathOrUrl, verify: Depth = "sizes", manifest: Manifest | None = None) -> None:
+    def __init__(
+        self,
+        directory: PathOrUrl,
+        verify: Depth = "sizes",
+        manifest: Manifest | None = None,
+        *,
+        check_reads: bool = False,
+    ) -> None:
         self.directory = locate(directory)
         self.manifest: Manifest = read_manifest(self.directory) if manifest is None else manifest
         require_sound(self.directory, self.manifest, verify)
+        self.check_reads = check_reads
+        self.damage: CorruptCheckpointError | None = None
         self._nbytes = {file.name: file.nbytes for file in self.manifest.files}
         where = self.directory  # a cache that knew `self` would keep its files open till the next garbage collection
         self._open = functools.lru_cache(maxsize=_OPEN_FILES)(lambda file: open_file(where / file))
@@ -211,6 +227,7 @@ class _Pieces:
         self._index = index
         self._of = of
         self._item_bytes = ITEM_BYTES[code]
+        self._digest, self._digested = xxhash.xxh3_64(), 0  # of the piece that is being read, up to this element
 
     def require(self) -> None:
         """Make sure that the files are as large as the manifest claims, before anybody makes room for a tensor."""
@@ -222,8 +239,32 @@ class _Pieces:
         filled = 0
         for segment, stored, skipped in self._index.find(Segment(self._of, start, stop)):
             nbytes = segment.numel * self._item_bytes
-            self._reader.read(stored, skipped * self._item_bytes, target[filled : filled + nbytes])
+            part = target[filled : filled + nbytes]
+            if self._reader.check_reads:
+                self._read_and_check(segment, stored, skipped * self._item_bytes, part)
+            else:
+                self._reader.read(stored, skipped * self._item_bytes, part)
             filled += nbytes
+
+    def _read_and_check(self, segment: Segment, stored: Stored, offset_bytes: int, target: memoryview) -> None:
+        if offset_bytes == 0:
+            self._digest, self._digested = xxhash.xxh3_64(), segment.start
+        in_order = segment.start == self._digested
+        for begin in range(0, len(target), _CHECKED_BYTES):
+            part = target[begin : begin + _CHECKED_BYTES]
+            self._reader.read(stored, offset_bytes + begin, part)
+            if in_order:
+                self._digest.update(part)
+        if not in_order:
+            return
+        self._digested = segment.stop
+        file, tensor = stored[0], cast("StoredTensor", stored[1])
+        if offset_bytes + len(target) == tensor.nbytes and self._digest.hexdigest() != tensor.xxh3:
+            self._reader.damage = CorruptCheckpointError(
+                f"{self._reader.directory / file}: {tensor.key!r}: the checksum doesn't match, the file is damaged; "
+                "take another tag (`lightning-zero verify` lists all that is damaged)"
+            )
+            raise self._reader.damage
 
 
 def _code_without_elements(entry: Entry) -> str:

@@ -94,7 +94,7 @@ def resolve(
         if verify == "full" and (wrong := next(find_problems(candidate.path, candidate.manifest, verify), None)):
             problems[candidate.name] = str(wrong)
             continue
-        warnings.warn(f"{problem}\nThe newest sound checkpoint is taken instead: {candidate.path}", stacklevel=2)
+        warnings.warn(f"{problem}.\nThe newest sound checkpoint is taken instead: {candidate.path}", stacklevel=2)
         return candidate.path
     listed = "".join(f"\n  {name}: {wrong}" for name, wrong in problems.items())
     raise CheckpointNotFoundError(f"{where} holds no sound checkpoint; {problem}{advice(where)}{listed}")

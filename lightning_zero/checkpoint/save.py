@@ -280,8 +280,8 @@ def _warn_of_unsafe_globals(content: memoryview) -> None:
         stream.seek(0)
         offending = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(stream)) or "an unknown class"
         warnings.warn(
-            f"the checkpoint holds objects of {offending}, in the hyper-parameters or the state of a callback. "
-            "Loading it will need weights_only=False, which runs what the file says: "
+            f"the checkpoint holds objects of {offending}, in the hyper-parameters, a callback's state, client state "
+            "or the like. Loading it will need weights_only=False, which runs what the file says: "
             "save a plain value in its place (str(path) for a pathlib.Path)",
             stacklevel=2,
         )

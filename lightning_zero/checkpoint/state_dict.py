@@ -12,7 +12,7 @@ from lightning_zero.checkpoint.reader import Reader
 from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.checkpoint.storage import PathOrUrl
 from lightning_zero.checkpoint.tensors import LazyTensor
-from lightning_zero.errors import CheckpointMismatchError
+from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError
 
 
 def get_fp32_state_dict_from_zero_checkpoint(
@@ -21,7 +21,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
     exclude_frozen_parameters: bool = False,
     lazy_mode: bool = False,
 ) -> dict[str, Tensor]:
-    """The model's state dict, parameters in fp32 (fp64 stays), buffers in their own dtype, tied tensors as one.
+    """The model's state dict, in fp32: parameters (fp64 stays) and 16-bit buffers. Tied tensors are one.
 
     Args:
         checkpoint_dir: a save directory, or a tag's.
@@ -30,10 +30,10 @@ def get_fp32_state_dict_from_zero_checkpoint(
         lazy_mode: give stand-ins with `.shape`, `.dtype` and `.contiguous()`, which reads one, and keeps nothing.
 
     Raises:
-        ZeroError: there is no such checkpoint, or it is damaged.
+        ZeroError: there is no such checkpoint, or it is damaged; a lazy tensor isn't compared with its checksums.
     """
     wanted = Wanted(exclude_frozen_parameters=exclude_frozen_parameters)
-    elements = wanted.of(Reader(resolve(checkpoint_dir, tag)))
+    elements = wanted.of(Reader(resolve(checkpoint_dir, tag), check_reads=not lazy_mode))
     tensors: dict[Elements, Tensor] = {each: LazyTensor(each) for each in elements.values()}
     if not lazy_mode:
         tensors = {each: tensor.contiguous() for each, tensor in tensors.items()}
@@ -46,7 +46,7 @@ def load_state_dict_from_zero_checkpoint(
     """Fill a plain module in place, each tensor read straight into the parameter's memory.
 
     Args:
-        model: with the names and shapes of the one that was saved; of any dtype, on any device.
+        model: with the names and shapes of the one that was saved; of any dtype, on any device but meta.
         checkpoint_dir: a save directory, or a tag's.
         tag: of the save directory; `latest` decides where it is None.
 
@@ -54,12 +54,20 @@ def load_state_dict_from_zero_checkpoint(
         The same module.
 
     Raises:
+        UnsupportedModelError: a tensor of the module is on the meta device, where there is nothing to fill.
         CheckpointMismatchError: a name or a shape differs.
-        ZeroError: there is no such checkpoint, or it is damaged.
+        ZeroError: there is no such checkpoint, or it is damaged; the module may be filled in part.
     """
-    directory = resolve(checkpoint_dir, tag)
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise UnsupportedModelError(
+                f"{name!r} is on the meta device, and has no memory to read into; call model.to_empty(device=...) first"
+            )
+    checkpoint = Checkpoint(resolve(checkpoint_dir, tag), check_reads=True)
     try:
-        model.load_state_dict(Checkpoint(directory).state_dict())
+        model.load_state_dict(checkpoint.state_dict())
     except RuntimeError as error:
-        raise CheckpointMismatchError(f"the checkpoint {directory} is of another model: {error}") from error
+        raise checkpoint.damage or CheckpointMismatchError(
+            f"the checkpoint {checkpoint.directory} is of another model: {error}"
+        ) from error
     return model

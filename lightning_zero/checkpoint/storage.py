@@ -16,7 +16,7 @@ import secrets
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
@@ -40,8 +40,8 @@ _BLOCK_BYTES = 8 << 20
 DIRECT_ALIGNMENT = 4096
 """Of a file's offsets and of the memory, where a write goes past the page cache."""
 _LEAST_WITHOUT_COPY = 256 << 10
-_OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory", "hf"))
-"""Where an object is there as a whole or not at all; elsewhere a file is renamed when it is complete."""
+_OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "hf"))
+"""Where an object is there as a whole or not at all; elsewhere (in memory too) a file is renamed when complete."""
 _PARTS = 9000
 """S3 takes no more than 10000 parts of one object."""
 
@@ -258,7 +258,10 @@ def _write_remote(url: UPath, nbytes: int) -> Iterator[WritableFile]:
         [url.fs.protocol] if isinstance(url.fs.protocol, str) else url.fs.protocol
     )
     path = url.path if in_one_step else f"{url.path}.{secrets.token_hex(4)}.tmp"
-    file: Any = url.fs.open(path, "wb", block_size=max(2 * _BLOCK_BYTES, nbytes // _PARTS))
+    try:
+        file: Any = url.fs.open(path, "wb", block_size=max(2 * _BLOCK_BYTES, nbytes // _PARTS))
+    except NotImplementedError as error:
+        raise OSError(errno.EROFS, f"{url} can't be written to") from error
     try:
         yield file
         file.close()
@@ -267,7 +270,12 @@ def _write_remote(url: UPath, nbytes: int) -> Iterator[WritableFile]:
     except BaseException:
         if hasattr(file, "discard"):
             file.discard()
-        file.closed = True  # or it would be uploaded, as far as it goes, when it is collected
+        if in_one_step:
+            file.closed = True  # or it would be uploaded, as far as it goes, when it is collected
+        else:
+            with suppress(OSError):  # what went wrong first is what counts
+                file.close()
+                url.fs.rm_file(path)
         raise
 
 

@@ -323,7 +323,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def write_torch_file(
-    path: Path,
+    path: Location,
     content: Mapping[str, Any],
     name: str,
     progress: Progress,

@@ -73,9 +73,9 @@ def _untrusted(where: str, offending: list[str]) -> UntrustedContentError:
     # Each fit to be shown, whoever made it up
     shown = ", ".join(f"{name if name.isprintable() else ascii(name):.100}" for name in offending[:10])
     return UntrustedContentError(
-        f"{where} holds objects of {shown}, in the hyper-parameters or the state "
-        "of a callback. If you trust whoever wrote it, pass weights_only=False (Trainer.fit takes it too): "
-        "it then runs what the file says"
+        f"{where} holds objects of {shown}: in the hyper-parameters, a callback's state, client state or the like. "
+        "If you trust whoever wrote it, pass weights_only=False (Trainer.fit takes it too; `lightning-zero export`: "
+        "--unsafe): whatever loads it then runs what the file says"
     )
 
 

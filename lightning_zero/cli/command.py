@@ -5,14 +5,13 @@
 | nothing to complain of | 0 | |
 | `verify` finds damage, `diff` a difference | 1 | |
 | a `ZeroError`, or the system or a store refuses | 1 | one line, no traceback |
-| a wrong use | 2 | the usage, and one line |
+| a wrong use | 2 | one line, which says where the help is |
 | Ctrl+C | 130 | nothing |
 | nobody reads what is printed any more (`| head`) | 141 | nothing |
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import warnings
@@ -20,7 +19,7 @@ from collections.abc import Sequence
 
 from lightning_zero.checkpoint.commit import InvalidTagError
 from lightning_zero.cli import diff, export, import_deepspeed, import_fsdp, inspect, ls, plan, prune, verify
-from lightning_zero.cli.arguments import WrongUseError
+from lightning_zero.cli.arguments import Parser, WrongUseError
 from lightning_zero.errors import ZeroError
 
 _INTERRUPTED = 130
@@ -33,16 +32,15 @@ _STORES = ("adlfs", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google",
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and give back its exit status."""
-    parser = _parser()
     warnings.showwarning = _show_warning
     try:
         try:
-            options = parser.parse_args(arguments)
+            options = _parser().parse_args(arguments)
             status: int = options.run(options)
         finally:
             sys.stdout.flush()
     except (WrongUseError, InvalidTagError) as error:
-        parser.error(str(error))
+        options.parser.error(str(error))
     except BrokenPipeError:
         # What is still buffered has nowhere to go, and Python would complain of it at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -65,8 +63,8 @@ def _say(message: Exception | str) -> None:
     print(f"lightning-zero: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         "lightning-zero",
         description="Looks after the checkpoints of lightning_zero, and plans what a training will need.",
         epilog="lightning-zero COMMAND --help shows an example of each.",

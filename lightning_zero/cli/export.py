@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_zero.cli.arguments import WrongUseError, add_command, add_directory, add_tag
+from lightning_zero.cli.arguments import WrongUseError, add_command, add_directory, add_tag, location
 from lightning_zero.cli.output import bytes_text
 from lightning_zero.cli.progress import progress_bar
 
@@ -21,14 +20,16 @@ def add_to(commands: Commands) -> None:
     examples = (
         "  lightning-zero export ckpts model.ckpt\n"
         "  lightning-zero export ckpts hf --max-shard-size 5GB --submodule model --dtype bf16\n"
-        "  lightning-zero export ckpts for_ddp.ckpt --with-optimizer"
+        "  lightning-zero export ckpts s3://bucket/for_ddp.ckpt --with-optimizer"
     )
     export = add_command(commands, "export", _export, text, examples)
     add_directory(export)
-    export.add_argument("out", type=Path, metavar="OUT", help="a .ckpt, a .safetensors, or a folder for several")
+    export.add_argument(
+        "out", type=location, metavar="OUT", help="a .ckpt, a .safetensors or a folder: a path or a URL"
+    )
     export.add_argument("--max-shard-size", metavar="SIZE", help='write a folder of files of this size, such as "5GB"')
     export.add_argument("--exclude-frozen", action="store_true", help="leave out parameters that were not trained")
-    export.add_argument("--dtype", metavar="D", help="of the parameters: bf16, fp16 or fp32; buffers keep their own")
+    export.add_argument("--dtype", metavar="D", help="of the parameters: bf16, fp16 or fp32 (of 16-bit buffers too)")
     export.add_argument("--submodule", metavar="NAME", default="", help="write this part of the module alone")
     export.add_argument(
         "--with-optimizer", action="store_true", help="write a .ckpt from which any other strategy resumes training"
@@ -55,7 +56,7 @@ def _export(options: argparse.Namespace) -> int:
         export.require_suitable(options.out, wanted, size)
     except ValueError as error:
         raise WrongUseError(str(error)) from None
-    checkpoint = Reader(resolve(options.dir, options.tag))
+    checkpoint = Reader(resolve(options.dir, options.tag), check_reads=True)
     nbytes = export.exported_bytes(checkpoint, options.out, wanted, size)
     with progress_bar("exporting", nbytes, quiet=options.json) as progress:
         export.export(

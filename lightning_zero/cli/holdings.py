@@ -42,7 +42,9 @@ class Holdings:
     @classmethod
     def of(cls, manifest: Manifest) -> Holdings:
         """Sum up what a manifest lists."""
-        roles = {entry.name: entry.role for entry in manifest.entries}
+        roles: dict[str, Role] = {
+            entry.name: "frozen" if entry.name in manifest.frozen else entry.role for entry in manifest.entries
+        }
         by_name: dict[str, Counter[tuple[int, Holding]]] = {name: Counter() for name in roles}
         own: Counter[int] = Counter()
         for file in manifest.files:

@@ -90,7 +90,7 @@ def _report(directory: Location, manifest: Manifest, holdings: Holdings) -> dict
                 "name": entry.name,
                 "shape": entry.shape,
                 "dtype": entry.dtype,
-                "role": entry.role,
+                "role": "frozen" if entry.name in manifest.frozen else entry.role,
                 "elements": entry.numel,
                 **row(entry.name),
             }

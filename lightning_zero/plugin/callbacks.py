@@ -21,13 +21,13 @@ from typing_extensions import override
 
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.background_export import BackgroundExport
-from lightning_zero.checkpoint.export import Wanted, export, parse_dtype
+from lightning_zero.checkpoint.export import Wanted, export, parse_dtype, require_suitable
 from lightning_zero.checkpoint.integrity import read_manifest
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME, Manifest
 from lightning_zero.checkpoint.resolution import is_checkpoint, resolve
 from lightning_zero.checkpoint.retention import Retention
-from lightning_zero.checkpoint.storage import Location, is_remote, locate, names_in
+from lightning_zero.checkpoint.storage import Location, PathOrUrl, absolute, is_remote, locate, names_in
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.plugin.strategy import ZeroStrategy
 
@@ -262,27 +262,27 @@ class Fp32Export(Callback):
     committed, while training goes on; what fails is warned of, and raised at the end of fit.
 
     Args:
-        path: `.ckpt` for `MyModule.load_from_checkpoint`, `.safetensors` for the weights alone; `{step}` and `{epoch}`
-            in it stand for the checkpoint's. Without them, a newer export replaces the one before.
+        path: a path or a URL: `.ckpt` for `MyModule.load_from_checkpoint`, `.safetensors` for the weights alone;
+            `{step}` and `{epoch}` in it stand for the checkpoint's. Without them, a newer export replaces the older.
         every_n_checkpoints: write one after every N-th checkpoint directory that is saved in the fit, too.
-        dtype: of the parameters: `"bf16"` or `"fp16"` for deployment; fp32 by default. Buffers keep their own.
+        dtype: of the parameters: `"bf16"` or `"fp16"` for deployment, where buffers keep their own; fp32 by default.
         weights_only: False to export a checkpoint during the fit whose hyper-parameters are objects of any class.
 
     Raises:
-        ValueError: the path has another ending or other placeholders, or a number or dtype has no meaning.
+        ValueError: the path has another ending or placeholder, or is a directory; a number or dtype has no meaning.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        path: PathOrUrl,
         *,
         every_n_checkpoints: int | None = None,
         dtype: str | None = None,
         weights_only: bool = True,
     ) -> None:
-        self.path = Path(path)
+        self.path = locate(path)
         if self.path.suffix not in (".ckpt", ".safetensors"):
-            raise ValueError(f"Fp32Export writes .ckpt or .safetensors files, not {os.fspath(path)!r}")
+            raise ValueError(f"Fp32Export writes .ckpt or .safetensors files, not {str(path)!r}")
         if every_n_checkpoints is not None and every_n_checkpoints < 1:
             raise ValueError(f"every_n_checkpoints must be at least 1, or None, not {every_n_checkpoints}")
         self.every_n_checkpoints = every_n_checkpoints
@@ -294,11 +294,12 @@ class Fp32Export(Callback):
             self._output(step=0, epoch=0)
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(
-                f"{os.fspath(path)!r} can't be filled in: {{step}} and {{epoch}} are all that it may hold ({error!r})"
+                f"{str(path)!r} can't be filled in: {{step}} and {{epoch}} are all that it may hold ({error!r})"
             ) from None
+        require_suitable(self._output(step=0, epoch=0), self._wanted, None)
 
-    def _output(self, *, step: int, epoch: int) -> Path:
-        return Path(os.path.abspath(str(self.path).format(step=step, epoch=epoch)))
+    def _output(self, *, step: int, epoch: int) -> Location:
+        return absolute(locate(str(self.path).format(step=step, epoch=epoch)))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -321,11 +322,11 @@ class Fp32Export(Callback):
         if self._count % self.every_n_checkpoints == 0:
             self._exports.begin(directory, self._output_of, self._export_saved)
 
-    def _output_of(self, manifest: Manifest) -> Path:
+    def _output_of(self, manifest: Manifest) -> Location:
         return self._output(step=manifest.step, epoch=manifest.epoch)
 
-    def _export_saved(self, directory: Location, output: Path) -> None:
-        export(Checkpoint(directory), output, self._wanted, weights_only=self.weights_only)
+    def _export_saved(self, directory: Location, output: Location) -> None:
+        export(Checkpoint(directory, check_reads=True), output, self._wanted, weights_only=self.weights_only)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -39,7 +39,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_zero.checkpoint.commit import validate_tag
+from lightning_zero.checkpoint.commit import remove_tag, validate_tag
 from lightning_zero.checkpoint.content import CLIENT_STATE, RankContent, SharedContent
 from lightning_zero.checkpoint.integrity import Depth
 from lightning_zero.checkpoint.load import Checkpoint
@@ -47,7 +47,7 @@ from lightning_zero.checkpoint.nodes import Place
 from lightning_zero.checkpoint.origins import advice
 from lightning_zero.checkpoint.plan import TagValidation
 from lightning_zero.checkpoint.save import holds_model
-from lightning_zero.checkpoint.storage import Location, absolute, locate
+from lightning_zero.checkpoint.storage import Location, absolute, is_remote, locate
 from lightning_zero.engine.buffers import keep_freed_memory
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
@@ -808,7 +808,7 @@ class ZeroStrategy(DDPStrategy):
         return choice.path, self._ranks.all_or_none(load)
 
     def export(
-        self, checkpoint: Mapping[str, Any], path: Path, write: Callable[[Checkpoint, dict[str, Any]], object]
+        self, checkpoint: Mapping[str, Any], path: Location, write: Callable[[Checkpoint, dict[str, Any]], object]
     ) -> None:
         """Have rank 0 write a file of the model as it is now. Called on every rank, which wait for it.
 
@@ -825,7 +825,7 @@ class ZeroStrategy(DDPStrategy):
 
         def look() -> list[bool]:
             self._join_save()
-            content, shared = self._contents(weights, path)
+            content, shared = self._contents(weights, str(path))
             rest.update(apply_to_collection(shared.trainer, Tensor, Tensor.cpu))
             return [self._last_save_holds(content, shared)]
 
@@ -835,15 +835,15 @@ class ZeroStrategy(DDPStrategy):
         source = self._last_saved if saved and self._last_saved is not None else shards
 
         def write_first() -> None:
-            write(Checkpoint(source), rest)
+            write(Checkpoint(source, check_reads=True), rest)
 
         try:
             if not saved:
-                self._save(weights, shards, None, update_latest=False, io=self._sharded_io, behind=False)
+                self._save(weights, str(shards), None, update_latest=False, io=self._sharded_io, behind=False)
             self._ranks.decided_by_first(write_first)
         finally:
             if not saved and self.tends_directory:
-                shutil.rmtree(shards.parent, ignore_errors=True)
+                _remove_temporary(shards)
 
     def _last_save_holds(self, content: RankContent, shared: SharedContent) -> bool:
         """Whether the last checkpoint that was saved holds this rank's part of the model as it is now."""
@@ -1017,6 +1017,16 @@ def _require_tag_validation(value: object) -> None:
 def _as_tag(tag: str | int) -> str:
     """DeepSpeed makes a string of it, and its users give it numbers."""
     return str(tag) if isinstance(tag, int) else tag
+
+
+def _remove_temporary(shards: Location) -> None:
+    if not is_remote(shards):
+        shutil.rmtree(shards.parent, ignore_errors=True)
+        return
+    try:
+        remove_tag(shards.parent, shards.name)
+    except Exception as error:  # a store's own kinds too; what these shards were for is written
+        rank_zero_warn(f"{shards.parent} couldn't be removed, and nothing needs it any more: {error}")
 
 
 def _require_values(module: Module, uninitialized: Collection[str]) -> None:

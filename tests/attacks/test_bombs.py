@@ -112,6 +112,7 @@ def test_a_bomb_is_named_with_the_way_to_trust_it(tag: Path, tmp_path: Path) -> 
     status, _, error = command("export", tag, tmp_path / "x.ckpt")
     assert (status, error.count("\n")) == (1, 1)
     assert "posix.mkdir" in error
+    assert "--unsafe" in error
 
 
 @pytest.mark.parametrize("where", BOMBS)

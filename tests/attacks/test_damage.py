@@ -1,11 +1,11 @@
 """Damage without an attacker: bits that flip, files that are cut, lost, swapped or grown. Nothing of it loads silently.
 
-| damage | `verify` (command) | load, `full` | load, `sizes` | load, `none` |
-|---|---|---|---|---|
-| a flipped bit in a manifest, a header, `trainer.pt` | found | found | found | manifest, `trainer.pt` |
-| a flipped bit in a tensor | found | found | only in a rank's own state, when it is read | as `sizes` |
-| a file cut short, lost, swapped | found | found | found | when it is read |
-| a flipped bit in `latest` | found | another tag is taken, loudly | the same | the same |
+| damage | `verify` (command) | load, `full` | load, `sizes` | load, `none` | an export |
+|---|---|---|---|---|---|
+| a flipped bit in a manifest, a header, `trainer.pt` | found | found | found | manifest, `trainer.pt` | found |
+| a flipped bit in a tensor | found | found | only in a rank's own state, when read | as `sizes` | found, if read |
+| a file cut short, lost, swapped | found | found | found | when it is read | found |
+| a flipped bit in `latest` | found | another tag is taken, loudly | the same | the same | the same |
 """
 
 import os
@@ -16,11 +16,17 @@ from pathlib import Path
 
 import pytest
 
+from lightning_zero.checkpoint import read_ahead, reader
+from lightning_zero.checkpoint.export import convert_zero_checkpoint_to_fp32_state_dict as convert
 from lightning_zero.checkpoint.integrity import Depth
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.resolution import resolve
+from lightning_zero.checkpoint.state_dict import (
+    get_fp32_state_dict_from_zero_checkpoint,
+    load_state_dict_from_zero_checkpoint,
+)
 from lightning_zero.errors import CorruptCheckpointError, IncompleteCheckpointError, ZeroError
-from tests.attacks.entrances import command, read_all
+from tests.attacks.entrances import command, module, read_all
 from tests.attacks.forge import flip, read_json, replace
 from tests.checkpoint.sample import Sample
 
@@ -84,6 +90,47 @@ def test_a_bit_that_flips_anywhere_in_any_file_is_found(name: str, sound: Path) 
             assert refuses(sound, "sizes"), position
         replace(sound / name, whole)
     assert not refuses(sound, "full")
+
+
+EXPORTS: dict[str, tuple[set[str], Callable[[Path, Path], object]]] = {
+    "m.ckpt": ({"model"}, convert),
+    "whole.ckpt": ({"model", "optimizer"}, lambda tag, output: convert(tag, output, with_optimizer=True)),
+    "narrow.ckpt": ({"model"}, lambda tag, output: convert(tag, output, dtype="bf16")),
+    "m.safetensors": ({"model"}, convert),
+    "folder": ({"model"}, lambda tag, output: convert(tag, output, max_shard_size="1KB")),
+    "in memory": ({"model"}, lambda tag, output: get_fp32_state_dict_from_zero_checkpoint(tag)),
+    "into a module": ({"model"}, lambda tag, output: load_state_dict_from_zero_checkpoint(module(), tag)),
+}
+"""The kinds of tensors that each reads, and how it is done."""
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_an_export_finds_a_bit_that_flips_in_what_it_reads_and_leaves_nothing(
+    name: str, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_ahead, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(reader, "_CHECKED_BYTES", 300)
+    kinds, export = EXPORTS[name]
+    output = tmp_path / "out" / name
+    found: set[str] = set()
+    for file in read_json(sound)["files"]:
+        whole = (sound / file["name"]).read_bytes()
+        for tensor in file["tensors"]:
+            of_callbacks = tensor["name"] == "<average>" and output.suffix != ".ckpt"
+            of_another_copy = tensor.get("state") in ("step", "factors")  # which the first piece's stands for
+            if tensor["kind"] not in kinds or of_callbacks or of_another_copy:
+                continue
+            for position in (tensor["offset"], tensor["offset"] + tensor["nbytes"] - 1):
+                flip(sound / file["name"], position)
+                with pytest.raises(CorruptCheckpointError) as raised:
+                    export(sound, output)
+                assert f"{file['name']}: '" in str(raised.value)
+                assert f"/{tensor['name']}[{tensor['start']}:{tensor['stop']}]'" in str(raised.value)
+                assert not output.parent.exists() or not os.listdir(output.parent)
+                replace(sound / file["name"], whole)
+            found.add(tensor["kind"])
+    assert found == kinds
+    export(sound, output)
 
 
 def test_a_bit_that_flips_in_latest_is_found(sound: Path) -> None:

@@ -216,6 +216,16 @@ def test_a_hostile_latest_is_warned_of_and_the_newest_sound_tag_taken(tmp_path: 
     assert (tmp_path / "latest").read_bytes() == content
 
 
+def test_what_is_wrong_with_a_tag_and_with_latest_is_told_in_sentences(tmp_path: Path) -> None:
+    for tag, reason in (("../x", "separators"), (".x", "hidden"), ("", "empty")):
+        with pytest.raises(commit.InvalidTagError, match=reason):
+            commit.validate_tag(tag)
+    Sample().save(tmp_path / "one")
+    (tmp_path / "latest").unlink()
+    with pytest.warns(UserWarning, match=r"latest is missing\.\sThe newest sound checkpoint is taken instead"):
+        resolve(tmp_path)
+
+
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/etc/passwd", path)])
 def test_a_latest_that_is_no_plain_file_is_damaged(tmp_path: Path, make: Callable[[Path], object]) -> None:
     make(tmp_path / "latest")

@@ -26,7 +26,7 @@ from lightning_zero.checkpoint.state_dict import (
     get_fp32_state_dict_from_zero_checkpoint,
     load_state_dict_from_zero_checkpoint,
 )
-from lightning_zero.errors import CheckpointMismatchError, IncompleteCheckpointError
+from lightning_zero.errors import CheckpointMismatchError, IncompleteCheckpointError, UnsupportedModelError
 from tests.checkpoint.sample import Sample
 
 
@@ -90,6 +90,10 @@ def test_into_a_module(save_dir: Path, sample: Sample) -> None:
         assert torch.equal(tensor, sample.state_dict[name])
     with pytest.raises(CheckpointMismatchError, match="another model"):
         load_state_dict_from_zero_checkpoint(torch.nn.Linear(2, 2), save_dir)
+    with pytest.raises(UnsupportedModelError, match=r"'scale' is on the meta device.*to_empty"):
+        load_state_dict_from_zero_checkpoint(model.to("meta"), save_dir)
+    filled = load_state_dict_from_zero_checkpoint(model.to_empty(device="cpu"), save_dir).state_dict()
+    assert all(torch.equal(tensor, sample.state_dict[name]) for name, tensor in filled.items())
 
 
 def test_a_torch_file_is_a_whole_lightning_checkpoint(
@@ -208,7 +212,7 @@ def read_export(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
 @pytest.mark.parametrize("dtype", [None, "bf16", torch.float16])
-def test_parameters_get_the_dtype_that_is_asked_for_and_buffers_keep_their_own(
+def test_parameters_get_the_dtype_that_is_asked_for_and_buffers_keep_their_own_but_for_half_ones_in_fp32(
     tmp_path: Path, name: str, dtype: str | torch.dtype | None
 ) -> None:
     given: dict[str, tuple[Role, torch.Tensor]] = {
@@ -225,7 +229,7 @@ def test_parameters_get_the_dtype_that_is_asked_for_and_buffers_keep_their_own(
     loaded = read_export(tmp_path / name)
     narrow = {None: torch.float32, "bf16": torch.bfloat16}.get(dtype, torch.float16)
     for key, (role, tensor) in given.items():
-        if role != "buffer" and not (key == "double" and dtype is None):
+        if (role != "buffer" or (key == "half" and dtype is None)) and not (key == "double" and dtype is None):
             tensor = tensor.to(narrow)
         assert loaded[key].dtype == tensor.dtype
         assert torch.equal(loaded[key], tensor)

@@ -8,7 +8,9 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 
 from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroStrategy, convert_zero_checkpoint_to_fp32_state_dict
+from lightning_zero.checkpoint.integrity import read_manifest
 from lightning_zero.checkpoint.storage import locate
+from lightning_zero.errors import CorruptCheckpointError
 from lightning_zero.plugin import callbacks
 from tests.launch import distributed, run_ranks
 from tests.models import Data, Model, quiet_trainer
@@ -211,6 +213,34 @@ def test_an_export_that_fails_on_the_way_fails_the_fit_at_its_end_on_all_ranks(t
     assert sorted(path.name for path in (tmp_path / "ckpts").iterdir()) == ["latest", "step=4.ckpt"]
 
 
+class Damage(Callback):
+    """Flips a bit of a parameter in whatever is saved, before anybody can export it."""
+
+    def setup(self, trainer, module, stage):
+        if trainer.is_global_zero:
+            trainer.strategy.save_listeners.append(self.flip)
+
+    def flip(self, directory):
+        file = read_manifest(directory).files[0]
+        tensor = next(item for item in file.tensors if item.kind == "model")
+        content = bytearray((directory / file.name).read_bytes())
+        content[tensor.offset] ^= 1
+        (directory / file.name).write_bytes(content)
+
+
+def fit_and_export_what_is_damaged(directory):
+    exports = [Fp32Export(directory / "behind{step}.ckpt", every_n_checkpoints=1), Fp32Export(directory / "m.ckpt")]
+    checkpoint = ZeroCheckpoint(directory / "ckpts", every_n_train_steps=2)
+    trainer = quiet_trainer(world_size=2, max_steps=2, callbacks=[Damage(), *exports, checkpoint])
+    with pytest.raises(CorruptCheckpointError, match=r"rank-00000-of-00002\.safetensors: 'model/.*checksum"):
+        trainer.fit(Model(), datamodule=Data())
+
+
+def test_an_export_of_what_was_damaged_since_it_was_saved_fails_the_fit_and_writes_nothing(tmp_path):
+    run_ranks(fit_and_export_what_is_damaged, 2, tmp_path, process_group=False)
+    assert os.listdir(tmp_path) == ["ckpts"]
+
+
 class Change(Callback):
     """What a callback does to the weights at the very end."""
 
@@ -248,12 +278,14 @@ def test_the_last_checkpoint_is_converted_if_it_holds_the_model_as_it_is(tmp_pat
 
 
 def test_what_an_export_is_told_has_a_meaning(tmp_path):
+    (tmp_path / "a directory.ckpt").mkdir()
     for path, options in (
         ("model.bin", {}),
         ("model-{loss}.ckpt", {}),
+        ("a directory.ckpt", {}),
         ("model-{}.ckpt", {}),
         ("model.ckpt", {"every_n_checkpoints": 0}),
         ("model.ckpt", {"dtype": "int8"}),
     ):
-        with pytest.raises(ValueError, match=r"model|at least 1|dtype"):
+        with pytest.raises(ValueError, match=r"model|at least 1|dtype|is a directory"):
             Fp32Export(tmp_path / path, **options)

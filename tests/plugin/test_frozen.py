@@ -1,5 +1,6 @@
 """Parameters that aren't trained are written once, and are whole in every tag."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,8 +11,10 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_zero import ZeroCheckpoint
+from lightning_zero import get_fp32_state_dict_from_zero_checkpoint as get_fp32
 from lightning_zero.checkpoint import storage
 from lightning_zero.checkpoint.load import Checkpoint
+from lightning_zero.cli import main
 from tests.launch import distributed, run_ranks
 from tests.models import Data, Model, fit
 
@@ -76,6 +79,20 @@ def test_what_is_frozen_is_on_disk_once_after_resumes_too_and_every_tag_is_whole
     assert torch.equal(
         Checkpoint(tmp_path / "elsewhere" / "tag", verify="full").state_dict()["down.weight"], last["down.weight"]
     )
+
+
+@pytest.mark.parametrize("model", [adapted, all_in_optimizer])
+def test_what_is_frozen_is_left_out_of_an_export_whoever_holds_it(tmp_path, model, capsys):
+    run_ranks(train, 2, tmp_path / "ckpts", 2, 1, model, process_group=False)
+    frozen = {name: p.nbytes for name, p in model().named_parameters() if not p.requires_grad}
+    assert main(["inspect", str(tmp_path / "ckpts"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {entry["name"] for entry in found["entries"] if entry["role"] == "frozen"} == frozen.keys()
+    assert sum(rank["frozen"] for rank in found["ranks"]) == sum(frozen.values())
+    assert main(["export", str(tmp_path / "ckpts"), str(tmp_path / "m.ckpt"), "--exclude-frozen"]) == 0
+    exported = torch.load(tmp_path / "m.ckpt", weights_only=True)["state_dict"]
+    assert exported.keys() == get_fp32(tmp_path / "ckpts").keys() - frozen.keys()
+    assert exported.keys() == get_fp32(tmp_path / "ckpts", exclude_frozen_parameters=True).keys()
 
 
 class WriteUnseen(Callback):

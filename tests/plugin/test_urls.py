@@ -1,5 +1,6 @@
 """Save directories behind URLs: a real server on loopback that speaks S3, and fsspec's own memory."""
 
+import io
 import os
 import signal
 import subprocess
@@ -12,8 +13,10 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from moto.server import ThreadedMotoServer
+from safetensors.torch import load
 
 from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroCheckpointIO, ZeroStrategy
+from lightning_zero import convert_zero_checkpoint_to_fp32_state_dict as convert
 from lightning_zero import get_fp32_state_dict_from_zero_checkpoint as get_fp32
 from lightning_zero.checkpoint import commit, finish, remote
 from lightning_zero.checkpoint import save as saving
@@ -26,6 +29,7 @@ from tests.checkpoint.sample import Sample
 from tests.launch import distributed, free_port, run_ranks
 from tests.models import fit
 from tests.plugin.test_checkpoints import assert_same, train
+from tests.plugin.test_exports import Change
 
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -51,7 +55,7 @@ def url(server, request):
 
 @pytest.fixture(params=["s3", "memory"])
 def any_url(request, url):
-    return url if request.param == "s3" else f"memory://{request.node.name}"
+    return url if request.param == "s3" else url.replace("s3://bucket", "memory:/")
 
 
 def keys(url):
@@ -117,6 +121,81 @@ def test_retention_and_top_k_and_the_command_work_on_s3(server, url, tmp_path, b
     assert "step=9.ckpt" in capsys.readouterr().out
     a, b = (torch.load(path, weights_only=True)["state_dict"] for path in (file, tmp_path / "other.ckpt"))
     assert_same(a, b)
+
+
+def weights(path):
+    with locate(path).open("rb") as file:
+        content = file.read()
+    return torch.load(io.BytesIO(content), weights_only=True)["state_dict"] if "ckpt" in str(path) else load(content)
+
+
+def test_an_export_is_written_to_a_url(any_url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(any_url, "tag", world_size=2)
+    here, there = tmp_path / "out", f"{any_url}/out"
+    for name in ("m.ckpt", "m.safetensors"):
+        for output in (here / name, f"{there}/{name}", f"file://{tmp_path}/by_url/{name}"):
+            assert main(["export", any_url, str(output)]) == 0
+        assert_same(weights(here / name), weights(f"{there}/{name}"))
+        assert_same(weights(here / name), weights(tmp_path / "by_url" / name))
+        convert(any_url, f"{there}/{name}", dtype="bf16")  # replaces it
+        assert weights(f"{there}/{name}")["bias"].dtype == torch.bfloat16
+    (locate(there) / "hf" / "config.json").write_text("{}")
+    convert(any_url, here / "hf", max_shard_size="1KB")
+    convert(any_url, f"{there}/hf", max_shard_size="1KB")
+    assert names(locate(there) / "hf") == sorted(["config.json", *os.listdir(here / "hf")])
+    for name in os.listdir(here / "hf"):
+        assert (locate(there) / "hf" / name).read_bytes() == (here / "hf" / name).read_bytes()
+    with pytest.raises(FileExistsError, match="give a new folder"):
+        convert(any_url, f"{there}/hf", max_shard_size="1KB")
+    assert sorted(os.listdir(tmp_path)) == ["by_url", "out"]
+
+
+@pytest.mark.parametrize("name", ["m.ckpt", "m.safetensors", "hf"])
+def test_an_export_to_a_url_that_fails_leaves_what_was_there(any_url, name):
+    size = {"max_shard_size": "1KB"} if name == "hf" else {}
+    save(any_url, "tag", step=1)
+    if name == "hf":
+        (locate(any_url) / "out" / "hf" / "config.json").write_text("{}")
+    else:
+        convert(any_url, f"{any_url}/out/{name}")
+    out = locate(f"{any_url}/out")
+    before = {path: out.fs.cat_file(path) for path in out.fs.find(out.path)}
+    assert len(before) == 1
+    written = []
+
+    def fail(nbytes):
+        written.append(nbytes)
+        if len(written) == 5:
+            raise IncompleteCheckpointError("in the middle")
+
+    with pytest.raises(IncompleteCheckpointError, match="in the middle"):
+        convert(any_url, f"{any_url}/out/{name}", progress=fail, **size)
+    assert {path: out.fs.cat_file(path) for path in out.fs.find(out.path)} == before
+
+
+def fit_and_export_there(environment, url, changed):
+    os.environ |= environment
+    more = [Change()] if changed else []
+    exports = [Fp32Export(f"{url}/at{{step}}.safetensors", every_n_checkpoints=1), Fp32Export(f"{url}/model.ckpt")]
+    checkpoint = ZeroCheckpoint(f"{url}/ckpts", every_n_train_steps=2)
+    model, _ = fit(strategy=ZeroStrategy(), world_size=2, max_steps=2, callbacks=[*more, *exports, checkpoint])
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_callback_exports_to_a_url(server, url, changed):
+    expected = run_ranks(fit_and_export_there, 2, server, url, changed, process_group=False, timeout_seconds=240)[0]
+    assert_same(weights(f"{url}/model.ckpt"), expected)
+    assert bool((weights(f"{url}/at2.safetensors")["into.weight"] == 7).all()) == changed
+    assert {key.split("/")[0] for key in keys(url)} == {"ckpts", "at2.safetensors", "model.ckpt"}
+
+
+def test_where_nothing_can_be_written_an_export_says_so(tmp_path, capsys):
+    save(tmp_path, "tag")
+    assert main(["export", str(tmp_path), "https://127.0.0.1:1/m.ckpt"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "lightning-zero: [Errno 30] https://127.0.0.1:1/m.ckpt can't be written to"
 
 
 def save(url, tag, **options):
