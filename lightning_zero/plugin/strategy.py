@@ -150,6 +150,8 @@ class ZeroStrategy(DDPStrategy):
         if not isinstance(bucket_size_mb, (int, float)) or bucket_size_mb <= 0:
             raise ValueError(f"bucket_size_mb must be a positive number, not {bucket_size_mb!r}")
         _require_tag_validation(tag_validation)
+        if timeout is not None and not isinstance(timeout, timedelta):
+            raise ValueError(f"timeout must be a datetime.timedelta, such as timedelta(minutes=30), not {timeout!r}")
         if start_method not in _START_METHODS:
             raise ValueError(f"start_method must be one of {_START_METHODS}, not {start_method!r}")
         super().__init__(

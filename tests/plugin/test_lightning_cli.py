@@ -96,6 +96,7 @@ def test_an_unknown_argument_is_refused_with_what_to_write_instead(arguments, me
         ({"bucket_size_mb": 0}, "bucket_size_mb must be a positive number, not 0"),
         ({"bucket_size_mb": "25"}, "bucket_size_mb must be a positive number, not '25'"),
         ({"start_method": "thread"}, "start_method must be one of"),
+        ({"timeout": 5}, "timeout must be a datetime.timedelta"),
         ({"reduce_dtype": "int8"}, "reduce_dtype must be a floating-point dtype such as \"float32\", not 'int8'"),
     ],
 )
