@@ -64,9 +64,13 @@ def _random_state(drawn_from: dict[str, Any] | None, sampler: object) -> Iterato
 def make_redrawable(loader: object) -> None:
     """Have the sampler of a loader note what its order is drawn from, if nothing else knows how to go on with it."""
     sampler = _sampler_of(loader)
-    if sampler is not None and not isinstance(sampler, _Redrawn):
+    if sampler is None:
+        return
+    if not isinstance(sampler, _Redrawn):
         kind = type(sampler)
         sampler.__class__ = type(kind.__name__, (_Redrawn, kind), {"__module__": kind.__module__})
+    assert isinstance(sampler, _Redrawn)
+    sampler._redraw = None  # of a fit that never came to its first batch
 
 
 def pass_over(loader: object, state: dict[str, Any] | None, batches: int) -> None:
