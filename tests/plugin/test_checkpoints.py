@@ -93,19 +93,14 @@ def test_a_resumed_run_goes_on_bit_for_bit_in_the_middle_of_an_epoch(tmp_path, w
         assert_same(a["at_end"], b["at_end"])
 
 
-@pytest.mark.parametrize(
-    ("sampler", "workers"), [("injected, shuffled", 0), ("injected, in order", 0), ("injected, shuffled", 2)]
-)
-def test_a_resumed_run_goes_on_bit_for_bit_with_the_sampler_that_lightning_injects(tmp_path, sampler, workers):
-    options = {"process_group": False, "data": Data(sampler, workers), "limit_val_batches": 0}
-    whole = run_ranks(train, 2, tmp_path / "whole", 2, max_steps=20, **options)
-    for cut in (3, 11) if workers else (3, 8, 11):
-        directory = tmp_path / f"cut{cut}"
-        run_ranks(train, 2, directory, 2, max_steps=cut, every=cut, **options)
-        resumed = run_ranks(train, 2, directory, 2, max_steps=20, resume=True, every=100, **options)
-        for a, b in zip(whole, resumed, strict=True):
-            assert a["losses"][cut:] == b["losses"], cut
-            assert_same(a["state_dict"], b["state_dict"])
+def test_a_resumed_run_goes_on_bit_for_bit_with_a_loader_that_has_a_state_and_workers(tmp_path):
+    options = {"process_group": False, "data": Data("injected, shuffled", 1), "limit_val_batches": 0}
+    whole = run_ranks(train, 2, tmp_path / "whole", 2, max_steps=12, **options)
+    run_ranks(train, 2, tmp_path / "cut", 2, max_steps=9, every=9, **options)
+    resumed = run_ranks(train, 2, tmp_path / "cut", 2, max_steps=12, resume=True, every=100, **options)
+    for a, b in zip(whole, resumed, strict=True):
+        assert a["losses"][9:] == b["losses"]
+        assert_same(a["state_dict"], b["state_dict"])
 
 
 def test_a_resumed_run_goes_on_bit_for_bit_at_the_border_of_an_epoch_and_in_bf16(tmp_path):
