@@ -112,7 +112,7 @@ def contents(
                 if parameter in stored_names and segment.numel:
                     # One that an optimizer holds, and that isn't trained, has a master too: it may be trained later
                     place = tensors if parameter.requires_grad else unchanging
-                    flat, steady = piece.master.view(-1), piece.master.dtype != parameter.dtype
+                    flat, steady = piece.master.reshape(-1), piece.master.dtype != parameter.dtype
                     place.append(
                         TensorToSave("model", names[parameter], segment.start, segment.stop, flat, steady=steady)
                     )

@@ -6,7 +6,8 @@ from; resumed, the same order is drawn, and as much of it passed over as was tra
 
 | a training loader | resumed in the middle of an epoch |
 |---|---|
-| a `DataLoader` whose dataset has indices | here: whatever its sampler, which may be anybody's |
+| a `DataLoader` whose dataset has indices | here: whatever gives it the indices, which may be anybody's |
+| the same, whose sampler goes on by itself | so: its first indices aren't what the epoch's were |
 | one with a state, as torchdata's `StatefulDataLoader` | by itself: see `loader_state` |
 | of an iterable dataset without a state | from its beginning: Lightning warns of it |
 
@@ -16,135 +17,200 @@ order is a new one; of that, too, as many batches are passed over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
+import xxhash
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from lightning_zero.plugin.random_state import get_random_state, set_random_state
 
-
-class _Redrawn(Sampler[Any]):
-    """A sampler whose order can be drawn again; mixed into the class of whichever gives a loader its indices."""
-
-    _drawn_from: dict[str, Any] | None = None
-    _redraw: tuple[dict[str, Any] | None, int] | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        (drawn_from, passed_over), self._redraw = self._redraw or (None, 0), None
-        # Drawn when the first is asked for, as most samplers do
-        with _random_state(drawn_from, self) as self._drawn_from:
-            order = iter(super().__iter__())
-            first = list(islice(order, passed_over + 1))[passed_over:]
-        yield from first
-        yield from order
+_WHERE = ("batch_sampler", "sampler")
+"""Where a loader has what gives it its indices: the first of both that it uses."""
 
 
-@contextmanager
-def _random_state(drawn_from: dict[str, Any] | None, sampler: object) -> Iterator[dict[str, Any]]:
-    """Draw from what was drawn from before, and leave the process's own random numbers as they are; or from these."""
-    if drawn_from is None:
-        yield {"random": get_random_state(), **_own_state(sampler)}
-        return
-    outside, epochs = get_random_state(), _own_state(sampler)["epochs"]
-    set_random_state(drawn_from["random"])
-    _set_own_state(sampler, **{key: value for key, value in drawn_from.items() if key != "random"})
-    try:
-        yield drawn_from
-    finally:
-        set_random_state(outside)
-        _set_own_state(sampler, epochs=epochs)
-
-
-def make_redrawable(loader: object) -> None:
-    """Have the sampler of a loader note what its order is drawn from, if nothing else knows how to go on with it."""
-    sampler = _sampler_of(loader)
-    if sampler is None:
-        return
-    if not isinstance(sampler, _Redrawn):
-        kind = type(sampler)
-        sampler.__class__ = type(kind.__name__, (_Redrawn, kind), {"__module__": kind.__module__})
-    assert isinstance(sampler, _Redrawn)
-    sampler._redraw = None  # of a fit that never came to its first batch
-
-
-def pass_over(loader: object, state: dict[str, Any] | None, batches: int) -> None:
-    """Have a loader's next iterator begin where another one was.
+class RedrawnOrder:
+    """Stands in a loader for what gives it its indices, and notes what their order is drawn from.
 
     Args:
-        loader: made redrawable.
-        state: that loader's, as `get_states` gave it; None: nothing is known of its order.
-        batches: how many of the epoch have been trained on.
+        loader: whose it is, until `put_back`.
+        is_training: whether an iterator that is asked for is one to train with: the loader may have other uses too.
     """
-    sampler, length = _sampler_of(loader), sized_len(loader)
-    if isinstance(sampler, _Redrawn) and batches:
-        # Beside a longer loader, a shorter one begins again and again
-        sampler._redraw = (state or {}).get("drawn_from"), (batches - 1) % length + 1 if length else batches
 
+    def __init__(self, loader: DataLoader[Any], is_training: Callable[[], bool]) -> None:
+        self._loader = loader
+        self._is_training = is_training
+        self._source: Any = loader._index_sampler
+        self._where = next(name for name in _WHERE if getattr(loader, name, None) is self._source)
+        object.__setattr__(loader, self._where, self)  # a loader of torch's doesn't let it be set
+        self._drawn_from: dict[str, Any] | None = None
+        self._given = 0
+        self._first = ""
+        self._resumed: tuple[dict[str, Any], int] | None = None
 
-def all_go_on(loaders: Sequence[object]) -> bool:
-    """Whether each of them can be resumed in the middle of an epoch."""
-    return all(_has_state(loader) or isinstance(_sampler_of(loader), _Redrawn) for loader in loaders)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_source"], name)
 
+    def __len__(self) -> int:
+        return len(self._source)
 
-def get_states(loaders: Sequence[object]) -> list[dict[str, Any]]:
-    """What the order of each loader was drawn from, and the states of its own generators, which come after."""
-    return [
-        {
-            "drawn_from": getattr(_sampler_of(loader), "_drawn_from", None),
-            "generators": _own_state(loader)["generators"],
+    def __reduce__(self) -> Any:
+        return _itself, (self._source,)  # a copied or pickled loader is the user's own
+
+    def put_back(self) -> None:
+        """Give the loader back what it had."""
+        if getattr(self._loader, self._where) is self:
+            object.__setattr__(self._loader, self._where, self._source)
+
+    def state(self, batches: int, *, begins_again: bool) -> dict[str, Any]:
+        """What the order was drawn from, how much of it was given and trained on; and its own generators' states.
+
+        Args:
+            batches: how many of the epoch have been trained on.
+            begins_again: the loader does, beside a longer one, when it has come to its end.
+        """
+        return {
+            "drawn_from": self._drawn_from,
+            "given": self._given,
+            "first": self._first,
+            "trained_on": self._trained_on(batches, begins_again),
+            "generators": generator_states(self._loader),
         }
-        for loader in loaders
-    ]
+
+    def _trained_on(self, batches: int, begins_again: bool) -> int:
+        length = sized_len(self)
+        if not batches or not length:
+            return batches
+        return (batches - 1) % length + 1 if begins_again else min(batches, length)
+
+    def resume(self, state: dict[str, Any] | None, batches: int) -> None:
+        """Have the next iterator begin where another one was.
+
+        Args:
+            state: that one's; None: nothing is known of its order.
+            batches: how many of the epoch have been trained on.
+        """
+        unknown: dict[str, Any] = {"drawn_from": None, "given": 0, "first": "", "generators": []}
+        passed_over = self._trained_on(batches, True) if state is None else state["trained_on"]
+        self._resumed = state or unknown, passed_over
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self._is_training():
+            return iter(self._source)
+        return self._give(_drawn_from(self._source), iter(self._source))  # some draw their order here
+
+    def _give(self, made: dict[str, Any], order: Iterator[Any]) -> Iterator[Any]:
+        # Only now: a loader with workers makes two iterators, and uses the second
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            yield from self._go_on(*resumed)
+            return
+        self._drawn_from = {"made": made, "begun": _drawn_from(self._source)}  # others draw it with the first item
+        self._given, self._first = 0, ""
+        for item in order:
+            self._first = self._first or _digest(item)
+            self._given += 1
+            yield item
+
+    def _go_on(self, state: dict[str, Any], passed_over: int) -> Iterator[Any]:
+        """The rest of an order, which is drawn once more from what it was drawn from."""
+        drawn_from, given = state["drawn_from"] or {}, max(state["given"], passed_over)
+        if drawn_from:
+            outside = _drawn_from(self._source)
+            _draw_from(self._source, drawn_from["made"])
+            order = iter(self._source)
+            _draw_from(self._source, drawn_from["begun"])
+            drawn = list(islice(order, given))
+            _draw_from(self._source, outside)
+            set_generator_states(self._loader, state["generators"])
+        else:
+            order = iter(self._source)
+            drawn = list(islice(order, given))
+        self._drawn_from, self._given, self._first = drawn_from, given, _digest(drawn[0]) if drawn else ""
+        if state["first"] not in ("", self._first):
+            passed_over = 0  # it goes on by itself
+        yield from drawn[passed_over:]
+        for item in order:
+            self._given += 1
+            yield item
 
 
-def set_generators(loaders: Sequence[object], states: Sequence[dict[str, Any]]) -> None:
-    """Let the loaders' own generators go on from where they were, for what is drawn from them next."""
-    for loader, state in zip(loaders, states, strict=False):
-        _set_own_state(loader, generators=state["generators"])
+def _itself(source: Any) -> Any:
+    return source
 
 
-def _sampler_of(loader: object) -> Sampler[Any] | None:
-    """What gives a loader its indices, batch by batch, where a loader without a state has such a thing."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or _has_state(loader):
-        return None
-    sampler: object = loader._index_sampler
-    parts = (sampler, getattr(sampler, "sampler", None), loader.dataset)
-    return sampler if isinstance(sampler, Sampler) and not any(map(_has_state, parts)) else None
+def _digest(item: object) -> str:
+    return xxhash.xxh3_64_hexdigest(repr(item).encode())
 
 
-def _has_state(part: object) -> bool:
+def note_order(loader: object, is_training: Callable[[], bool]) -> None:
+    """Have the order of a loader's data noted, if nothing else knows how to go on with it."""
+    if order := order_of(loader):  # an earlier fit's, which came to no end
+        order.put_back()
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or has_state(loader):
+        return
+    source: object = loader._index_sampler
+    at_home = any(getattr(loader, name, None) is source for name in _WHERE)
+    if at_home and not any(map(has_state, (source, getattr(source, "sampler", None), loader.dataset))):
+        RedrawnOrder(loader, is_training)
+
+
+def order_of(loader: object) -> RedrawnOrder | None:
+    """What notes a loader's order, if anything does."""
+    found = loader._index_sampler if isinstance(loader, DataLoader) else None
+    return found if isinstance(found, RedrawnOrder) else None
+
+
+def goes_on(loader: object) -> bool:
+    """Whether it can be resumed in the middle of an epoch."""
+    return has_state(loader) or order_of(loader) is not None
+
+
+def has_state(part: object) -> bool:
+    """Whether something can be asked where it is, and told to go on from there."""
     return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
 
 
-def _own_state(part: object) -> dict[str, list[Any]]:
-    """What a loader or a sampler draws from beside the process's random numbers."""
-    samplers = _parts(part)
-    return {
-        "generators": [generator.get_state() for generator in _generators(samplers)],
-        "epochs": [getattr(each, "epoch", None) for each in samplers if hasattr(each, "set_epoch")],
-    }
+def generator_states(loader: object) -> list[torch.Tensor]:
+    """The states of a loader's own generators, and of those of its samplers."""
+    return [generator.get_state() for generator in _generators(_parts(loader))]
 
 
-def _set_own_state(part: object, generators: Sequence[Any] = (), epochs: Sequence[Any] = ()) -> None:
-    samplers = _parts(part)
-    for generator, state in zip(_generators(samplers), generators, strict=False):
+def set_generator_states(loader: object, states: Sequence[torch.Tensor]) -> None:
+    """Let them go on from there."""
+    for generator, state in zip(_generators(_parts(loader)), states, strict=False):
         generator.set_state(state)
-    for sampler, epoch in zip((each for each in samplers if hasattr(each, "set_epoch")), epochs, strict=False):
+
+
+def _drawn_from(source: object) -> dict[str, Any]:
+    """All that an order may be drawn from at this moment."""
+    epochs = [epoch if type(epoch := getattr(each, "epoch", None)) is int else None for each in _by_epoch(source)]
+    return {"random": get_random_state(), "generators": generator_states(source), "epochs": epochs}
+
+
+def _draw_from(source: object, state: dict[str, Any]) -> None:
+    set_random_state(state["random"])
+    set_generator_states(source, state["generators"])
+    for sampler, epoch in zip(_by_epoch(source), state["epochs"], strict=False):
         if epoch is not None:
             sampler.set_epoch(epoch)
+
+
+def _by_epoch(source: object) -> list[Any]:
+    return [each for each in _parts(source) if hasattr(each, "set_epoch")]
 
 
 def _parts(part: object) -> list[Any]:
     """A loader or a sampler, and the samplers in it, each once."""
     parts: list[Any] = [part]
     for each in parts:
-        inner = [getattr(each, name, None) for name in ("batch_sampler", "sampler")]
+        inner = [getattr(each, name, None) for name in _WHERE] if isinstance(each, DataLoader | Sampler) else []
+        if isinstance(each, RedrawnOrder):
+            inner = [each._source]
         if isinstance(each, DistributedSamplerWrapper):
             inner.append(getattr(each.dataset, "_sampler", None))
         parts += [one for one in inner if one is not None and all(one is not other for other in parts)]
@@ -152,5 +218,5 @@ def _parts(part: object) -> list[Any]:
 
 
 def _generators(samplers: Iterable[object]) -> list[torch.Generator]:
-    found = (getattr(sampler, "generator", None) for sampler in samplers)
+    found = (getattr(each, "generator", None) for each in samplers if isinstance(each, DataLoader | Sampler))
     return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())

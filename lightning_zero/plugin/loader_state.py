@@ -108,7 +108,11 @@ def finish_epochs(loops: dict[str, Any], *, by_steps: bool) -> Iterators:
     """
     fit = loops.get("fit_loop", {})
     states = fit.get("state_dict", {}).get("combined_loader", [])
-    if not is_at_epochs_end(loops) or not states:
+    if not is_at_epochs_end(loops):
+        return "one"
+    if _was_validated(loops):
+        return "another later"
+    if not states:
         return "one"
     if not all(isinstance(state, dict) and "_iterator_finished" in state for state in states):
         return "one"  # somebody else's loader, which knows for itself
@@ -122,6 +126,15 @@ def finish_epochs(loops: dict[str, Any], *, by_steps: bool) -> Iterators:
         state["_iterator_finished"] = True
         _rewind_samplers(state)
     return "two"
+
+
+def _was_validated(loops: Mapping[str, Any]) -> bool:
+    """Saved at the end of an epoch's validation: Lightning goes to the end of that epoch first, without a batch."""
+    fit = loops.get("fit_loop", {})
+    batches = fit.get("epoch_loop.batch_progress", {}).get("current", {})
+    epoch = fit.get("epoch_progress", {}).get("current", {})
+    hooks_are_done = batches.get("completed", 0) == batches.get("processed", 0)
+    return bool(hooks_are_done and epoch.get("processed", 0) < epoch.get("started", 0))
 
 
 def is_at_epochs_end(loops: Mapping[str, Any]) -> bool:

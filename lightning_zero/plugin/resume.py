@@ -22,7 +22,7 @@ from torch.nn import Module
 
 from lightning_zero.checkpoint.trust import unpickle
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint
-from lightning_zero.plugin.data_order import pass_over, set_generators
+from lightning_zero.plugin.data_order import has_state, order_of, set_generator_states
 from lightning_zero.plugin.loader_state import Iterators, finish_epochs, next_epoch
 from lightning_zero.plugin.metric_state import MetricState, set_metric_states
 from lightning_zero.plugin.random_state import set_random_state
@@ -71,11 +71,16 @@ class Resume:
         alike = fitting and saved_by == world_size
         self._loaders: list[dict[str, Any]] = own.get("loaders", []) if alike else []
         self._begun = 0
+        loops = checkpoint.get("loops", {})
+        progress = loops.get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+        self._batches: int = progress.get("current", {}).get("processed", 0)
+        begun = progress.get("current", {}).get("ready", 0) > 0
+        self.in_mid_epoch: bool = fitting and begun and not progress.get("is_last_batch")
+        """The checkpoint's epoch was begun, and isn't over."""
         if fitting:
             others = [of(other) for other in range(rank + world_size, saved_by, world_size)]
             self._metrics = [state.get("metrics", {}) for state in (own, *others) if state]
             self._metric_names = set((own if rank == 0 else of(0)).get("metrics", {}))
-            loops = checkpoint.get("loops", {})
             self._iterators = finish_epochs(loops, by_steps=by_steps)
             self._epoch = next_epoch(loops)
 
@@ -83,33 +88,38 @@ class Resume:
         """Let the module's metrics go on, when the module's own state has been loaded."""
         set_metric_states(module, self._metrics, self._metric_names)
 
-    def between(self, loader: object, *, in_mid_epoch: bool, batches: int) -> None:
-        """A training loader is there, and its iterator isn't; `batches` of its epoch have been trained on."""
+    def between(self, loader: object) -> None:
+        """A training loader is there, and its iterator isn't."""
         if self._epoch is not None:
             _set_sampler_epoch(loader, self._epoch)
-        states = self._loaders[self._begun : self._begun + 1]
+        state = self._loaders[self._begun % len(self._loaders)] if self._loaders else None
         self._begun += 1
-        if in_mid_epoch:
-            pass_over(loader, states[0] if states else None, batches)
-        else:
-            set_generators([loader], states)
+        if not self.in_mid_epoch:
+            set_generator_states(loader, state["generators"] if state else ())
             self._restore_random_state()
+        elif order := order_of(loader):
+            order.resume(state, self._batches)
 
-    def when_all_are_made(
-        self, loaders: Sequence[Any], make_again: Callable[[], object], *, in_mid_epoch: bool
-    ) -> None:
+    def when_all_are_made(self, loaders: Sequence[Any], make_again: Callable[[], object]) -> None:
         """The iterators are there."""
-        if in_mid_epoch or self._iterators != "one":
+        # A persistent one draws its seed once, and not for each epoch
+        again = self._iterators == "two" or any(getattr(loader, "persistent_workers", False) for loader in loaders)
+        if self.in_mid_epoch or again or self._iterators != "one":
             self._restore_random_state()
-        if not in_mid_epoch and self._iterators != "one":
-            set_generators(loaders, self._loaders)
-        if self._random_state is not None and self._iterators == "two":
-            make_again()
+        if not self.in_mid_epoch and (again or self._iterators != "one"):
+            self._set_generators(loaders)
+            if again and self._random_state is not None:
+                make_again()
+
+    def when_first_batch_is_there(self, loaders: Sequence[Any]) -> None:
+        """Loaders with a state have drawn their order."""
+        if self.in_mid_epoch:
+            self._set_generators([loader if has_state(loader) else None for loader in loaders])
+
+    def _set_generators(self, loaders: Sequence[Any]) -> None:
+        for loader, state in zip(loaders, self._loaders, strict=False):
+            set_generator_states(loader, state["generators"])
 
     def _restore_random_state(self) -> None:
         if self._random_state is not None:
             set_random_state(self._random_state)
-
-    def when_first_batch_is_there(self, loaders: Sequence[Any]) -> None:
-        """The order of the epoch in whose middle the run is resumed has been drawn."""
-        set_generators(loaders, self._loaders)

@@ -24,7 +24,6 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
@@ -62,7 +61,7 @@ from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown
 from lightning_zero.plugin.checkpoint_io import PREPARED, LoadedCheckpoint, PreparedSave, ZeroCheckpointIO
 from lightning_zero.plugin.choice import Choice, choose
 from lightning_zero.plugin.contents import contents
-from lightning_zero.plugin.data_order import all_go_on, get_states, make_redrawable
+from lightning_zero.plugin.data_order import generator_states, goes_on, note_order, order_of
 from lightning_zero.plugin.loader_state import make_resumable
 from lightning_zero.plugin.loading import load_module, restore_optimizer_states
 from lightning_zero.plugin.materialize import materialize
@@ -183,7 +182,8 @@ class ZeroStrategy(DDPStrategy):
         self._partition: Partition | None = None
         self._ranks = Ranks(timeout)
         self._resume: Resume | None = None
-        self._resumed_in_mid_epoch: Resume | None = None
+        self._resumed: Resume | None = None
+        self._left_in_data: list[dict[str, Any]] | None = None
         self._signals: SharedSignals | None = None
 
     # --- plugins ---
@@ -255,7 +255,7 @@ class ZeroStrategy(DDPStrategy):
         super().connect(model)
         self._uninitialized: set[str] = set()
         # A fit that was stopped before it began leaves nothing to the next
-        self._resume = self._resumed_in_mid_epoch = self._signals = None
+        self._resume = self._resumed = self._signals = None
 
     @override
     def setup_environment(self) -> None:
@@ -295,6 +295,7 @@ class ZeroStrategy(DDPStrategy):
         self.model_to_device()
         _sync_module_states(self.model)
         if fitting:
+            self._left_in_data = None
             self._partition = None
             self._ranks.renew()
             GatherOverlap.install(trainer, wanted=self._overlap_gather)
@@ -352,6 +353,10 @@ class ZeroStrategy(DDPStrategy):
         if self._signals is not None:
             self._signals.restore()
         unroute_clipping(self.precision_plugin)
+        if self._trainer_if_any is not None:
+            self._left_in_data = self._where_in_data()
+            for order in filter(None, map(order_of, self._training_loaders)):
+                order.put_back()
         super().teardown()
         if self._partition is not None:
             self._partition.come_to_rest()
@@ -618,7 +623,7 @@ class ZeroStrategy(DDPStrategy):
             world_size=self._ranks.count,
             stage=self.stage,
             metrics=metrics,
-            loaders=get_states(self._training_loaders) if partition else (),
+            loaders=self._where_in_data() if partition else (),
         )
 
     @property
@@ -913,10 +918,9 @@ class ZeroStrategy(DDPStrategy):
         """Called when a loader is there and its iterator isn't: see [Note: when random states are restored]."""
         make_resumable(dataloader)
         if self._trainer.training:
-            make_redrawable(dataloader)
+            note_order(dataloader, lambda: self._trainer.training)
             if self._resume is not None:
-                batches = self._batch_progress.processed
-                self._resume.between(dataloader, in_mid_epoch=self._in_mid_epoch, batches=batches)
+                self._resume.between(dataloader)
         return super().process_dataloader(dataloader)
 
     @override
@@ -963,18 +967,16 @@ class ZeroStrategy(DDPStrategy):
         resume, self._resume = self._resume, None
         if resume is not None:
             make_again = partial(iter, self._trainer.fit_loop._data_fetcher)
-            resume.when_all_are_made(self._training_loaders, make_again, in_mid_epoch=self._in_mid_epoch)
-            self._resumed_in_mid_epoch = resume if self._in_mid_epoch else None
-            if self._in_mid_epoch and all_go_on(self._training_loaders):
+            resume.when_all_are_made(self._training_loaders, make_again)
+            self._resumed = resume
+            if resume.in_mid_epoch and all(map(goes_on, self._training_loaders)):
                 # Lightning looks for loaders with a state, and finds none
                 warnings.filterwarnings("ignore", ".*your dataloader is not resumable", PossibleUserWarning)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        if self._signals is not None:
-            self._signals.stop_alone()
-        resume, self._resumed_in_mid_epoch = self._resumed_in_mid_epoch, None
+        resume, self._resumed = self._resumed, None
         if resume is not None:
             resume.when_first_batch_is_there(self._training_loaders)
 
@@ -982,6 +984,18 @@ class ZeroStrategy(DDPStrategy):
     def _training_loaders(self) -> list[Any]:
         loader = self._trainer.fit_loop._combined_loader
         return [] if loader is None else loader.flattened
+
+    def _where_in_data(self) -> list[dict[str, Any]]:
+        """Where this rank's training loaders are, one by one."""
+        if self._left_in_data is not None:
+            return self._left_in_data
+        loop = self._trainer.fit_loop
+        again = loop._combined_loader is not None and loop._combined_loader._mode == "max_size_cycle"
+        batches = getattr(loop.epoch_loop.batch_progress.current, "processed", 0)
+        return [
+            {"generators": generator_states(loader)} if order is None else order.state(batches, begins_again=again)
+            for loader, order in ((loader, order_of(loader)) for loader in self._training_loaders)
+        ]
 
     @property
     def _trainer_if_any(self) -> Trainer | None:
@@ -997,18 +1011,6 @@ class ZeroStrategy(DDPStrategy):
     def _module(self) -> LightningModule:
         assert self.lightning_module is not None  # Lightning connects it before it calls anything else
         return self.lightning_module
-
-    @property
-    def _in_mid_epoch(self) -> bool:
-        is_last = self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        return self._batch_progress.ready > 0 and not is_last
-
-    @property
-    def _batch_progress(self) -> _ProcessedTracker:
-        """How many of the epoch's batches were begun, trained on, and done with all hooks."""
-        current = self._trainer.fit_loop.epoch_loop.batch_progress.current
-        assert isinstance(current, _ProcessedTracker)
-        return current
 
 
 def _require_tag_validation(value: object) -> None:
