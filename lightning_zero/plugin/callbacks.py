@@ -188,6 +188,8 @@ class ZeroCheckpoint(ModelCheckpoint):
     def _holds_the_same(self, trainer: Trainer, filepath: str) -> bool:
         """Whether this is `save_last`'s, right after what it is a copy of: nothing has to be written a second time."""
         saved = self._last_checkpoint_saved
+        if self._enable_version_counter:  # what was saved before doesn't know this one's name yet
+            return False
         if filepath != self.last_model_path or self._last_global_step_saved != trainer.global_step:
             return False
         beside = os.path.dirname(saved) == os.path.dirname(filepath) and saved != filepath
@@ -213,7 +215,9 @@ class ZeroCheckpoint(ModelCheckpoint):
         interrupted = isinstance(exception, KeyboardInterrupt) and getattr(strategy, "stopped_together", False)
         stopped = interrupted or isinstance(exception, SIGTERMException)
         if stopped and not self._should_skip_saving_checkpoint(trainer):
-            self._save_checkpoint(trainer, self.format_checkpoint_name(self._monitor_candidates(trainer)))
+            candidates = self._monitor_candidates(trainer)
+            self._save_checkpoint(trainer, self.format_checkpoint_name(candidates))
+            self._save_last_checkpoint(trainer, candidates)
 
     @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:

@@ -101,40 +101,36 @@ class RedrawnOrder:
     def __iter__(self) -> Iterator[Any]:
         if not self._is_training():
             return iter(self._source)
-        return self._give(_drawn_from(self._source), iter(self._source))  # some draw their order here
+        self._drawn_from, self._given, self._first = {"made": _drawn_from(self._source)}, 0, ""
+        return self._give(iter(self._source))  # some draw their order here
 
-    def _give(self, made: dict[str, Any], order: Iterator[Any]) -> Iterator[Any]:
+    def _give(self, order: Iterator[Any]) -> Iterator[Any]:
         # Only now: a loader with workers makes two iterators, and uses the second
         resumed, self._resumed = self._resumed, None
-        if resumed is not None:
-            yield from self._go_on(*resumed)
-            return
-        self._drawn_from = {"made": made, "begun": _drawn_from(self._source)}  # others draw it with the first item
-        self._given, self._first = 0, ""
-        for item in order:
-            self._first = self._first or _digest(item)
-            self._given += 1
-            yield item
+        yield from self._rest(order) if resumed is None else self._go_on(*resumed)
 
     def _go_on(self, state: dict[str, Any], passed_over: int) -> Iterator[Any]:
         """The rest of an order, which is drawn once more from what it was drawn from."""
         drawn_from, given = state["drawn_from"] or {}, max(state["given"], passed_over)
+        outside = _drawn_from(self._source)
         if drawn_from:
-            outside = _drawn_from(self._source)
             _draw_from(self._source, drawn_from["made"])
-            order = iter(self._source)
+        order = iter(self._source)
+        if drawn_from and given:
             _draw_from(self._source, drawn_from["begun"])
-            drawn = list(islice(order, given))
+        drawn = list(islice(order, given))
+        if drawn_from:
             _draw_from(self._source, outside)
             set_generator_states(self._loader, state["generators"])
-        else:
-            order = iter(self._source)
-            drawn = list(islice(order, given))
         self._drawn_from, self._given, self._first = drawn_from, given, _digest(drawn[0]) if drawn else ""
-        if state["first"] not in ("", self._first):
-            passed_over = 0  # it goes on by itself
-        yield from drawn[passed_over:]
+        yield from drawn[passed_over if state["first"] in ("", self._first) else 0 :]  # else it goes on by itself
+        yield from self._rest(order)
+
+    def _rest(self, order: Iterator[Any]) -> Iterator[Any]:
+        if self._drawn_from and not self._given:
+            self._drawn_from["begun"] = _drawn_from(self._source)  # others draw it with the first item
         for item in order:
+            self._first = self._first or _digest(item)
             self._given += 1
             yield item
 

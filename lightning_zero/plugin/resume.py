@@ -74,7 +74,8 @@ class Resume:
         loops = checkpoint.get("loops", {})
         progress = loops.get("fit_loop", {}).get("epoch_loop.batch_progress", {})
         self._batches: int = progress.get("current", {}).get("processed", 0)
-        begun = progress.get("current", {}).get("ready", 0) > 0
+        epoch = loops.get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
+        begun = progress.get("current", {}).get("ready", 0) > 0 or epoch.get("started", 0) > epoch.get("processed", 0)
         self.in_mid_epoch: bool = fitting and begun and not progress.get("is_last_batch")
         """The checkpoint's epoch was begun, and isn't over."""
         if fitting:

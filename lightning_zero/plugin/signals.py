@@ -66,6 +66,8 @@ class SharedSignals:
         in_main_thread = threading.current_thread() is threading.main_thread()
         if noted and in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._on_sigint_before = signal.signal(signal.SIGINT, self._on_sigint)
+            if self._is_alone:
+                self._trainer.fit_loop.epoch_loop.advance = self._advance_alone  # type: ignore[method-assign,assignment]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_group": None, "_agreeing": None, "_on_sigint_before": None}  # of a copied Trainer
@@ -103,16 +105,29 @@ class SharedSignals:
         if self._on_sigint_before is not None:
             signal.signal(signal.SIGINT, self._on_sigint_before)
             self._on_sigint_before = None
+        self._trainer.fit_loop.epoch_loop.__dict__.pop("advance", None)
 
     def release(self) -> None:
         """Let go of the process group."""
         self._group = self._agreeing = None
 
-    def stop_alone(self) -> None:
-        """Before a batch of a rank that has nobody to agree with: act on an interrupt. SIGTERM is Lightning's then."""
-        begun = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if self._is_alone and self._noted[2] and (begun - 1) % self._trainer.accumulate_grad_batches == 0:
+    def _advance_alone(self, fetcher: Any) -> None:
+        """A batch of a rank that has nobody to agree with. An interrupt stops it before that, SIGTERM Lightning."""
+        loop = self._trainer.fit_loop.epoch_loop
+        if self._noted[2] and loop.batch_progress.current.ready % self._trainer.accumulate_grad_batches == 0:
             self.all_stopped = True
+            raise KeyboardInterrupt
+        type(loop).advance(loop, fetcher)
+
+    def act_at_the_end(self) -> None:
+        """All is trained on; but whoever was told to stop since isn't to go on behind the fit. A collective."""
+        noted = self._noted.clone()
+        if self._shared:
+            dist.all_reduce(noted, op=dist.ReduceOp.MAX, group=self._group)
+        if noted[0] and self._shared:
+            self._trainer._signal_connector.received_sigterm = True
+            raise SIGTERMException
+        if noted[2]:
             raise KeyboardInterrupt
 
     def agree(self) -> None:

@@ -953,6 +953,8 @@ class ZeroStrategy(DDPStrategy):
         """Wait for the last commit: what failed is raised before fit says that all went well."""
         super().on_train_end()
         self.wait_for_saves()
+        if self._signals is not None:
+            self._signals.act_at_the_end()
 
     @override
     def on_train_start(self) -> None:

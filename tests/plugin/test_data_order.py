@@ -1,10 +1,13 @@
 """A resumed run sees the batches, and draws the numbers, that the uninterrupted one does: whatever its loaders."""
 
+import dataclasses
+import pickle
 import random
 import warnings
 
 import torch
-from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset, WeightedRandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -42,6 +45,32 @@ class InPairs(BatchSampler):
         return len(ROWS) // 2
 
 
+@dataclasses.dataclass(frozen=True)
+class PieceByPiece(Sampler):
+    """Which draws each from torch's random numbers, and lets nobody set anything."""
+
+    def __iter__(self):
+        yield from (int(torch.randint(len(ROWS), ())) for _ in range(len(ROWS)))
+
+    def __len__(self):
+        return len(ROWS)
+
+    __hash__ = None
+
+
+class Consumed(Sampler):
+    """Which goes on by itself."""
+
+    def __init__(self):
+        self.consumed = 0
+
+    def __iter__(self):
+        yield from range(self.consumed, len(ROWS))
+
+    def __len__(self):
+        return len(ROWS)
+
+
 LOADERS = {
     "shuffled": lambda: DataLoader(ROWS, batch_size=4, shuffle=True),
     "with a generator": lambda: DataLoader(ROWS, batch_size=4, shuffle=True, generator=generator()),
@@ -61,18 +90,28 @@ OF_ONE_RANK = {
         ROWS, batch_size=4, sampler=RandomSampler(ROWS, generator=generator())
     ),
     "of Python's random": lambda: DataLoader(ROWS, batch_size=4, sampler=Shuffled()),
+    "with replacement, of a generator": lambda: DataLoader(
+        ROWS, batch_size=8, sampler=RandomSampler(ROWS, replacement=True, generator=generator())
+    ),
+    "piece by piece": lambda: DataLoader(ROWS, batch_size=4, sampler=PieceByPiece()),
+    "listed": lambda: DataLoader(ROWS, batch_sampler=[[row, 23 - row] for row in range(12)]),
+    "one shorter": lambda: CombinedLoader(
+        {"a": DataLoader(ROWS, batch_size=4), "b": DataLoader(ROWS, batch_size=12, shuffle=True)}, "max_size"
+    ),
     "of one's own batches": lambda: DataLoader(ROWS, batch_sampler=InPairs(RandomSampler(ROWS), 2, False)),
 }
 
 
 class Watched(LightningModule):
-    def __init__(self):
+    def __init__(self, estimates):
         super().__init__()
         self.layer = torch.nn.Linear(1, 1)
+        self.estimates = estimates
         self.seen = []
 
     def training_step(self, batch, batch_idx):
-        rows = [part[0].tolist() for part in batch.values()] if isinstance(batch, dict) else batch[0].tolist()
+        parts = batch.values() if isinstance(batch, dict) else [batch]
+        rows = [None if part is None else part[0].tolist() for part in parts]
         self.seen.append((self.current_epoch, batch_idx, rows, torch.rand(1).item()))
         return self.layer(torch.ones(1, 1)).sum()
 
@@ -80,12 +119,14 @@ class Watched(LightningModule):
         pass
 
     def configure_optimizers(self):
+        if self.estimates:
+            assert self.trainer.estimated_stepping_batches  # makes the loaders before a checkpoint's loops are there
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(make, world_size, *, ckpt_path=None, validate=False, save_after=None, **options):
+def fit(make, world_size, *, ckpt_path=None, validate=False, save_after=None, estimates=False, **options):
     seed_everything(7, verbose=False)
-    module = Watched()
+    module = Watched(estimates)
     trainer = quiet_trainer(ZeroStrategy(), world_size=world_size, max_epochs=3, **options)
     trainer.fit(module, make(), *([DataLoader(ROWS, batch_size=8)] if validate else []), ckpt_path=ckpt_path)
     if save_after is not None:
@@ -124,6 +165,46 @@ def test_two_ranks_go_on_with_the_next_batch(tmp_path):
 
 
 @distributed(world_size=1, process_group=False)
+def test_what_was_saved_at_the_end_of_a_validation_or_in_a_first_batch_goes_on_too(tmp_path):
+    make, whole = LOADERS["with a generator"], fit(LOADERS["with a generator"], 1, validate=True)
+    callback = ZeroCheckpoint(tmp_path, "{epoch}", save_on_train_epoch_end=False, save_top_k=-1)
+    assert fit(make, 1, validate=True, callbacks=[callback]) == whole
+    assert fit(make, 1, validate=True, ckpt_path=tmp_path / "epoch=0.ckpt") == whole[len(whole) // 3 :]
+
+    class InTheFirst(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 0:
+                trainer.save_checkpoint(tmp_path / "first")
+
+    assert fit(make, 1, callbacks=[InTheFirst()]) == fit(make, 1, ckpt_path=tmp_path / "first")
+
+
+@distributed(world_size=1, process_group=False)
+def test_a_loader_is_its_owners_when_the_fit_is_over_and_a_copy_of_it_at_any_time(tmp_path):
+    loader = LOADERS["shuffled"]()
+    copied = []
+    copy = LambdaCallback(on_train_batch_end=lambda *_: copied.append(pickle.loads(pickle.dumps(loader))))
+    options = {"use_distributed_sampler": False, "callbacks": [copy]}
+    cut(lambda: loader, 1, tmp_path, 2, use_distributed_sampler=False)
+    assert fit(lambda: loader, 1, ckpt_path=tmp_path, max_steps=2, **options) == []
+    assert len(fit(lambda: loader, 1, max_steps=2, **options)) == 2
+    for each in (loader, *copied):
+        assert type(each.batch_sampler) is BatchSampler
+        assert sorted(row for (batch,) in each for row in batch.tolist()) == [*range(24)]
+
+
+@distributed(world_size=1, process_group=False)
+def test_a_sampler_that_goes_on_by_itself_is_left_to_it(tmp_path):
+    options = {"use_distributed_sampler": False}
+    sampler = Consumed()
+    whole = fit(lambda: DataLoader(ROWS, batch_size=4, sampler=sampler), 1, **options)
+    cut(lambda: DataLoader(ROWS, batch_size=4, sampler=sampler), 1, tmp_path, 2, **options)
+    sampler.consumed = 8
+    after = fit(lambda: DataLoader(ROWS, batch_size=4, sampler=sampler), 1, ckpt_path=tmp_path, max_steps=4, **options)
+    assert [rows for _, _, rows, _ in after] == [rows for _, _, rows, _ in whole[2:4]]
+
+
+@distributed(world_size=1, process_group=False)
 def test_a_fit_that_max_steps_has_ended_goes_on_with_the_next_batch(tmp_path):
     """Lightning counts its epoch as over, and goes on in the middle of the next one."""
     make = LOADERS["shuffled"]
@@ -132,6 +213,13 @@ def test_a_fit_that_max_steps_has_ended_goes_on_with_the_next_batch(tmp_path):
     after = fit(make, 1, ckpt_path=tmp_path / "tag")
     rest = len(whole) // 3 - len(before)
     assert [rows for _, _, rows, _ in after[:rest]] == [rows for _, _, rows, _ in whole[2 : 2 + rest]]
+
+
+@distributed(world_size=1, process_group=False)
+def test_loaders_that_an_optimizers_schedule_has_asked_for_go_on_too(tmp_path):
+    make, options = LOADERS["with a generator"], {"estimates": True}
+    before = cut(make, 1, tmp_path, 2, **options)
+    assert before + fit(make, 1, ckpt_path=tmp_path, **options) == fit(make, 1, **options)
 
 
 @distributed(world_size=1, process_group=False)

@@ -10,7 +10,13 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
 
-from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroCheckpointIO, ZeroStrategy
+from lightning_zero import (
+    Fp32Export,
+    ZeroCheckpoint,
+    ZeroCheckpointIO,
+    ZeroStrategy,
+    get_fp32_state_dict_from_zero_checkpoint,
+)
 from lightning_zero.errors import CheckpointNotFoundError, CheckpointWriteError, UnsupportedModelError
 from tests.launch import distributed, run_ranks
 from tests.models import Data, Model, quiet_trainer
@@ -293,3 +299,17 @@ def test_a_trainer_can_be_copied_in_mid_fit():
 def test_a_trainer_with_the_strategy_can_be_copied():
     trainer = Trainer(strategy=ZeroStrategy(stage=1), accelerator="cpu", devices=2, logger=False)
     assert copy.deepcopy(trainer.strategy).stage == 1
+
+
+class ChannelsLast(Model):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+
+
+@distributed(world_size=1, process_group=False)
+def test_a_parameter_that_is_not_contiguous_is_saved_by_a_rank_that_is_alone(tmp_path):
+    module, trainer = fit_model(ChannelsLast(), ZeroStrategy(), world_size=1, max_steps=2)
+    trainer.save_checkpoint(tmp_path / "tag")
+    saved = get_fp32_state_dict_from_zero_checkpoint(tmp_path / "tag")
+    assert torch.equal(saved["conv.weight"], module.conv.weight)
