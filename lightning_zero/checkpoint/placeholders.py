@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from lightning_zero.checkpoint.pickled import Ordered
-from lightning_zero.errors import CorruptCheckpointError
+from lightning_zero.errors import CorruptCheckpointError, UnsupportedModelError
 
 _PLACEHOLDER = "lightning_zero_tensor"
 _CONTAINERS = (dict, OrderedDict, Ordered, list, tuple)
@@ -37,11 +37,18 @@ def take_out(
 
     Returns:
         The same with placeholders, and the tensors by the names that these hold.
+
+    Raises:
+        UnsupportedModelError: it has what looks like a placeholder.
     """
     taken: dict[str, Any] = {}
     by_identity: dict[int, str] = {}
 
     def replace(value: Any, path: tuple[Any, ...]) -> Any:
+        if type(value) is dict and value.keys() == {_PLACEHOLDER}:
+            raise UnsupportedModelError(
+                f"a dict with the one key {_PLACEHOLDER!r} can't be saved: it is a name of our own"
+            )
         if not is_taken(value):
             return value
         if id(value) not in by_identity:

@@ -286,16 +286,16 @@ class ParameterBucket:
         So whatever is saved of a part of the module is as large as that part. Lightning may have moved the module to
         another device, which is followed as often as this is called. What is saved after the fit is the masters'.
         """
-        if not self.at_rest:
-            self.at_rest = True
-            self._gradient = None
-            for slot in self.slots if not self.is_own_master else ():
+        begins, self.at_rest, self._gradient = not self.at_rest, True, None
+        if self.is_own_master:
+            return
+        if begins:
+            for slot in self.slots:
                 if self._is_part(slot) and len(self.slots) > 1:
                     slot.parameter.data = slot.parameter.data.clone()
-            if not self.is_own_master:
-                self._flat = self._flat.new_empty(0)
-                self._masters = self._masters.new_empty(0)
-        for piece in self.pieces if not self.is_own_master else ():
+            self._flat = self._flat.new_empty(0)
+            self._masters = self._masters.new_empty(0)
+        for piece in self.pieces:
             parameter, segment = piece.slot.parameter.data, piece.segment
             part = parameter.reshape(-1)[segment.start : segment.stop].view(piece.master.shape)
             if self.dtype == self.master_dtype:

@@ -14,7 +14,7 @@ from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.manifest import Entry
 from lightning_zero.checkpoint.placeholders import put_back, take_out
 from lightning_zero.checkpoint.save import save_checkpoint
-from lightning_zero.errors import CorruptCheckpointError
+from lightning_zero.errors import CorruptCheckpointError, UnsupportedModelError
 
 
 def is_tensor(value: object) -> bool:
@@ -55,6 +55,11 @@ def test_what_holds_itself_or_is_deep_or_shared_without_end_is_walked_through_on
     for _ in range(100_000):
         deep = [deep]
     assert take_out({"deep": deep}, is_tensor, ())[0]["deep"] is deep
+
+
+def test_what_looks_like_a_placeholder_is_not_saved() -> None:
+    with pytest.raises(UnsupportedModelError, match="the name is our own"):
+        take_out({"callbacks": [{"lightning_zero_tensor": "mine"}]}, is_tensor, ())
 
 
 @pytest.mark.parametrize("name", ["<gone>", "weight", 3, ["<there>"]])
