@@ -26,14 +26,13 @@ class Rows(Dataset):
 class Data(LightningDataModule):
     """Resumable rows; their order by torchdata's own sampler, or by the one that Lightning injects."""
 
-    def __init__(self, sampler: str = "own", workers: int = 0) -> None:
+    def __init__(self, sampler: str = "own") -> None:
         super().__init__()
-        self.sampler, self.workers = sampler, workers
+        self.sampler = sampler
 
     def train_dataloader(self):
         if self.sampler != "own":
-            shuffle = self.sampler == "injected, shuffled"
-            return StatefulDataLoader(Rows(), batch_size=4, shuffle=shuffle, num_workers=self.workers)
+            return StatefulDataLoader(Rows(), batch_size=4, shuffle=self.sampler == "injected, shuffled")
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         sampler = StatefulDistributedSampler(Rows(), num_replicas=world_size, rank=rank, seed=5)
         return StatefulDataLoader(Rows(), batch_size=4, sampler=sampler)

@@ -102,7 +102,7 @@ def latest_step(save_dir: Path) -> int:
     return manifest.step
 
 
-@pytest.mark.parametrize(("launcher", "rank"), [("lightning", 0), ("lightning", 1), ("torchrun", 1)])
+@pytest.mark.parametrize(("launcher", "rank"), [("lightning", 1), ("torchrun", 0)])
 def test_sigterm_at_any_rank_ends_all_with_a_checkpoint_that_is_resumed_from(launcher, rank, tmp_path):
     run = subprocess.Popen(
         command(launcher, tmp_path, "zero_stage_2", 1000),
