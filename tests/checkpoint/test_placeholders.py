@@ -58,7 +58,7 @@ def test_what_holds_itself_or_is_deep_or_shared_without_end_is_walked_through_on
 
 
 def test_what_looks_like_a_placeholder_is_not_saved() -> None:
-    with pytest.raises(UnsupportedModelError, match="the name is our own"):
+    with pytest.raises(UnsupportedModelError, match="a name of our own"):
         take_out({"callbacks": [{"lightning_zero_tensor": "mine"}]}, is_tensor, ())
 
 
