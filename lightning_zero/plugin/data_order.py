@@ -118,12 +118,17 @@ class RedrawnOrder:
         order = iter(self._source)
         if drawn_from and given:
             _draw_from(self._source, drawn_from["begun"])
-        drawn = list(islice(order, given))
+        given_again = islice(order, given)
+        first = list(islice(given_again, 1))
+        self._drawn_from, self._given, self._first = drawn_from, given, _digest(*first) if first else ""
+        if state["first"] not in ("", self._first):
+            passed_over = 0  # it goes on by itself
+        # Only what was given and not trained on is kept: an epoch may have millions
+        ahead = [*first[passed_over:], *islice(given_again, max(passed_over - 1, 0), None)]
         if drawn_from:
             _draw_from(self._source, outside)
             set_generator_states(self._loader, state["generators"])
-        self._drawn_from, self._given, self._first = drawn_from, given, _digest(drawn[0]) if drawn else ""
-        yield from drawn[passed_over if state["first"] in ("", self._first) else 0 :]  # else it goes on by itself
+        yield from ahead
         yield from self._rest(order)
 
     def _rest(self, order: Iterator[Any]) -> Iterator[Any]:

@@ -99,7 +99,7 @@ class Resume:
             set_generator_states(loader, state["generators"] if state else ())
             self._restore_random_state()
         elif order := order_of(loader):
-            order.resume(state, self._batches)
+            order.resume(state if state and "drawn_from" in state else None, self._batches)  # it may be another loader
 
     def when_all_are_made(self, loaders: Sequence[Any], make_again: Callable[[], object]) -> None:
         """The iterators are there."""
