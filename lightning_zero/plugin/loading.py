@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -14,16 +15,23 @@ from lightning_zero.errors import CheckpointMismatchError
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint
 
 
+@contextmanager
+def fits_module(path: object) -> Iterator[None]:
+    """What torch says of a state dict that doesn't fit, as an error of ours; `path` is where it is from."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CheckpointMismatchError(f"{path} doesn't fit the module: {error}") from None
+
+
 def load_module(module: Module, state_dict: Mapping[str, Any], path: str, *, strict: bool) -> None:
     """Load a module's state dict.
 
     Raises:
         CheckpointMismatchError: it doesn't fit; `path` is where it is from.
     """
-    try:
+    with fits_module(path):
         missing, unexpected = module.load_state_dict(state_dict, strict=strict)
-    except RuntimeError as error:
-        raise CheckpointMismatchError(f"{path} doesn't fit the module: {error}") from None
     if missing or unexpected:
         rank_zero_warn(f"{path} was loaded in part: missing {list(missing)}, unexpected {list(unexpected)}")
 

@@ -115,11 +115,12 @@ class Resume:
     def when_first_batch_is_there(self, loaders: Sequence[Any]) -> None:
         """Loaders with a state have drawn their order."""
         if self.in_mid_epoch:
-            self._set_generators([loader if has_state(loader) else None for loader in loaders])
+            self._set_generators(loaders, of=has_state)
 
-    def _set_generators(self, loaders: Sequence[Any]) -> None:
+    def _set_generators(self, loaders: Sequence[Any], of: Callable[[Any], bool] = lambda loader: True) -> None:
         for loader, state in zip(loaders, self._loaders, strict=False):
-            set_generator_states(loader, state["generators"])
+            if of(loader):
+                set_generator_states(loader, state["generators"])
 
     def _restore_random_state(self) -> None:
         if self._random_state is not None:

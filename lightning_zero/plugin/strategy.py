@@ -51,7 +51,6 @@ from lightning_zero.engine.buffers import keep_freed_memory
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import (
-    CheckpointMismatchError,
     CheckpointNotFoundError,
     CheckpointWriteError,
     UnsupportedModelError,
@@ -63,7 +62,7 @@ from lightning_zero.plugin.choice import Choice, choose
 from lightning_zero.plugin.contents import contents
 from lightning_zero.plugin.data_order import generator_states, goes_on, note_order, order_of
 from lightning_zero.plugin.loader_state import make_resumable
-from lightning_zero.plugin.loading import load_module, restore_optimizer_states
+from lightning_zero.plugin.loading import fits_module, load_module, restore_optimizer_states
 from lightning_zero.plugin.materialize import materialize
 from lightning_zero.plugin.metric_state import finished_metrics, get_metric_states
 from lightning_zero.plugin.overlap import GatherOverlap
@@ -328,12 +327,9 @@ class ZeroStrategy(DDPStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._uninitialized = materialize(self._module, self.root_device)
-        try:
+        ours = checkpoint.source.directory if isinstance(checkpoint, LoadedCheckpoint) else None
+        with nullcontext() if ours is None else fits_module(ours):
             super().load_model_state_dict(checkpoint, strict=strict)
-        except RuntimeError as error:
-            if not isinstance(checkpoint, LoadedCheckpoint):
-                raise
-            raise CheckpointMismatchError(f"{checkpoint.source.directory} doesn't fit the module: {error}") from None
         self._uninitialized -= checkpoint["state_dict"].keys()
         if self._resume is not None:
             self._resume.restore_metrics(self._module)

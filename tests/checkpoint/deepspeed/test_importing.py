@@ -1,8 +1,6 @@
 """`lightning-zero import-deepspeed` on directories that are laid out as DeepSpeed's."""
 
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from lightning_zero.cli import main
 from lightning_zero.errors import CheckpointWriteError
 from tests.checkpoint.deepspeed.forger import Run, edit
 from tests.checkpoint.deepspeed.training import assert_holds, trained
+from tests.checkpoint.imports import memory_of
 from tests.launch import distributed, run_ranks
 from tests.models import Model, fit
 
@@ -201,23 +200,12 @@ def test_an_elastic_checkpoint_has_no_settings(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Of a process of its own, as the kernel counts it."""
     module = torch.nn.Linear(2048, 8192, bias=False)
     optimizer = torch.optim.AdamW(module.parameters())
     states = {key: module.weight.detach() for key in ("exp_avg", "exp_avg_sq")}
     optimizer.state[module.weight] = {"step": torch.tensor(5.0), **states}
     Run(module, optimizer, stage=2, world_size=2).save(tmp_path / "theirs")
-    script = (
-        "import sys\n"
-        "from lightning_zero import import_deepspeed_checkpoint\n"
-        "peak = lambda: next(int(line.split()[1]) for line in open('/proc/self/status') if 'VmHWM' in line) / 1024\n"
-        "base = peak()\n"
-        "import_deepspeed_checkpoint(*sys.argv[1:])\n"
-        "print(peak() - base)\n"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "theirs"), str(tmp_path / "ours")]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    assert float(done.stdout) < 30  # of 192 MiB
+    assert memory_of("import_deepspeed_checkpoint", tmp_path / "theirs", tmp_path / "ours") < 30  # of 192 MiB
     state_dict = get_fp32_state_dict_from_zero_checkpoint(tmp_path / "ours")
     assert torch.equal(state_dict["weight"], module.weight)
 

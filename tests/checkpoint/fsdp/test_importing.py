@@ -1,8 +1,6 @@
 """`lightning-zero import-fsdp` on directories that are laid out as torch.distributed.checkpoint's."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from lightning_zero.cli import main
 from lightning_zero.errors import CheckpointMismatchError, CheckpointNotFoundError, UnsupportedModelError
 from tests.checkpoint.deepspeed.training import trained
 from tests.checkpoint.fsdp.forger import flattened, forge, optimizer_state, training
+from tests.checkpoint.imports import memory_of
 from tests.models import Model
 
 
@@ -191,22 +190,11 @@ def test_what_is_not_kept_by_rows_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Of a process of its own, as the kernel counts it."""
     module = nn.Linear(2048, 8192, bias=False)
     states = {"step": torch.tensor(5.0), "exp_avg": module.weight.detach(), "exp_avg_sq": module.weight.detach()}
     optimizer = {"state": {"weight": states}, "param_groups": [{"lr": 1e-3, "params": ["weight"]}]}
     forge(tmp_path / "theirs", {"model": module.state_dict(), "optimizer": optimizer}, world_size=2)
-    script = (
-        "import sys\n"
-        "from lightning_zero import import_fsdp_checkpoint\n"
-        "peak = lambda: next(int(line.split()[1]) for line in open('/proc/self/status') if 'VmHWM' in line) / 1024\n"
-        "base = peak()\n"
-        "import_fsdp_checkpoint(*sys.argv[1:])\n"
-        "print(peak() - base)\n"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "theirs"), str(tmp_path / "ours")]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    assert float(done.stdout) < 30  # of 192 MiB
+    assert memory_of("import_fsdp_checkpoint", tmp_path / "theirs", tmp_path / "ours") < 30  # of 192 MiB
     state_dict = get_fp32_state_dict_from_zero_checkpoint(tmp_path / "ours")
     assert torch.equal(state_dict["weight"], module.weight)
 
