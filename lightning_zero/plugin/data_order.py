@@ -150,7 +150,7 @@ def _digest(item: object) -> str:
 
 def note_order(loader: object, is_training: Callable[[], bool]) -> None:
     """Have the order of a loader's data noted, if nothing else knows how to go on with it."""
-    if order := order_of(loader):  # an earlier fit's, which came to no end
+    if (order := order_of(loader)) is not None:  # an earlier fit's, which came to no end
         order.put_back()
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or has_state(loader):
         return

@@ -98,7 +98,7 @@ class Resume:
         if not self.in_mid_epoch:
             set_generator_states(loader, state["generators"] if state else ())
             self._restore_random_state()
-        elif order := order_of(loader):
+        elif (order := order_of(loader)) is not None:
             order.resume(state if state and "drawn_from" in state else None, self._batches)  # it may be another loader
 
     def when_all_are_made(self, loaders: Sequence[Any], make_again: Callable[[], object]) -> None:

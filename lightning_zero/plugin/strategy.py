@@ -351,8 +351,9 @@ class ZeroStrategy(DDPStrategy):
         unroute_clipping(self.precision_plugin)
         if self._trainer_if_any is not None:
             self._left_in_data = self._where_in_data()
-            for order in filter(None, map(order_of, self._training_loaders)):
-                order.put_back()
+            for order in map(order_of, self._training_loaders):
+                if order is not None:
+                    order.put_back()
         super().teardown()
         if self._partition is not None:
             self._partition.come_to_rest()

@@ -58,6 +58,13 @@ class PieceByPiece(Sampler):
     __hash__ = None
 
 
+class Unsized(Sampler):
+    """Which doesn't say how many there are."""
+
+    def __iter__(self):
+        yield from torch.randperm(len(ROWS)).tolist()
+
+
 class Consumed(Sampler):
     """Which goes on by itself."""
 
@@ -218,6 +225,13 @@ def test_a_fit_that_max_steps_has_ended_goes_on_with_the_next_batch(tmp_path):
 @distributed(world_size=1, process_group=False)
 def test_loaders_that_an_optimizers_schedule_has_asked_for_go_on_too(tmp_path):
     make, options = LOADERS["with a generator"], {"estimates": True}
+    before = cut(make, 1, tmp_path, 2, **options)
+    assert before + fit(make, 1, ckpt_path=tmp_path, **options) == fit(make, 1, **options)
+
+
+@distributed(world_size=1, process_group=False)
+def test_a_sampler_of_no_length_goes_on_too(tmp_path):
+    make, options = lambda: DataLoader(ROWS, batch_size=4, sampler=Unsized()), {"use_distributed_sampler": False}
     before = cut(make, 1, tmp_path, 2, **options)
     assert before + fit(make, 1, ckpt_path=tmp_path, **options) == fit(make, 1, **options)
 
