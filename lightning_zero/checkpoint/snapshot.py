@@ -20,9 +20,7 @@ from torch import Tensor
 from lightning_zero.checkpoint.content import RankContent, TensorToSave
 from lightning_zero.checkpoint.shards import place_in_file
 from lightning_zero.checkpoint.storage import DIRECT_ALIGNMENT
-
-_PAGE_BYTES = 4096
-_TOUCHED_BYTES = 16 << 20
+from lightning_zero.memory import prefault
 
 
 class Snapshot:
@@ -39,7 +37,6 @@ class Snapshot:
 
         def get() -> None:
             self._memory = _allocate(nbytes, pinned=pinned)
-            _touch(self._memory)
 
         if self._reserving is None and len(self._memory) < nbytes:
             self._reserving = threading.Thread(target=get, name="lightning_zero-reserve", daemon=True)
@@ -130,7 +127,7 @@ def _allocate(nbytes: int, *, pinned: bool) -> Tensor:
 
     Source: https://github.com/pytorch/pytorch/issues/95823.
     """
-    memory = torch.empty(nbytes, dtype=torch.uint8)
+    memory = prefault(torch.empty(nbytes, dtype=torch.uint8))
     if pinned:
         portable = 1  # pinned for every device: cudaHostRegisterPortable
         torch.cuda.check_error(_cuda_runtime().cudaHostRegister(memory.data_ptr(), nbytes, portable))
@@ -139,9 +136,3 @@ def _allocate(nbytes: int, *, pinned: bool) -> Tensor:
 
 def _cuda_runtime() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def _touch(memory: Tensor) -> None:
-    """Have the system give every page now; not in huge ones, which cost more where the machine is a virtual one."""
-    for begin in range(0, len(memory), _TOUCHED_BYTES):
-        memory[begin : begin + _TOUCHED_BYTES : _PAGE_BYTES].zero_()

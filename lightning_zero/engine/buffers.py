@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import platform
 from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from lightning_zero.memory import prefault
 
 
 class BufferPool:
@@ -86,7 +85,7 @@ class VacatedMemory:
         nbytes = dtype.itemsize * torch.Size(shape).numel()
         tightest = bisect_left(self._sizes, nbytes)
         if tightest == len(self._sizes) or not nbytes or device.type != "cpu":
-            return torch.empty(shape, dtype=dtype, device=device)
+            return prefault(torch.empty(shape, dtype=dtype, device=device))
         del self._sizes[tightest]
         block = self._blocks.pop(tightest)
         self._insert(block[nbytes + -nbytes % self._ALIGNMENT :])
@@ -104,22 +103,3 @@ def is_unshared(tensor: Tensor) -> bool:
     uses = getattr(torch._C, "_storage_Use_Count", None)
     # one is the tensor's own, one the handle's that asks
     return uses is not None and not tensor.is_sparse and uses(tensor.untyped_storage()._cdata) <= 2
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_LARGEST_FROM_HEAP, _LEAST_TRIMMED = 32 << 20, 256 << 20
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep memory that was freed, up to 256 MiB of it, for what is allocated next.
-
-    A backward frees gradients as it goes. By default glibc gives such memory back to the system at once, and the next
-    step pays for every page again: a twentieth of a small model's step. Blocks of more than 32 MiB are given back as
-    ever. An environment that sets glibc's limits is left alone, and so is any other C library. Source: mallopt(3).
-    """
-    asked = "MALLOC_TRIM_THRESHOLD_" in os.environ or "MALLOC_MMAP_THRESHOLD_" in os.environ
-    if asked or platform.libc_ver()[0] != "glibc":
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP)
-    mallopt(_M_TRIM_THRESHOLD, _LEAST_TRIMMED)

@@ -47,7 +47,6 @@ from lightning_zero.checkpoint.origins import advice
 from lightning_zero.checkpoint.plan import TagValidation
 from lightning_zero.checkpoint.save import holds_model
 from lightning_zero.checkpoint.storage import Location, absolute, is_remote, locate
-from lightning_zero.engine.buffers import keep_freed_memory
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import (
@@ -56,6 +55,7 @@ from lightning_zero.errors import (
     UnsupportedModelError,
     ZeroError,
 )
+from lightning_zero.memory import keep_freed_memory
 from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown
 from lightning_zero.plugin.checkpoint_io import PREPARED, LoadedCheckpoint, PreparedSave, ZeroCheckpointIO
 from lightning_zero.plugin.choice import Choice, choose
