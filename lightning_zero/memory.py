@@ -19,6 +19,8 @@ from torch import Tensor
 _PAGE_BYTES = 4096
 _HUGE_PAGE_BYTES = 2 << 20
 _MADV_HUGEPAGE = 14  # asm-generic/mman-common.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_LARGEST_FROM_HEAP, _LEAST_TRIMMED = 32 << 20, 256 << 20
 _GRACE_SECONDS = 0.002
 _LEAST_BYTES_PER_SECOND = 4e9
 
@@ -33,8 +35,8 @@ def prefault(memory: Tensor) -> Tensor:
     Returns:
         The same tensor, whose values are as undefined as before.
     """
-    if memory.nbytes < 2 * _HUGE_PAGE_BYTES or not memory.is_cpu:
-        return memory
+    if memory.nbytes <= _LARGEST_FROM_HEAP or not memory.is_cpu:
+        return memory  # it is small, or has pages that were used before
     flat = memory.view(-1).view(torch.uint8)
     advise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
     began, touched = time.perf_counter(), 0
@@ -49,10 +51,6 @@ def prefault(memory: Tensor) -> Tensor:
         if time.perf_counter() - began > _GRACE_SECONDS + touched / _LEAST_BYTES_PER_SECOND:
             advise = None
     return memory
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_LARGEST_FROM_HEAP, _LEAST_TRIMMED = 32 << 20, 256 << 20
 
 
 def keep_freed_memory() -> None:

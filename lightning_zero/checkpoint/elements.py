@@ -40,12 +40,14 @@ class Elements:
         shape: of the tensor.
         stored: the code of the dtype that the elements have in the source.
         shown: the code of the tensor's own dtype.
+        worth_reading: so many bytes are best read at once, where the way to them is long.
     """
 
     source: Source
     shape: tuple[int, ...]
     stored: str
     shown: str
+    worth_reading: int = 0
 
     @property
     def numel(self) -> int:

@@ -84,8 +84,9 @@ class _Buffers:
 
 def _ranges(contents: Iterable[Elements | memoryview]) -> Iterator[tuple[int, int, int]]:
     for number, content in enumerate(contents):
-        numel, item_bytes = (
-            (content.numel, ITEM_BYTES[content.shown]) if isinstance(content, Elements) else (len(content), 1)
-        )
-        step = max(1, CHUNK_BYTES // item_bytes)
+        if isinstance(content, Elements):
+            numel = content.numel
+            step = max(1, max(CHUNK_BYTES, content.worth_reading) // ITEM_BYTES[content.shown])
+        else:
+            numel, step = len(content), CHUNK_BYTES
         yield from ((number, start, min(start + step, numel)) for start in range(0, max(1, numel), step))

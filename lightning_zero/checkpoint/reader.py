@@ -28,7 +28,7 @@ from lightning_zero.checkpoint.manifest import (
     label,
 )
 from lightning_zero.checkpoint.placeholders import put_back
-from lightning_zero.checkpoint.storage import PathOrUrl, ReadableFile, locate, open_file
+from lightning_zero.checkpoint.storage import PathOrUrl, ReadableFile, is_remote, locate, open_file
 from lightning_zero.checkpoint.torch_file import read_torch_file, require_dict
 from lightning_zero.errors import CorruptCheckpointError, IncompleteCheckpointError
 from lightning_zero.segments import Segment, SegmentIndex
@@ -36,6 +36,8 @@ from lightning_zero.segments import Segment, SegmentIndex
 _OPEN_FILES = 64
 _CHECKED_BYTES = 4 << 20
 """Read at once: still in the processor's cache when the checksum goes over it."""
+_REQUESTED_BYTES = 32 << 20
+"""Read at once behind a URL: by several requests."""
 
 Give: TypeAlias = Callable[[Elements, bool], Any]
 """Makes of an optimizer's state what a caller wants of it, who is told whether it is a whole tensor."""
@@ -71,6 +73,7 @@ class Reader:
         self.manifest: Manifest = read_manifest(self.directory) if manifest is None else manifest
         require_sound(self.directory, self.manifest, verify)
         self.check_reads = check_reads
+        self.worth_reading = _REQUESTED_BYTES if is_remote(self.directory) else 0
         self.damage: CorruptCheckpointError | None = None
         self._nbytes = {file.name: file.nbytes for file in self.manifest.files}
         where = self.directory  # a cache that knew `self` would keep its files open till the next garbage collection
@@ -116,7 +119,8 @@ class Reader:
         of = label("model", entry.name)
         found = self.manifest.index.payloads(of)
         code = cast("StoredTensor", found[0][1]).dtype if found else _code_without_elements(entry)
-        return Elements(_Pieces(self, self.manifest.index, of, code), entry.shape, code, code)
+        source = _Pieces(self, self.manifest.index, of, code)
+        return Elements(source, entry.shape, code, code, self.worth_reading)
 
     def optimizer_states(
         self, states: list[Any] | None, give: Give = lambda elements, whole: elements
@@ -172,7 +176,9 @@ class Reader:
                 # [Note: whole and element-wise tensors]: the first piece's copy stands for all
                 index, shape = SegmentIndex([(Segment(of, 0, math.prod(first.shape)), pieces[0])]), first.shape
             source = _Pieces(self, index, of, first.dtype)
-            state[cast("str", first.state)] = give(Elements(source, shape, first.dtype, first.dtype), form == "whole")
+            state[cast("str", first.state)] = give(
+                Elements(source, shape, first.dtype, first.dtype, self.worth_reading), form == "whole"
+            )
         return state
 
     @functools.cached_property
@@ -250,8 +256,9 @@ class _Pieces:
         if offset_bytes == 0:
             self._digest, self._digested = xxhash.xxh3_64(), segment.start
         in_order = segment.start == self._digested
-        for begin in range(0, len(target), _CHECKED_BYTES):
-            part = target[begin : begin + _CHECKED_BYTES]
+        step = max(_CHECKED_BYTES, self._reader.worth_reading)
+        for begin in range(0, len(target), step):
+            part = target[begin : begin + step]
             self._reader.read(stored, offset_bytes + begin, part)
             if in_order:
                 self._digest.update(part)

@@ -16,7 +16,9 @@ import secrets
 import stat
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
@@ -37,6 +39,11 @@ PathOrUrl: TypeAlias = "str | os.PathLike[str] | Path | UPath"
 WRITEBACK_BYTES = 8 << 20
 _BUFFER_BYTES = 1 << 20
 _BLOCK_BYTES = 8 << 20
+_PART_BYTES = 4 << 20
+"""Read by one request, where a file is behind a URL."""
+_REQUESTS = 16
+"""At once, for all that a process reads."""
+_CACHED_PARTS = 4
 DIRECT_ALIGNMENT = 4096
 """Of a file's offsets and of the memory, where a write goes past the page cache."""
 _LEAST_WITHOUT_COPY = 256 << 10
@@ -183,13 +190,19 @@ class _MountedFile:
 
 
 class _RemoteFile:
-    """Read with some read-ahead: small tensors that lie one behind the other come with one request."""
+    """What is small comes with its neighbours, by one request for a block; what is large by several at once."""
 
     def __init__(self, url: UPath) -> None:
         self._url = url
         self._lock = threading.Lock()
         try:
-            self._file: Any = url.fs.open(url.path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead")
+            self._file: Any = url.fs.open(
+                url.path,
+                "rb",
+                block_size=_PART_BYTES,
+                cache_type="blockcache",
+                cache_options={"maxblocks": _CACHED_PARTS},
+            )
             self.nbytes = int(url.fs.size(url.path))
         except OSError as error:
             raise IncompleteCheckpointError(f"{url} can't be read: {error}") from error
@@ -199,16 +212,38 @@ class _RemoteFile:
             self._file.close()
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        for begin in range(0, len(target), _BLOCK_BYTES):
-            part = target[begin : begin + _BLOCK_BYTES]
+        if len(target) <= _PART_BYTES:
             with self._lock:
-                self._file.seek(offset + begin)
-                content = self._file.read(len(part))
-            if len(content) != len(part):
-                raise IncompleteCheckpointError(
-                    f"{self._url} was cut short: it ends before byte {offset + len(target)}"
-                )
-            part[:] = content
+                self._file.seek(offset)
+                self._fill(offset, target, self._file.read(len(target)))
+            return
+        begins = range(0, len(target), _PART_BYTES)
+        parts = [(offset + begin, target[begin : begin + _PART_BYTES]) for begin in begins]
+        if not self._url.fs.async_impl:  # perhaps one connection, which does one thing at a time
+            for part in parts:
+                self._request(*part)
+            return
+        under_way = [_requests().submit(self._request, *part) for part in parts]
+        wait(under_way)  # whichever fails, none writes to the target any more
+        for one in under_way:
+            one.result()
+
+    def _request(self, offset: int, target: memoryview) -> None:
+        self._fill(offset, target, self._url.fs.cat_file(self._url.path, offset, offset + len(target)))
+
+    def _fill(self, offset: int, target: memoryview, content: bytes) -> None:
+        if len(content) != len(target):
+            raise IncompleteCheckpointError(f"{self._url} was cut short: it ends before byte {offset + len(target)}")
+        target[:] = content
+
+
+@cache
+def _requests() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_REQUESTS, "lightning_zero-requests")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_requests.cache_clear)  # a fork has no threads but its own
 
 
 # ------------------------------------------------------------------------------------------------------- write
