@@ -21,7 +21,6 @@ import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.overrides.distributed import _sync_module_states
@@ -60,8 +59,6 @@ from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown
 from lightning_zero.plugin.checkpoint_io import PREPARED, LoadedCheckpoint, PreparedSave, ZeroCheckpointIO
 from lightning_zero.plugin.choice import Choice, choose
 from lightning_zero.plugin.contents import contents
-from lightning_zero.plugin.data_order import generator_states, goes_on, note_order, order_of
-from lightning_zero.plugin.loader_state import make_resumable
 from lightning_zero.plugin.loading import fits_module, load_module, restore_optimizer_states
 from lightning_zero.plugin.materialize import materialize
 from lightning_zero.plugin.metric_state import finished_metrics, get_metric_states
@@ -71,6 +68,7 @@ from lightning_zero.plugin.ranks import Ranks, stay_at_exit
 from lightning_zero.plugin.resume import Resume
 from lightning_zero.plugin.signals import SharedSignals
 from lightning_zero.plugin.telemetry import SaveTelemetry
+from lightning_zero.plugin.training_data import TrainingData
 from lightning_zero.plugin.wrapped_io import unwrapped, wait_for_threads
 
 _T = TypeVar("_T")
@@ -180,9 +178,7 @@ class ZeroStrategy(DDPStrategy):
         self._reserve_due = False
         self._partition: Partition | None = None
         self._ranks = Ranks(timeout)
-        self._resume: Resume | None = None
-        self._resumed: Resume | None = None
-        self._left_in_data: list[dict[str, Any]] | None = None
+        self._data = TrainingData()
         self._signals: SharedSignals | None = None
 
     # --- plugins ---
@@ -253,8 +249,8 @@ class ZeroStrategy(DDPStrategy):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         self._uninitialized: set[str] = set()
-        # A fit that was stopped before it began leaves nothing to the next
-        self._resume = self._resumed = self._signals = None
+        self._data.forget()
+        self._signals = None
 
     @override
     def setup_environment(self) -> None:
@@ -294,7 +290,7 @@ class ZeroStrategy(DDPStrategy):
         self.model_to_device()
         _sync_module_states(self.model)
         if fitting:
-            self._left_in_data = None
+            self._data.enter()
             self._partition = None
             self._ranks.renew()
             GatherOverlap.install(trainer, wanted=self._overlap_gather)
@@ -314,7 +310,7 @@ class ZeroStrategy(DDPStrategy):
                 reduce_dtype=self._reduce_dtype,
                 find_unused_parameters=self._find_unused_parameters,
                 before_change=self._before_step,
-                state_bytes_to_load=self._resume.state_bytes if self._resume is not None else 0,
+                state_bytes_to_load=self._data.resume.state_bytes if self._data.resume is not None else 0,
             )
             if self.world_size > 1:
                 for optimizer, cut in zip(self.optimizers, self._partition.cuts, strict=True):
@@ -331,8 +327,8 @@ class ZeroStrategy(DDPStrategy):
         with nullcontext() if ours is None else fits_module(ours):
             super().load_model_state_dict(checkpoint, strict=strict)
         self._uninitialized -= checkpoint["state_dict"].keys()
-        if self._resume is not None:
-            self._resume.restore_metrics(self._module)
+        if self._data.resume is not None:
+            self._data.resume.restore_metrics(self._module)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -350,10 +346,7 @@ class ZeroStrategy(DDPStrategy):
             self._signals.restore()
         unroute_clipping(self.precision_plugin)
         if self._trainer_if_any is not None:
-            self._left_in_data = self._where_in_data()
-            for order in map(order_of, self._training_loaders):
-                if order is not None:
-                    order.put_back()
+            self._data.leave(self._trainer)
         super().teardown()
         if self._partition is not None:
             self._partition.come_to_rest()
@@ -620,7 +613,7 @@ class ZeroStrategy(DDPStrategy):
             world_size=self._ranks.count,
             stage=self.stage,
             metrics=metrics,
-            loaders=self._where_in_data() if partition else (),
+            loaders=self._data.where(self._trainer) if partition else (),
         )
 
     @property
@@ -884,7 +877,7 @@ class ZeroStrategy(DDPStrategy):
                 by_steps=trainer.max_steps != -1,
                 weights_only=weights_only is not False,
             )
-            self._resume = resume if fitting else None
+            self._data.resume = resume if fitting else None
         return checkpoint
 
     def _choose(self, path: _PATH, tag: str | None = None, *, required: bool = False) -> Choice | None:
@@ -912,12 +905,8 @@ class ZeroStrategy(DDPStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        """Called when a loader is there and its iterator isn't: see [Note: when random states are restored]."""
-        make_resumable(dataloader)
-        if self._trainer.training:
-            note_order(dataloader, lambda: self._trainer.training)
-            if self._resume is not None:
-                self._resume.between(dataloader)
+        """Called when a loader is there and its iterator isn't."""
+        self._data.note(dataloader, self._trainer)
         return super().process_dataloader(dataloader)
 
     @override
@@ -955,7 +944,7 @@ class ZeroStrategy(DDPStrategy):
 
     @override
     def on_train_start(self) -> None:
-        """Called when the iterators are there: see [Note: when random states are restored]."""
+        """Called when the iterators are there."""
         super().on_train_start()
         self._partitioned.release_vacated()
         self._telemetry = SaveTelemetry()
@@ -963,38 +952,12 @@ class ZeroStrategy(DDPStrategy):
             self._signals.watch_interrupts()
         if self._own_io is not None and self._own_io.async_save:
             self.expect_saves_behind()
-        resume, self._resume = self._resume, None
-        if resume is not None:
-            make_again = partial(iter, self._trainer.fit_loop._data_fetcher)
-            resume.when_all_are_made(self._training_loaders, make_again)
-            self._resumed = resume
-            if resume.in_mid_epoch and all(map(goes_on, self._training_loaders)):
-                # Lightning looks for loaders with a state, and finds none
-                warnings.filterwarnings("ignore", ".*your dataloader is not resumable", PossibleUserWarning)
+        self._data.start(self._trainer)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        resume, self._resumed = self._resumed, None
-        if resume is not None:
-            resume.when_first_batch_is_there(self._training_loaders)
-
-    @property
-    def _training_loaders(self) -> list[Any]:
-        loader = self._trainer.fit_loop._combined_loader
-        return [] if loader is None else loader.flattened
-
-    def _where_in_data(self) -> list[dict[str, Any]]:
-        """Where this rank's training loaders are, one by one."""
-        if self._left_in_data is not None:
-            return self._left_in_data
-        loop = self._trainer.fit_loop
-        again = loop._combined_loader is not None and loop._combined_loader._mode == "max_size_cycle"
-        batches = getattr(loop.epoch_loop.batch_progress.current, "processed", 0)
-        return [
-            {"generators": generator_states(loader)} if order is None else order.state(batches, begins_again=again)
-            for loader, order in ((loader, order_of(loader)) for loader in self._training_loaders)
-        ]
+        self._data.start_batch(self._trainer)
 
     @property
     def _trainer_if_any(self) -> Trainer | None:
