@@ -11,6 +11,7 @@ touched ahead of time, by a thread of its own (`reserve`).
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,8 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._memory = _nothing()
+        self._places: dict[tuple[int, torch.dtype, torch.Size], Tensor] = {}
+        """Tensors in that memory: making hundreds of them takes a millisecond, for which training would wait."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._events: list[torch.cuda.Event] = []
         self._reserving: threading.Thread | None = None
@@ -36,6 +39,7 @@ class Snapshot:
         """Get the memory for a snapshot of so many bytes, without making anybody wait."""
 
         def get() -> None:
+            self._let_go()
             self._memory = _allocate(nbytes, pinned=pinned)
 
         if self._reserving is None and len(self._memory) < nbytes:
@@ -61,21 +65,34 @@ class Snapshot:
                 self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._streams[device].wait_stream(torch.cuda.current_stream(device))
         begin = -self._memory.data_ptr() % DIRECT_ALIGNMENT
-        copies = [self._copy(item, begin + offset) for item, offset in zip(items, offsets, strict=True)]
+        copies = [
+            item._replace(tensor=self._place(begin + offset, item.tensor))
+            for item, offset in zip(items, offsets, strict=True)
+        ]
+        self._copy(items, copies)
         self._events = [torch.cuda.current_stream(device).record_event() for device in devices]
         trained = len(content.tensors)
         return replace(content, tensors=copies[:trained], unchanging=copies[trained:])
 
-    def _copy(self, item: TensorToSave, offset: int) -> TensorToSave:
-        source = item.tensor.detach()
-        copy = self._memory[offset : offset + source.nbytes].view(source.dtype).view(source.shape)
-        if source.is_cuda and item.steady:
-            with torch.cuda.stream(self._streams[source.device]):
-                copy.copy_(source, non_blocking=True)
-            source.record_stream(self._streams[source.device])
-        else:
-            copy.copy_(source, non_blocking=True)
-        return item._replace(tensor=copy)
+    def _place(self, offset: int, like: Tensor) -> Tensor:
+        where = offset, like.dtype, like.shape
+        if where not in self._places:
+            self._places[where] = self._memory[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
+        return self._places[where]
+
+    @torch.no_grad()
+    def _copy(self, items: Sequence[TensorToSave], copies: Sequence[TensorToSave]) -> None:
+        at_once: tuple[list[Tensor], list[Tensor]] = [], []
+        for item, copy in zip(items, copies, strict=True):
+            if item.tensor.is_cuda and item.steady:
+                with torch.cuda.stream(self._streams[item.tensor.device]):
+                    copy.tensor.copy_(item.tensor, non_blocking=True)
+                item.tensor.record_stream(self._streams[item.tensor.device])
+            else:
+                at_once[0].append(copy.tensor)
+                at_once[1].append(item.tensor)
+        if at_once[0]:
+            torch._foreach_copy_(*at_once, non_blocking=True)
 
     def fence(self) -> None:
         """Before the device changes what is being copied: have it wait for the copy, and not the host."""
@@ -98,6 +115,7 @@ class Snapshot:
         if self._memory.is_pinned():
             torch.cuda.check_error(_cuda_runtime().cudaHostUnregister(self._memory.data_ptr()))
         self._memory = _nothing()
+        self._places.clear()
 
 
 def _lay_out(content: RankContent) -> tuple[list[int], int]:
