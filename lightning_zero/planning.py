@@ -11,6 +11,9 @@ group. With `T` trained elements of `e` bytes, masters of `m = max(4, e)`, `s` o
 | states | s e T | s m T / N | s m T |
 | buckets | e T: DDP's own copy of the gradients | what is under way at a time: `_most_in_flight` | |
 
+With `offload_optimizer`, masters and states are host memory, beside a copy of the gradients, m T / N, and of the
+weights, e T / N, of a rank's own; wider parameters have masters then too.
+
 Frozen parameters and the module's buffers are whole on every rank, among the weights. Nothing is said of activations,
 of what kernels need for a moment, and of what the process group and the memory's allocator keep for themselves.
 
@@ -110,6 +113,7 @@ class Setup:
         accumulate: backwards a step.
         reduce_bytes: of an element on its way, if it isn't the parameter's own number.
         equal_shards: as on NCCL. Without it, what a rank receives needs memory of its own, as over gloo's sockets.
+        offload: masters and states are in host memory: `ZeroStrategy(offload_optimizer=True)`.
     """
 
     world_size: int
@@ -119,6 +123,7 @@ class Setup:
     accumulate: int = 1
     reduce_bytes: int | None = None
     equal_shards: bool = True
+    offload: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +137,7 @@ class Plan:
         masters: of fp32 masters.
         states: of the optimizer's states.
         buckets: of gradients on their way.
+        offloaded: host memory of an optimizer that is offloaded; then `masters` and `states` are 0.
         snapshot: host memory of a save behind training.
         checkpoint: disk of one checkpoint.
         checkpoint_frozen: how much of that is written once and linked into every later checkpoint.
@@ -144,6 +150,7 @@ class Plan:
     masters: int
     states: int
     buckets: int
+    offloaded: int
     snapshot: int
     checkpoint: int
     checkpoint_frozen: int
@@ -171,10 +178,15 @@ def plan(model: Model, setup: Setup, stage: int) -> Plan:
         for run in runs
     )
     masters = sum(run.times * run.shard(rank) * _MASTER_BYTES for run in runs if run.element_bytes < _MASTER_BYTES)
+    states = optimizer.states * owned_bytes
+    offloaded = 0
+    if setup.offload:
+        own_weights = sum(run.times * run.shard(rank) * run.element_bytes for run in runs)
+        offloaded = 2 * share_bytes[rank] + own_weights + states
     whole = model.trained_bytes
     padded = sum(run.times * run.bucket.numel * run.element_bytes for run in runs)
     if world_size == 1:
-        gradients, buckets, traffic = whole + masters, 0, 0
+        gradients, buckets, traffic = whole + (0 if setup.offload else masters), 0, 0
     else:
         accumulates_whole = stage == 1 and setup.accumulate > 1
         gradients = max(share_bytes[rank], whole if accumulates_whole else 0)
@@ -196,9 +208,10 @@ def plan(model: Model, setup: Setup, stage: int) -> Plan:
         stage=stage,
         weights=(whole if world_size == 1 else padded) + model.frozen_bytes + model.buffer_bytes,
         gradients=gradients,
-        masters=masters,
-        states=optimizer.states * owned_bytes,
+        masters=0 if setup.offload else masters,
+        states=0 if setup.offload else states,
         buckets=buckets,
+        offloaded=offloaded,
         snapshot=(1 + optimizer.states) * owned_bytes,
         checkpoint=(1 + optimizer.states) * trained_on_disk + model.frozen_bytes + model.saved_buffer_bytes,
         checkpoint_frozen=model.frozen_bytes,
@@ -217,6 +230,7 @@ def _plan_ddp(model: Model, setup: Setup) -> Plan:
         masters=0,
         states=states,
         buckets=whole if others else 0,
+        offloaded=0,
         snapshot=0,
         checkpoint=whole + states + model.frozen_bytes + model.saved_buffer_bytes,
         checkpoint_frozen=0,

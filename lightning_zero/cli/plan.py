@@ -32,6 +32,7 @@ _ROWS = (
     ("", "total", "memory"),
     ("disk", "a checkpoint", "checkpoint"),
     ("", "of that, once for all", "checkpoint_frozen"),
+    ("host memory", "a rank's optimizer, offloaded", "offloaded"),
     ("host memory", "a rank, with async_save", "snapshot"),
     ("traffic a step", "a rank sends", "traffic"),
 )
@@ -57,6 +58,7 @@ def add_to(commands: Commands) -> None:
     command.add_argument("--partition", choices=("auto", "element", "parameter"), default="auto", help="ZeroStrategy's")
     command.add_argument("--bucket-size-mb", type=float, default=25.0, metavar="MB", help="ZeroStrategy's; 25")
     command.add_argument("--reduce-dtype", choices=_REDUCE_BYTES, help="ZeroStrategy's; the parameters' own")
+    command.add_argument("--offload-optimizer", action="store_true", help="ZeroStrategy's; not DDP's")
     command.add_argument(
         "--accumulate", type=positive, default=1, metavar="N", help="the Trainer's accumulate_grad_batches; 1"
     )
@@ -96,6 +98,7 @@ def _plan(options: argparse.Namespace) -> int:
         accumulate=options.accumulate,
         reduce_bytes=_REDUCE_BYTES.get(options.reduce_dtype),
         equal_shards=options.backend == "nccl",
+        offload=options.offload_optimizer,
     )
     model = _model_of_count(options) if options.model is None else _model_of_module(options)
     plans = [plan(model, setup, stage) for stage in ((0, 1, 2) if options.stage is None else (options.stage,))]

@@ -9,8 +9,8 @@ The optimizer steps on *masters*: fp32 (or wider) tensors, one for each segment 
 | fp32 or fp64            | a view of the parameter's own memory   | nothing to do        | the shard is gathered    |
 | the same, not contiguous| a view of the flat buffer              | copied from the      | the shard is gathered,   |
 | or pointed elsewhere    |                                        | parameter            | copied to the parameter  |
-| bf16 or fp16            | a tensor of its own                    | elements that were   | rounded into the shard,  |
-|                         |                                        | written from outside | which is gathered        |
+| bf16 or fp16; or masters| a tensor of its own                    | elements that were   | rounded into the shard,  |
+| are on another device   |                                        | written from outside | which is gathered        |
 |                         |                                        | are taken over       |                          |
 
 So what a user or a callback writes into a parameter (WGAN's clamping, pruning, averaging) is never undone by the
@@ -22,6 +22,13 @@ first weights, and is trained under DDP too.
 
 With one rank in fp32 the optimizer thus steps on the very parameters and gradients that it was made for: whatever
 works without ZeRO (LBFGS, sparse gradients, state under keys of the optimizer's own) works.
+
+[Note: offloaded masters]
+Masters may be in host memory, and so are then the optimizer's states, which it makes where its parameters are; the step
+is the host's work. Source: Ren et al., "ZeRO-Offload: Democratizing Billion-Scale Model Training", 2021. What a step
+moves over the bus is a rank's shard, thrice: the gradient down, the parameters' values down, to see what was written
+from outside, and up again. All of it goes through pinned memory, and each copy is waited for. Until the step gradients
+stay where the parameters are, and are clipped and unscaled there.
 """
 
 from __future__ import annotations
@@ -78,6 +85,7 @@ class ParameterBucket:
         collectives: the ranks that share the bucket.
         whole: give a master its parameter's shape, for an optimizer that looks at it, not a flat one.
         vacated: takes the memory that the parameters leave.
+        master_device: where the masters are; by default where the parameters are.
     """
 
     def __init__(
@@ -88,6 +96,7 @@ class ParameterBucket:
         *,
         whole: bool,
         vacated: VacatedMemory,
+        master_device: torch.device | None = None,
     ) -> None:
         self.plan = plan
         self.whole = whole or collectives.world_size == 1
@@ -99,9 +108,13 @@ class ParameterBucket:
         first = self.slots[0].parameter
         self.dtype, self.device = first.dtype, first.device
         self.master_dtype = torch.promote_types(self.dtype, torch.float32)
-        self.is_own_master = collectives.world_size == 1 and self.dtype == self.master_dtype
+        self.is_offloaded = master_device not in (None, self.device)
+        self._master_device = master_device or self.device
+        self._in_place = self.dtype == self.master_dtype and not self.is_offloaded
+        self.is_own_master = collectives.world_size == 1 and self._in_place
         """The parameters are their masters; there is no buffer, nothing to copy and nothing to send."""
         self._gradient: Tensor | None = None
+        self._gradient_on_host: Tensor | None = None
         self.at_rest = False
         """The fit is over: see `come_to_rest`."""
         self.pieces: list[Piece] = []
@@ -112,7 +125,9 @@ class ParameterBucket:
             ]
             return
         self._flat = self._adopt_parameters(vacated)
-        self._masters = self._shard if self.dtype == self.master_dtype else self._shard.to(self.master_dtype)
+        self._masters = self._shard if self._in_place else self._room_like_masters(self.master_dtype).copy_(self._shard)
+        # The shard on the host, rounded already: so no more than that goes over the bus
+        self._staged = self._room_like_masters(self.dtype) if self.is_offloaded else None
         low, _ = plan.shards.of(collectives.rank)
         slots = {slot.name: slot for slot in self.slots}
         for segment, offset in plan.owned(collectives.rank):
@@ -154,6 +169,15 @@ class ParameterBucket:
         else:
             slot.pointer = 0
 
+    def _room_like_masters(self, dtype: torch.dtype) -> Tensor:
+        pinned = self.is_offloaded and self.device.type == "cuda"
+        return torch.empty(self._shard.numel(), dtype=dtype, device=self._master_device, pin_memory=pinned)
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether its masters have memory of their own, which no parameter has a part in."""
+        return not self._in_place
+
     @property
     def is_idle(self) -> bool:
         """No parameter here can have a gradient, as those of a frozen backbone: no step changes anything."""
@@ -163,7 +187,7 @@ class ParameterBucket:
     def gradient(self) -> Tensor:
         """This rank's shard of the averaged gradient; its memory is first touched when a gradient arrives."""
         if self._gradient is None:
-            self._gradient = torch.empty(self._masters.numel(), dtype=self.master_dtype, device=self._masters.device)
+            self._gradient = torch.empty(self._masters.numel(), dtype=self.master_dtype, device=self.device)
         return self._gradient
 
     def release_gradient(self) -> None:
@@ -178,8 +202,7 @@ class ParameterBucket:
     @property
     def master_bytes(self) -> int:
         """Of the masters, where they are no part of the parameters."""
-        shared = self.is_own_master or self.dtype == self.master_dtype
-        return 0 if shared else sum(piece.master.nbytes for piece in self.pieces)
+        return sum(piece.master.nbytes for piece in self.pieces) if self.has_masters else 0
 
     def segment_gradient(self, piece: Piece) -> Tensor | None:
         """The averaged gradient of a segment, in its master's shape and dtype; None where there is none."""
@@ -191,6 +214,16 @@ class ParameterBucket:
         else:
             flat = whole.to_dense().reshape(-1) if whole.is_sparse else whole.reshape(-1)
         return flat.view(piece.master.shape).to(self.master_dtype)
+
+    def master_gradient(self, piece: Piece) -> Tensor | None:
+        """The same where the master is, for the optimizer's step."""
+        gradient = self.segment_gradient(piece)
+        if gradient is None or not self.is_offloaded:
+            return gradient
+        if self._gradient_on_host is None:
+            self._gradient_on_host = self._room_like_masters(self.master_dtype)
+        part = self._gradient_on_host[piece.offset : piece.offset + piece.segment.numel]
+        return part.view(piece.master.shape).copy_(gradient)
 
     @property
     def storage(self) -> int:
@@ -225,10 +258,10 @@ class ParameterBucket:
                 if slot.pointer:
                     self._leave_buffer(slot)
                 self._region(slot).copy_(parameter)
-        if self._masters.dtype != self.dtype:
-            shard = self._shard
+        if self.has_masters:
+            shard = self._shard if self._staged is None else self._staged.copy_(self._shard)
             outside = self._masters.to(self.dtype) != shard
-            if self.device.type != "cpu" or outside.any():  # the host would stop for a device's answer
+            if not shard.is_cpu or outside.any():  # the host would stop for a device's answer
                 torch.where(outside, shard.to(self.master_dtype), self._masters, out=self._masters)
 
     def _is_part(self, slot: Slot) -> bool:
@@ -264,8 +297,8 @@ class ParameterBucket:
     @torch.no_grad()
     def publish(self) -> Pending:
         """Give every rank what this rank's masters have become; the parameters stand when it is waited for."""
-        if self.master_dtype != self.dtype:
-            self._shard.copy_(self._masters)
+        if self.has_masters:
+            self._shard.copy_(self._masters if self._staged is None else self._staged.copy_(self._masters))
         if self._collectives.world_size == 1:
             return _Published(self, None)
         return _Published(self, self._collectives.all_gather(self._flat, self.plan.shards))
@@ -286,7 +319,7 @@ class ParameterBucket:
         So whatever is saved of a part of the module is as large as that part. Lightning may have moved the module to
         another device, which is followed as often as this is called. What is saved after the fit is the masters'.
         """
-        begins, self.at_rest, self._gradient = not self.at_rest, True, None
+        begins, self.at_rest, self._gradient, self._gradient_on_host = not self.at_rest, True, None, None
         if self.is_own_master:
             return
         if begins:
@@ -295,6 +328,7 @@ class ParameterBucket:
                     slot.parameter.data = slot.parameter.data.clone()
             self._flat = self._flat.new_empty(0)
             self._masters = self._masters.new_empty(0)
+            self._staged = None
         for piece in self.pieces:
             parameter, segment = piece.slot.parameter.data, piece.segment
             part = parameter.reshape(-1)[segment.start : segment.stop].view(piece.master.shape)

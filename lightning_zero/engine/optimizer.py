@@ -333,15 +333,15 @@ class SegmentedOptimizer:
         if not self._reducer.is_distributed:
             whole = {piece: piece.slot.parameter.grad for _, piece in self._in_group_order()}
             return {piece: gradient for piece, gradient in whole.items() if gradient is not None}
-        self._give_gradients()
-        given = {piece: piece.master.grad for _, piece in self._in_group_order()}
+        self._give_gradients(offloaded=False)
+        given = {piece: bucket.segment_gradient(piece) for bucket, piece in self._in_group_order()}
         return {piece: gradient for piece, gradient in given.items() if gradient is not None}
 
-    def _give_gradients(self) -> None:
-        """Give each master the gradient of its segment."""
+    def _give_gradients(self, *, offloaded: bool) -> None:
+        """Give each master the gradient of its segment; an offloaded one gets a copy, which is what it steps on."""
         for bucket, piece in self._in_group_order():
-            if not bucket.is_own_master:
-                piece.master.grad = bucket.segment_gradient(piece)
+            if not bucket.is_own_master and (offloaded or not bucket.is_offloaded):
+                piece.master.grad = bucket.master_gradient(piece)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """What `optimizer.step` does instead: the closure, the gradients, the step on segments, the gather.
@@ -434,7 +434,7 @@ class SegmentedOptimizer:
         active = [bucket for bucket in self.buckets if not bucket.is_idle]
         self._turns = _cut_into_turns(active) if self._takes_turns else [active]
         self.take_over_outside_writes(active)
-        self._give_gradients()
+        self._give_gradients(offloaded=True)
         self._reducer.forget_norms()
         self.is_stepping = True
 
@@ -639,7 +639,11 @@ def _taken_over(state: dict[str, Any], former: Piece, piece: Piece, optimizer: O
             f"the {type(optimizer).__name__} of an earlier fit was cut in another way than it would be now; make a new "
             "optimizer in configure_optimizers, and resume from a checkpoint"
         )
-    return state
+    device = piece.master.device  # Lightning has brought it all to the accelerator
+    return {
+        key: value.to(device) if isinstance(value, Tensor) and (value.dim() or device.type == "cpu") else value
+        for key, value in state.items()
+    }
 
 
 def _part_of(value: Any, key: str, piece: Piece, room: Callable[..., Tensor]) -> Any:
@@ -653,7 +657,7 @@ def _part_of(value: Any, key: str, piece: Piece, room: Callable[..., Tensor]) ->
         part = room(master, dtype=dtype)
         copy_range(value, piece.segment.start, piece.segment.stop, part)
         return part
-    return value.clone() if key == "step" else value.to(master.device, copy=True)
+    return value.clone() if key == "step" and not master.is_cpu else value.to(master.device, copy=True)
 
 
 def copy_range(source: Tensor, start: int, stop: int, out: Tensor) -> None:

@@ -39,6 +39,8 @@ class Partition:
         before_change: called before masters or states change.
         state_bytes_to_load: about how many bytes of this rank's optimizer states are going to be loaded. So much of the
             memory that the parameters leave is kept for them, until `release_vacated()`.
+        master_device: where masters and states are, and the optimizers step: see [Note: offloaded masters]. By default
+            where the parameters are.
 
     Raises:
         UnsupportedModelError: an optimizer, or a way of sharing memory, that can't be partitioned.
@@ -57,7 +59,9 @@ class Partition:
         find_unused_parameters: bool = False,
         before_change: Callable[[], None] = lambda: None,
         state_bytes_to_load: int = 0,
+        master_device: torch.device | None = None,
     ) -> None:
+        self._master_device = master_device
         self._vacated = VacatedMemory(state_bytes_to_load)
         self._module = module
         self._collectives = collectives
@@ -152,7 +156,14 @@ class Partition:
         )
         by_name = {names[parameter]: parameter for parameter in parameters}
         buckets = [
-            ParameterBucket(plan, by_name, self._collectives, whole=not by_element, vacated=self._vacated)
+            ParameterBucket(
+                plan,
+                by_name,
+                self._collectives,
+                whole=not by_element,
+                vacated=self._vacated,
+                master_device=self._master_device,
+            )
             for plan in plans
         ]
         for bucket in buckets:
@@ -208,7 +219,7 @@ class Partition:
         for bucket in self.buckets:
             for piece in bucket.pieces:
                 value = state_dict.get(piece.slot.name)
-                if bucket.dtype != bucket.master_dtype and isinstance(value, Tensor):
+                if bucket.has_masters and isinstance(value, Tensor):
                     copy_range(value, piece.segment.start, piece.segment.stop, piece.master)
 
     @property

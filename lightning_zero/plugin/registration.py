@@ -7,6 +7,7 @@ yet, it is registered with when somebody imports it.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -67,13 +68,16 @@ def _make(**options: Any) -> ZeroStrategy:
 def _register() -> None:
     from lightning.pytorch.strategies import StrategyRegistry
 
-    for stage in (1, 2):
+    for stage, offloads in itertools.product((1, 2), (False, True)):
+        name = f"zero_stage_{stage}_offload" if offloads else f"zero_stage_{stage}"
+        what = f"ZeRO stage {stage}, the optimizer in host memory" if offloads else f"ZeRO stage {stage}"
         for suffix, start_method in _START_METHODS.items():
             StrategyRegistry.register(
-                f"zero_stage_{stage}{suffix}",
+                name + suffix,
                 _make,
-                description=f"ZeRO stage {stage}, processes started by {start_method}: see lightning_zero.ZeroStrategy",
+                description=f"{what}, processes started by {start_method}: see lightning_zero.ZeroStrategy",
                 override=True,
                 stage=stage,
+                offload_optimizer=offloads,
                 start_method=start_method,
             )

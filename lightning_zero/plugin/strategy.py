@@ -100,6 +100,9 @@ class ZeroStrategy(DDPStrategy):
             Where a callback or a hook may look at parameters in between, or a part of the module is compiled, it is
             waited for as ever, and a line in the log says so. On NCCL a module with buffers needs
             `broadcast_buffers=False` too: their broadcast would wait for the gather.
+        offload_optimizer: keep the fp32 masters and the optimizer's states in host memory, and have it step there, as
+            DeepSpeed's `offload_optimizer` does. `torch.optim.AdamW(..., fused=True)` is fast on CPUs; give each rank
+            its share of the cores (`OMP_NUM_THREADS`). Where there is no GPU nothing changes.
         tag_validation: what to do where the ranks are given different tags to save: `"fail"`, or take the first
             rank's, and `"warn"` of it, or `"ignore"` it.
         accelerator: as for `DDPStrategy`, like all that follow.
@@ -127,6 +130,7 @@ class ZeroStrategy(DDPStrategy):
         find_unused_parameters: bool = False,
         broadcast_buffers: bool = True,
         overlap_gather: bool = False,
+        offload_optimizer: bool = False,
         tag_validation: TagValidation = "fail",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -167,6 +171,7 @@ class ZeroStrategy(DDPStrategy):
         self._find_unused_parameters = find_unused_parameters
         self._broadcast_buffers = broadcast_buffers
         self._overlap_gather = overlap_gather
+        self._master_device = torch.device("cpu") if offload_optimizer else None
         self._buffers_due = True
         self._tag_validation: TagValidation = tag_validation
         self._behind: bool | None = None
@@ -310,6 +315,7 @@ class ZeroStrategy(DDPStrategy):
                 reduce_dtype=self._reduce_dtype,
                 find_unused_parameters=self._find_unused_parameters,
                 before_change=self._before_step,
+                master_device=self._master_device,
                 state_bytes_to_load=self._data.resume.state_bytes if self._data.resume is not None else 0,
             )
             if self.world_size > 1:

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroStrategy
@@ -69,6 +69,59 @@ def parity(kind, options, tolerance):
 )
 def test_a_fit_on_cuda_equals_ddps(world_size, kind, options, tolerance):
     run_ranks(parity, world_size, kind, options, tolerance, process_group=False)
+
+
+class InHostMemory(Callback):
+    def on_train_batch_end(self, trainer, *args):
+        for segment in trainer.strategy.segments(trainer.optimizers[0]):
+            assert segment.master.is_cpu
+            assert segment.state
+            assert all(value.is_cpu for value in segment.state.values())
+
+
+def offload(**options):
+    return ZeroStrategy(offload_optimizer=True, **options)
+
+
+def offloaded(precision, clip):
+    options = {"precision": precision, "gradient_clip_val": clip}
+    theirs, _ = fit(lambda: Plain(fused), ZeroStrategy, **options)
+    ours, _ = fit(lambda: Plain(fused), offload, [InHostMemory()], **options)
+    assert_same_modules(ours, theirs, HALF)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-mixed"])
+def test_an_offloaded_optimizer_trains_alike_in_host_memory(world_size, precision):
+    clip = None if precision == "16-mixed" else 0.1  # a fused optimizer unscales by itself
+    run_ranks(offloaded, world_size, precision, clip, process_group=False)
+
+
+class Wide(Plain):
+    def __init__(self):
+        super().__init__(fused)
+        self.net = torch.nn.Sequential(torch.nn.Linear(8, 1 << 20), torch.nn.Linear(1 << 20, 8))
+
+
+class MostMemory(Callback):
+    """The most that is allocated on the GPU between two steps."""
+
+    nbytes = 0
+
+    def on_train_batch_end(self, *args):
+        self.nbytes = max(self.nbytes, torch.cuda.memory_allocated())
+
+
+def leaves_memory():
+    looks = MostMemory(), MostMemory()
+    for strategy, look in zip((ZeroStrategy, offload), looks, strict=True):
+        model, _ = fit(Wide, strategy, [look], max_steps=3)
+    states = 8 * sum(p.numel() for p in model.parameters())  # AdamW's two
+    assert looks[0].nbytes - looks[1].nbytes > 0.9 * states
+
+
+def test_an_offloaded_optimizer_leaves_its_memory_on_the_gpu_free():
+    run_ranks(leaves_memory, 1, process_group=False)
 
 
 def compiled():
