@@ -908,6 +908,7 @@ class ZeroStrategy(DDPStrategy):
             restore_optimizer_states(checkpoint, self._module, self.optimizers, self._partitioned)
 
         self._ranks.all_or_none(load)
+        self._data.load_states(self._trainer)  # Lightning calls no other hook between its loops' states and a batch
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

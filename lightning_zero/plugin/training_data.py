@@ -42,6 +42,16 @@ class TrainingData:
             if self.resume is not None:
                 self.resume.between(loader)
 
+    def load_states(self, trainer: Trainer) -> None:
+        """The loops know where they were: loaders that were made early, for an estimate of the steps, learn it now."""
+        loop, resume = trainer.fit_loop, self.resume
+        if resume is not None and loop._combined_loader is not None and loop._combined_loader_states_to_load:
+            loop._load_combined_loader_states()
+            for loader in _training_loaders(trainer):
+                resume.between(loader)
+            assert loop._data_fetcher is not None
+            iter(loop._data_fetcher)
+
     def start(self, trainer: Trainer) -> None:
         """The iterators are there: see [Note: when random states are restored]."""
         self._resumed, self.resume = self.resume, None

@@ -224,9 +224,8 @@ def test_a_fit_that_max_steps_has_ended_goes_on_with_the_next_batch(tmp_path):
 
 @distributed(world_size=1, process_group=False)
 def test_loaders_that_an_optimizers_schedule_has_asked_for_go_on_too(tmp_path):
-    make, options = LOADERS["with a generator"], {"estimates": True}
-    before = cut(make, 1, tmp_path, 2, **options)
-    assert before + fit(make, 1, ckpt_path=tmp_path, **options) == fit(make, 1, **options)
+    kinds = ("shuffled", "with a generator", "with a state", "with a state and a generator")
+    go_on_exactly(tmp_path, 1, {name: LOADERS[name] for name in kinds}, estimates=True)
 
 
 @distributed(world_size=1, process_group=False)
