@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import re
 import secrets
 import stat
 import threading
@@ -49,14 +50,23 @@ DIRECT_ALIGNMENT = 4096
 _LEAST_WITHOUT_COPY = 256 << 10
 _OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "hf"))
 """Where an object is there as a whole or not at all; elsewhere (in memory too) a file is renamed when complete."""
+_SHORTENED_URL = re.compile(r"([a-z][a-z0-9+.-]+):/(?!/)")
 _PARTS = 9000
 """S3 takes no more than 10000 parts of one object."""
 
 
 def locate(path: PathOrUrl) -> Location:
-    """What a user gives as a path or a URL."""
+    """What a user gives as a path or a URL.
+
+    Raises:
+        ValueError: it was a URL, of which `pathlib.Path` has left `s3:/bucket`: that would be a directory named `s3:`.
+    """
     text = str(path)
     if "://" not in text:
+        if shortened := _SHORTENED_URL.match(text):
+            raise ValueError(
+                f"{text!r} is no path; as a URL it is a string, '{shortened[1]}://{text[shortened.end() :]}'"
+            )
         return Path(cast("str | os.PathLike[str]", path))
     protocol, rest = text.split("://", 1)
     if protocol in ("file", "local"):

@@ -72,6 +72,8 @@ class ZeroCheckpoint(ModelCheckpoint):
         for name, value in (("keep_last", keep_last), ("keep_every_n_steps", keep_every_n_steps)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number from 1 on, or None, not {value!r}")
+        if dirpath is not None:
+            locate(dirpath)  # Lightning would make a path even of what has to be refused
         self.keep_last = keep_last
         self.keep_every_n_steps = keep_every_n_steps
         self.async_save = async_save

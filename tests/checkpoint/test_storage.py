@@ -118,3 +118,10 @@ def test_a_forked_process_makes_requests_of_its_own(server: Server):
     child.start()
     child.join(60)
     assert child.exitcode == 0
+
+
+def test_a_url_that_has_become_a_path_is_refused_with_the_string_that_was_meant():
+    with pytest.raises(ValueError, match="'s3://bucket/run'"):
+        locate(Path("s3://bucket/run"))
+    assert locate("C:/run") == Path("C:/run")
+    assert locate("./a:/b") == Path("./a:/b")
