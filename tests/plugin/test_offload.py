@@ -76,6 +76,7 @@ CASES = {
 
 def parity(name, stage):
     make, options, callbacks = CASES[name]
+    options = {"max_epochs": 2 if name == "unfrozen" else 1, **options}
     plugins = [{"plugins": [Scaled(growth_interval=3)]} if name == "scaled" else {} for _ in range(2)]
     theirs, _ = fit(make, ZeroStrategy(stage=stage), callbacks, **options, **plugins[0])
     ours, _ = fit(make, offloaded(stage), (*callbacks, Apart), **options, **plugins[1])
