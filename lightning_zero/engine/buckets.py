@@ -227,8 +227,8 @@ class ParameterBucket:
 
     @property
     def storage(self) -> int:
-        """Where the flat buffer is; 0 where there is none."""
-        return 0 if self.is_own_master else self._flat.untyped_storage().data_ptr()
+        """Where the flat buffer is; 0 where there is none any more."""
+        return self._flat.untyped_storage().data_ptr()
 
     def part_from_others(self, storages: Container[int]) -> None:
         """Give a parameter that was pointed at memory of a flat buffer a copy: it is another parameter's.
@@ -245,7 +245,6 @@ class ParameterBucket:
         """Bring what was written into the parameters since the last step into the masters."""
         if self.at_rest:
             self.come_to_rest()
-        if self.is_own_master or self.at_rest:
             return
         for slot, spec in zip(self.slots, self.plan.parameters, strict=True):
             parameter = slot.parameter
@@ -289,7 +288,7 @@ class ParameterBucket:
     @torch.no_grad()
     def put_masters_back(self) -> None:
         """Bring masters that an optimizer has pointed at other memory back to their place."""
-        for piece in self.pieces if not self.is_own_master else ():
+        for piece in self.pieces:
             if piece.master.data_ptr() != piece.place.data_ptr():
                 piece.place.copy_(piece.master.data)
                 piece.master.data = piece.place
@@ -306,8 +305,6 @@ class ParameterBucket:
     @torch.no_grad()
     def copy_out(self) -> None:
         """Bring the flat buffer's values to the parameters that are not views of it."""
-        if self.is_own_master:
-            return
         for slot in self.slots:
             if slot.parameter.numel() and not slot.pointer:
                 slot.parameter.copy_(self._region(slot))

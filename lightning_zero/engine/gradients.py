@@ -57,7 +57,6 @@ class GradientReducer:
     """Averages gradients over the ranks, each rank keeping its shards.
 
     Args:
-        buckets: in the order in which backward is expected to fill them.
         collectives: the ranks.
         stage: 1: gradients accumulate whole under `no_sync`. 2: they are reduced after every backward.
         reduce_dtype: what travels; the parameter's own dtype by default.
@@ -66,7 +65,6 @@ class GradientReducer:
 
     def __init__(
         self,
-        buckets: Sequence[ParameterBucket],
         collectives: Collectives,
         *,
         stage: int,
@@ -96,10 +94,9 @@ class GradientReducer:
         self._sent = 0
         self._missing: dict[int, int] = {}
         self._full: list[int] = []
-        self.add(buckets)
 
     def add(self, buckets: Sequence[ParameterBucket]) -> None:
-        """Take further buckets in, behind those that are there."""
+        """Take buckets in, in the order in which backward is expected to fill them, behind those that are there."""
         first = len(self._buckets)
         self._buckets += buckets
         if not self.is_distributed:

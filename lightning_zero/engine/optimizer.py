@@ -178,8 +178,7 @@ class SegmentedOptimizer:
     """Makes a user's optimizer step on this rank's segments, in place, until `detach()`.
 
     Args:
-        optimizer: the user's.
-        buckets: those with this optimizer's parameters.
+        optimizer: the user's; `add` gives it the buckets with its parameters.
         reducer: brings the gradients.
         take_in_new_parameters: partitions those parameters of the groups that aren't yet.
         before_change: called before masters or states change, after the closure.
@@ -189,7 +188,6 @@ class SegmentedOptimizer:
     def __init__(
         self,
         optimizer: Optimizer,
-        buckets: Sequence[ParameterBucket],
         reducer: GradientReducer,
         take_in_new_parameters: Callable[[], None],
         before_change: Callable[[], None],
@@ -206,10 +204,10 @@ class SegmentedOptimizer:
         self._turns: list[list[ParameterBucket]] = []  # the buckets of the step under way
         self._users_params: list[list[Parameter]] = []
         self.buckets: list[ParameterBucket] = []
+        self._held: set[ParameterBucket] = set()  # the same; asked for each parameter in each step
         # An optimizer that is used for a second fit goes on with the state that it has by the first one's masters.
         former = getattr(getattr(optimizer.state_dict, "__func__", None), _OWNER, None)
         self._former = {} if former is None else {parameter: piece for parameter, (_, piece) in former._pieces.items()}
-        self.add(buckets)
         self._user_step = optimizer.step
         self._user_add_param_group = optimizer.add_param_group
         # A step that somebody has put in its place may count its calls, or ignore its closure.
@@ -247,8 +245,9 @@ class SegmentedOptimizer:
         optimizer.load_state_dict = types.MethodType(load_state_dict, optimizer)  # type: ignore[method-assign]
 
     def add(self, buckets: Sequence[ParameterBucket]) -> None:
-        """Take in the buckets of a param group that was added, and cut the state that the optimizer came with."""
+        """Take in buckets with this optimizer's parameters, and cut the state that it came with."""
         self.buckets += buckets
+        self._held.update(buckets)
         state = self.optimizer.state
         for bucket in buckets:
             for piece in bucket.pieces:
@@ -266,7 +265,7 @@ class SegmentedOptimizer:
 
     def holds(self, bucket: ParameterBucket) -> bool:
         """Whether the bucket is among this optimizer's."""
-        return bucket in self.buckets
+        return bucket in self._held
 
     def detach(self) -> None:
         """Give the optimizer its own methods back."""
@@ -447,9 +446,10 @@ class SegmentedOptimizer:
 
     def _publish(self, buckets: Sequence[ParameterBucket]) -> list[tuple[ParameterBucket, Pending]]:
         """Send everybody the segments of these buckets."""
-        for bucket in buckets:
+        moved = [bucket for bucket in buckets if not bucket.is_own_master]
+        for bucket in moved:
             bucket.put_masters_back()
-        return [(bucket, bucket.publish()) for bucket in buckets]
+        return [(bucket, bucket.publish()) for bucket in moved]
 
     def _evaluated(self, closure: Callable[[], Any], asked: list[bool]) -> Callable[[], Any]:
         """The closure as the optimizer gets it: it is evaluated with the user's parameters in the param groups.
@@ -486,7 +486,8 @@ class SegmentedOptimizer:
     def take_over_outside_writes(self, buckets: Sequence[ParameterBucket] | None = None) -> None:
         """Bring what was written into parameters since the last step into the masters."""
         buckets = self.buckets if buckets is None else buckets
-        storages = {bucket.storage for bucket in self.buckets} - {0}
+        buckets = [bucket for bucket in buckets if not bucket.is_own_master]
+        storages = {bucket.storage for bucket in self.buckets if not bucket.is_own_master} - {0}
         for bucket in buckets:
             bucket.part_from_others(storages)
         for bucket in buckets:

@@ -74,7 +74,6 @@ class Partition:
         self._optimizers = list(optimizers)
         self._by_parameter: dict[Parameter, ParameterBucket] = {}
         self.reducer = GradientReducer(
-            [],
             collectives,
             stage=stage,
             reduce_dtype=reduce_dtype,
@@ -82,7 +81,7 @@ class Partition:
         )
         self.arrivals = Arrivals()
         self._segmented = [
-            SegmentedOptimizer(optimizer, [], self.reducer, self.take_in_new_parameters, before_change, self.arrivals)
+            SegmentedOptimizer(optimizer, self.reducer, self.take_in_new_parameters, before_change, self.arrivals)
             for optimizer in optimizers
         ]
         self._unowned = [p for p in module.parameters() if p.requires_grad]
@@ -346,7 +345,7 @@ class Partition:
             owner: the optimizer whose state is meant; by default the first that holds the parameter.
         """
         bucket = self._bucket_of(parameter, "full_state")
-        owner = owner or next(one for one in self._segmented if bucket in one.buckets)
+        owner = owner or next(one for one in self._segmented if one.holds(bucket))
         parts = self._parts(
             bucket, parameter, lambda piece: {"param": piece.master, **owner.optimizer.state.get(piece.master, {})}
         )

@@ -558,3 +558,27 @@ def test_a_loaded_count_of_steps_lies_where_torchs_own_loading_puts_it():
             assert segment.state["exp_avg"].is_meta
             assert segment.state["step"].device.type == ("meta" if asked else "cpu")
             assert segment.state["step"] is not counted
+
+
+@distributed(world_size=1)
+def test_with_one_rank_a_step_asks_each_bucket_nothing_but_whether_it_is_known():
+    net = layers(*"abcdefgh")
+    optimizer, partition = partitioned(net)
+    asked = []
+
+    class Spied(type(partition.buckets[0])):
+        def __eq__(self, other):
+            asked.append("whether it is another")
+            return self is other
+
+        __hash__ = object.__hash__
+
+        def publish(self):
+            asked.append("publish")
+            return super().publish()
+
+    for bucket in partition.buckets:
+        bucket.__class__ = Spied
+    net["a"](batch(0)).pow(2).mean().backward()
+    optimizer.step()
+    assert not asked
