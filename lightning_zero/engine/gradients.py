@@ -34,7 +34,7 @@ another rank may have had one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_zero.engine import norms
-from lightning_zero.engine.buckets import ParameterBucket, Slot
+from lightning_zero.engine.buckets import ParameterBucket, Piece, Slot
 from lightning_zero.engine.buffers import BufferPool, is_unshared
 from lightning_zero.engine.collectives import Collectives
 from lightning_zero.engine.stand_in import PartitionedGradient
@@ -79,6 +79,7 @@ class GradientReducer:
         self._pool = BufferPool()
         self._buckets: list[ParameterBucket] = []
         self._slots: dict[str, tuple[int, Slot]] = {}
+        self._pieces: dict[str, Piece] = {}
         self._stand_ins: dict[str, PartitionedGradient] = {}
         self._hooks: list[RemovableHandle] = []
         self._in_flight: list[tuple[Pending, Tensor, ParameterBucket]] = []
@@ -104,6 +105,7 @@ class GradientReducer:
         self._order += range(first, len(self._buckets))
         self._order_is_learned = False
         for index, bucket in enumerate(buckets, first):
+            self._pieces |= {piece.slot.name: piece for piece in bucket.pieces}
             for slot in bucket.slots:
                 self._slots[slot.name] = (index, slot)
                 self._stand_ins[slot.name] = PartitionedGradient.of(slot.name, slot.parameter, self)
@@ -286,11 +288,14 @@ class GradientReducer:
 
     def finish(self) -> None:
         """Return when every gradient that was accumulated so far stands in its segments. A collective."""
+        self._finish(self._slots)
+
+    def _finish(self, names: Iterable[str]) -> None:
+        """The same for those of some parameters, at least."""
         if not self.is_distributed or not self._buckets:
             return
-        left = (
-            self._open or self._unagreed or any(_local_gradient(slot) is not None for _, slot in self._slots.values())
-        )
+        slots = (self._slots[name][1] for name in names)
+        left = self._open or self._unagreed or any(_local_gradient(slot) is not None for slot in slots)
         if self.agreed([left])[0]:
             self._flush(agree=True)
         self._wait(keep=0)
@@ -371,14 +376,11 @@ class GradientReducer:
 
     # --- what is done to the gradients through their stand-ins: see `stand_in.Holder` ---
 
-    def held(self, name: str) -> list[Tensor]:
-        """This rank's parts of one parameter's gradient, each a view of the bucket's shard."""
-        index, slot = self._slots[name]
-        bucket = self._buckets[index]
+    def _held(self, names: Iterable[str]) -> list[Tensor]:
+        """This rank's parts of some parameters' gradients, each a view of its bucket's shard."""
+        owned = ((self._slots[name][0], self._pieces[name]) for name in names if name in self._pieces)
         return [
-            bucket.gradient[piece.offset : piece.offset + piece.segment.numel]
-            for piece in bucket.pieces
-            if piece.slot is slot
+            self._buckets[index].gradient[piece.offset : piece.offset + piece.segment.numel] for index, piece in owned
         ]
 
     def zero(self, name: str) -> None:
@@ -389,36 +391,37 @@ class GradientReducer:
         if slot.deposited:
             self._buffers[index][slot.offset : slot.offset + slot.parameter.numel()].zero_()
             slot.continues = False
-        for part in self.held(name):
+        for part in self._held([name]):
             part.zero_()
 
     @torch.no_grad()
-    def change(self, name: str, how: Callable[[Tensor], object]) -> None:
-        """Apply a function to this rank's part of one parameter's gradient, in place. A collective."""
-        self.finish()
+    def change(self, names: Sequence[str], how: Callable[[list[Tensor]], object]) -> None:
+        """Apply a function to this rank's parts of some parameters' gradients, in place. A collective."""
+        self._finish(names)
         self._norms.clear()
-        for part in self.held(name):
-            how(part)
+        parts = self._held(names)
+        if parts:
+            how(parts)
 
-    def norm(self, name: str, norm_type: float) -> Tensor:
-        """The norm of one parameter's whole gradient. A collective: those of all are computed at once, and kept."""
-        self.finish()
+    def norms(self, names: Sequence[str], norm_type: float) -> list[Tensor]:
+        """The norms of some parameters' whole gradients. A collective: those of all are computed at once, and kept."""
+        self._finish(names)
         if norm_type not in self._norms:
             parts = [
-                self.held(name) if isinstance(slot.parameter.grad, PartitionedGradient) else []
+                self._held([name]) if isinstance(slot.parameter.grad, PartitionedGradient) else []
                 for name, (_, slot) in self._slots.items()
             ]
             computed = norms.norms(parts, self._collectives, self._buckets[0].device, norm_type)
             self._norms[norm_type] = dict(zip(self._slots, computed, strict=True))
-        index, _ = self._slots[name]
-        return self._norms[norm_type][name].to(self._buckets[index].master_dtype)
+        kept, buckets = self._norms[norm_type], (self._buckets[self._slots[name][0]] for name in names)
+        return [kept[name].to(bucket.master_dtype) for name, bucket in zip(names, buckets, strict=True)]
 
     @torch.no_grad()
     def unscale(self, names: Sequence[str], found_inf: Tensor, inv_scale: Tensor) -> None:
         """Multiply gradients by `inv_scale`; `found_inf` becomes 1 on all ranks if one has found an infinity."""
-        self.finish()
+        self._finish(names)
         self._norms.clear()
-        parts = [part for name in names for part in self.held(name)]
+        parts = self._held(names)
         if parts:
             torch._amp_foreach_non_finite_check_and_unscale_(parts, found_inf, inv_scale)
         self._collectives.all_reduce(found_inf, dist.ReduceOp.MAX)

@@ -11,8 +11,8 @@ whatever drops or zeroes gradients does what it says. What code commonly does to
 | scaling by a number, clamping, replacing non-finites  | `clip_grad_norm_`, `clip_grad_value_`, averaging    |
 | unscaling, with a check for infinities                | `torch.amp.GradScaler`, which so agrees on all ranks|
 
-Each of them is a collective, to be called on every rank. Anything else would need the whole gradient, and is an error
-with a way out, never a silent nothing.
+Each of them is a collective, to be called on every rank: one, if it is done to many gradients at once. Anything else
+would need the whole gradient, and is an error with a way out, never a silent nothing.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Holder(Protocol):
     def zero(self, name: str) -> None:
         """Set one parameter's gradient to zero."""
 
-    def change(self, name: str, how: Callable[[Tensor], object]) -> None:
-        """Apply a function to this rank's part of one parameter's gradient, in place. A collective."""
+    def change(self, names: Sequence[str], how: Callable[[list[Tensor]], object]) -> None:
+        """Apply a function to this rank's parts of some parameters' gradients, in place. A collective."""
 
-    def norm(self, name: str, norm_type: float) -> Tensor:
-        """The norm of one parameter's whole gradient, 0-d. A collective."""
+    def norms(self, names: Sequence[str], norm_type: float) -> list[Tensor]:
+        """The norms of some parameters' whole gradients, each 0-d. A collective."""
 
     def unscale(self, names: Sequence[str], found_inf: Tensor, inv_scale: Tensor) -> None:
         """Multiply gradients by `inv_scale`; `found_inf` becomes 1 on all ranks if one has found an infinity."""
@@ -84,7 +84,8 @@ class PartitionedGradient(torch.Tensor):
         result = NotImplemented if operation is None else operation(func, *args, **(kwargs or {}))
         if result is not NotImplemented:
             return result
-        names = [tensor._name for tensor in _flatten(args) if isinstance(tensor, cls)]
+        given = _flatten((args, list((kwargs or {}).values())))
+        names = [tensor._name for tensor in given if isinstance(tensor, cls)]
         raise UnsupportedModelError(
             f"the gradient of {names[0]!r} is partitioned over the ranks; no rank holds it whole, and {func} can't "
             "be done with it. self.trainer.strategy.full_grad(parameter) puts it together, on every rank; "
@@ -104,14 +105,6 @@ class PartitionedGradient(torch.Tensor):
         """Set the gradient to zero, whatever of it is pending too."""
         self.pending, self.replaces = None, False
         self._holder.zero(self._name)
-
-    def change(self, how: Callable[[Tensor], object]) -> None:
-        """Apply a function to the gradient, in place."""
-        self._holder.change(self._name, how)
-
-    def norm_of_all(self, norm_type: float) -> Tensor:
-        """The norm of the whole gradient."""
-        return self._holder.norm(self._name, norm_type)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PartitionedGradient({self._name!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -150,34 +143,43 @@ def _change(func: Any, gradient: Any, *operands: Any, **options: Any) -> Any:
     whole = [value for value in (*operands, *options.values()) if isinstance(value, Tensor) and value.dim()]
     if whole or not isinstance(gradient, PartitionedGradient):
         return NotImplemented
-    gradient.change(lambda part: func(part, *operands, **options))
+    gradient._holder.change([gradient._name], lambda parts: [func(part, *operands, **options) for part in parts])
     return gradient
-
-
-def _foreach(single: Any) -> Callable[..., Any]:
-    def change(func: Any, gradients: list[Tensor], operand: Any) -> Any:
-        if isinstance(operand, Tensor) and operand.dim():
-            return NotImplemented
-        for gradient in gradients:
-            single(gradient, operand)
-        return None
-
-    return change
 
 
 def _norm(func: Any, gradient: PartitionedGradient, norm_type: float = 2, dim: Any = None, *rest: Any, **_: Any) -> Any:
     if dim is not None or norm_type <= 0:
         return NotImplemented
-    return gradient.norm_of_all(float(norm_type))
+    return gradient._holder.norms([gradient._name], float(norm_type))[0]
 
 
-def _foreach_norm(func: Any, gradients: list[Tensor], norm_type: float = 2, dtype: Any = None) -> list[Tensor]:
-    return [torch.linalg.vector_norm(gradient, norm_type, dtype=dtype) for gradient in gradients]
-
-
-def _unscale(func: Any, gradients: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+def _divided(gradients: Sequence[Tensor]) -> tuple[list[PartitionedGradient], list[Tensor]]:
+    """Stand-ins, and what is none."""
     ours = [gradient for gradient in gradients if isinstance(gradient, PartitionedGradient)]
-    others = [gradient for gradient in gradients if not isinstance(gradient, PartitionedGradient)]
+    return ours, [gradient for gradient in gradients if not isinstance(gradient, PartitionedGradient)]
+
+
+def _foreach_change(func: Any, gradients: Sequence[Tensor], operand: Any) -> Any:
+    ours, others = _divided(gradients)
+    if not ours or (isinstance(operand, Tensor) and operand.dim()):
+        return NotImplemented
+    if others:
+        func(others, operand)
+    ours[0]._holder.change([gradient._name for gradient in ours], lambda parts: func(parts, operand))
+    return None
+
+
+def _foreach_norm(func: Any, gradients: Sequence[Tensor], norm_type: float = 2, **options: Any) -> Any:
+    if norm_type <= 0:
+        return NotImplemented
+    ours, others = _divided(gradients)
+    held = iter(ours[0]._holder.norms([gradient._name for gradient in ours], float(norm_type)))
+    whole = iter(func(others, norm_type, **options) if others else ())
+    return [next(held if isinstance(gradient, PartitionedGradient) else whole) for gradient in gradients]
+
+
+def _unscale(func: Any, gradients: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+    ours, others = _divided(gradients)
     if others:
         func(others, found_inf, inv_scale)
     ours[0]._holder.unscale([gradient._name for gradient in ours], found_inf, inv_scale)
@@ -198,12 +200,12 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
     aten.clamp_min_.default: _change,
     aten.clamp_max_.default: _change,
     aten.nan_to_num_.default: _change,
-    aten._foreach_mul_.Scalar: _foreach(torch.Tensor.mul_),
-    aten._foreach_mul_.Tensor: _foreach(torch.Tensor.mul_),
-    aten._foreach_div_.Scalar: _foreach(torch.Tensor.div_),
-    aten._foreach_div_.Tensor: _foreach(torch.Tensor.div_),
-    aten._foreach_clamp_min_.Scalar: _foreach(torch.Tensor.clamp_min_),
-    aten._foreach_clamp_max_.Scalar: _foreach(torch.Tensor.clamp_max_),
+    aten._foreach_mul_.Scalar: _foreach_change,
+    aten._foreach_mul_.Tensor: _foreach_change,
+    aten._foreach_div_.Scalar: _foreach_change,
+    aten._foreach_div_.Tensor: _foreach_change,
+    aten._foreach_clamp_min_.Scalar: _foreach_change,
+    aten._foreach_clamp_max_.Scalar: _foreach_change,
     aten.linalg_vector_norm.default: _norm,
     aten._foreach_norm.Scalar: _foreach_norm,
     aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale,

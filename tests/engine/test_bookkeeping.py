@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_zero.engine import gradients as gradients_room
 from lightning_zero.engine.collectives import collectives_for
 from lightning_zero.engine.partition import Partition
 from lightning_zero.engine.stand_in import PartitionedGradient
@@ -582,3 +583,43 @@ def test_with_one_rank_a_step_asks_each_bucket_nothing_but_whether_it_is_known()
     net["a"](batch(0)).pow(2).mean().backward()
     optimizer.step()
     assert not asked
+
+
+def with_gradients(names):
+    net = layers(*names)
+    _, partition = partitioned(net)
+    sum(net[name](batch(0)).pow(2).mean() for name in names).backward()
+    partition.flush()
+    return list(net.parameters()), partition
+
+
+@distributed(world_size=2)
+def test_what_is_done_to_many_gradients_at_once_is_agreed_on_once():
+    asked = []
+    for names in ("ab", "abcdefgh"):
+        parameters, partition = with_gradients(names)
+        expected = float(partition.grad_norm())
+        original, agreements = partition.reducer.agreed, []
+        partition.reducer.agreed = lambda *args, of=original, to=agreements: to.append(args) or of(*args)
+        norm = nn.utils.clip_grad_norm_(parameters, 0.5, foreach=True)
+        assert float(norm) == pytest.approx(expected, rel=1e-5)
+        assert float(partition.grad_norm()) == pytest.approx(0.5, rel=1e-4)
+        asked.append(len(agreements))
+    assert asked[0] == asked[1]
+
+
+@distributed(world_size=2)
+def test_one_gradients_norm_does_not_look_for_those_of_others():
+    parameters, _ = with_gradients("abcdefgh")
+    looked, original = [], gradients_room._local_gradient
+    gradients_room._local_gradient = lambda slot: looked.append(slot) or original(slot)
+    nn.utils.clip_grad_norm_(parameters, 0.5)
+    gradients_room._local_gradient = original
+    assert len(looked) <= 2 * len(parameters)
+
+
+@distributed(world_size=2)
+def test_an_operation_that_would_write_into_a_partitioned_gradient_is_refused_by_its_name():
+    parameters, _ = with_gradients("a")
+    with pytest.raises(UnsupportedModelError, match=r"the gradient of 'a\.weight' is partitioned"):
+        torch.mul(parameters[0].data, 2.0, out=parameters[0].grad)
