@@ -32,8 +32,9 @@ A crash in between leaves `<tag>.replaced-…`: a checkpoint like any other, unt
 
 [Note: what is stale]
 A save locks its staging directory (flock) for as long as it runs; the kernel lets go when the process dies, however
-it dies. So a staging directory that can be locked is a dead save's, and goes. Where the file system knows no locks, one
-in which nothing has changed for a day is taken for dead. Trash is always stale.
+it dies. So a staging directory that can be locked is a dead save's, and goes, under the lock: whoever has made one and
+finds it locked, or gone, makes it again. Where the file system knows no locks, one in which nothing has changed for a
+day is taken for dead. Trash is always stale.
 
 Behind a URL it is another life: see [Note: the commit where nothing can be renamed].
 """
@@ -186,9 +187,7 @@ class Staging:
         if is_remote(path):
             require_replaceable(path)
         else:
-            path.mkdir(parents=True)
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            _lock(self._fd)
+            self._fd = _make_and_lock(path)
 
     def release(self) -> None:
         """Let go; a second time does nothing."""
@@ -473,27 +472,50 @@ def clean_leftovers(save_dir: Location) -> None:
             return
         for name in names_in(save_dir):
             path = save_dir / name
-            if name.startswith(_TRASH) or (name.startswith(_STAGING) and _is_dead(path)):
+            if name.startswith(_TRASH):
                 _remove(path)
+            elif name.startswith(_STAGING):
+                _remove_if_dead(path)
     except Exception as error:  # a store's own kinds too: nothing that a save has to fail for
         warnings.warn(f"what dead saves have left in {save_dir} couldn't be removed: {error}", stacklevel=2)
 
 
-def _is_dead(staging: Path) -> bool:
+def _remove_if_dead(staging: Path) -> None:
     try:
         # O_NONBLOCK: a pipe of that name would wait for somebody to write to it, and every save with it
         fd = os.open(staging, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        return False
+        return
     try:
-        if (locked := _lock(fd)) is not None:
-            return locked
-        newest = max([os.fstat(fd).st_mtime, *(os.stat(name, dir_fd=fd).st_mtime for name in os.listdir(fd))])
-        return time.time() - newest > _IDLE_SECONDS
+        dead = _lock(fd)
+        if dead is None:
+            newest = max([os.fstat(fd).st_mtime, *(os.stat(name, dir_fd=fd).st_mtime for name in os.listdir(fd))])
+            dead = time.time() - newest > _IDLE_SECONDS
+        if dead:
+            _remove(staging)
     except OSError:
-        return False
+        return
     finally:
         os.close(fd)
+
+
+def _make_and_lock(staging: Path) -> int:
+    """Make a staging directory, and give the descriptor that holds its lock: see [Note: what is stale]."""
+    while True:
+        staging.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            fd = os.open(staging, os.O_RDONLY | os.O_CLOEXEC)
+            if _lock(fd) is not False and _is_at(fd, staging):
+                return fd
+            os.close(fd)
+        time.sleep(0.01)  # whoever holds it is removing it
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError:
+        return False
 
 
 def _lock(fd: int) -> bool | None:

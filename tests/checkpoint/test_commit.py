@@ -128,6 +128,24 @@ def test_the_staging_directory_of_a_live_save_is_left_alone_and_that_of_a_killed
     assert os.listdir(tmp_path) == []
 
 
+def test_a_save_whose_staging_directory_was_cleaned_away_before_its_lock_makes_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, left = os.open, 3
+
+    def open_late(path: Any, *args: Any, **kwargs: Any) -> int:
+        nonlocal left
+        if ".staging-" in str(path) and left:  # another's save cleans up at this very moment
+            left -= 1
+            commit.clean_leftovers(tmp_path)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", open_late)
+    Sample(step=4).save(tmp_path / "tag")
+    assert left == 0
+    assert Checkpoint(resolve(tmp_path), verify="full").manifest.step == 4
+
+
 def test_without_locks_a_staging_directory_is_stale_after_a_day(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
