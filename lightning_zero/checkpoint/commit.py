@@ -113,7 +113,7 @@ def read_latest(save_dir: Location) -> str | None:
             return None
         raise CorruptCheckpointError(str(error)) from error
     try:
-        return validate_tag(content.decode().strip())
+        return validate_tag(content.decode().strip("\r\n"))  # a blank may be a part of it
     except (UnicodeDecodeError, InvalidTagError) as error:
         raise CorruptCheckpointError(f"{path} is damaged: {error}") from None
 
@@ -133,10 +133,17 @@ def require_own_latest(save_dir: Location) -> None:
 
 
 def _names(save_dir: Location, tag: str) -> bool:
-    """Whether `latest` names this tag; a damaged one names none."""
+    """Whether `latest` names this tag; a damaged one names none.
+
+    Raises:
+        CorruptCheckpointError: the disk doesn't tell, for now perhaps.
+    """
     try:
         return read_latest(save_dir) == tag
-    except CorruptCheckpointError:
+    except CorruptCheckpointError as error:
+        refused = error.__cause__.__cause__ if error.__cause__ is not None else None
+        if isinstance(refused, OSError) and refused.errno in (errno.EIO, errno.ESTALE):
+            raise
         return False
 
 
@@ -439,6 +446,9 @@ def remove_tag(save_dir: Location, tag: str) -> None:
     One of weights alone is never named.
 
     A tag that isn't there is no error. A crash in between leaves either the tag or some trash.
+
+    Raises:
+        CorruptCheckpointError: what `latest` names can't be read, for now perhaps.
     """
     path = save_dir / validate_tag(tag, hidden=True)
     if not (is_remote(path) or os.path.lexists(path)):

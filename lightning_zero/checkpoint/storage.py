@@ -141,7 +141,7 @@ class ReadableFile(Protocol):
         """Fill `target` with the bytes that begin at `offset`.
 
         Raises:
-            IncompleteCheckpointError: the file ends before.
+            IncompleteCheckpointError: the file ends before, or the disk, or the store, refuses.
         """
         ...
 
@@ -190,7 +190,10 @@ class _MountedFile:
 
     def read_into(self, offset: int, target: memoryview) -> None:
         while len(target):
-            count = os.preadv(self._fd, [target], offset)
+            try:
+                count = os.preadv(self._fd, [target], offset)
+            except OSError as error:
+                raise IncompleteCheckpointError(f"{self._path} can't be read: {error.strerror}") from error
             if count == 0:
                 raise IncompleteCheckpointError(
                     f"{self._path} was cut short: it ends before byte {offset + len(target)}"
@@ -222,6 +225,12 @@ class _RemoteFile:
             self._file.close()
 
     def read_into(self, offset: int, target: memoryview) -> None:
+        try:
+            self._read_into(offset, target)
+        except OSError as error:
+            raise IncompleteCheckpointError(f"{self._url} can't be read: {error}") from error
+
+    def _read_into(self, offset: int, target: memoryview) -> None:
         if len(target) <= _PART_BYTES:
             with self._lock:
                 self._file.seek(offset)

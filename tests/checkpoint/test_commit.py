@@ -1,5 +1,6 @@
 """The life of a save directory, killed at every step of it."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -177,6 +178,42 @@ def test_removing_what_latest_names_points_latest_at_the_newest_other(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["s3"]
 
 
+def test_nothing_is_removed_while_the_disk_does_not_tell_what_latest_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        Sample(step=step).save(tmp_path / f"s{step}")
+    with monkeypatch.context() as failing:
+        fail_to_read(failing, "/latest")
+        with pytest.raises(CorruptCheckpointError, match="Stale file handle"):
+            commit.remove_tag(tmp_path, "s2")
+    assert commit.read_latest(tmp_path) == "s2"
+    assert Checkpoint(resolve(tmp_path)).manifest.step == 2
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00001-of-00002.safetensors", "trainer.pt"])
+def test_what_the_disk_refuses_to_read_is_damage_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for step in (1, 2):
+        Sample(step=step, world_size=2).save(tmp_path / f"s{step}")
+    fail_to_read(monkeypatch, f"/s2/{name}")
+    with pytest.warns(UserWarning, match=f"{name}.*Stale file handle"):
+        assert resolve(tmp_path).name == "s1"
+    assert {tag.name: tag.complete for tag in commit.list_tags(tmp_path)} == {"s1": True, "s2": False}
+
+
+def fail_to_read(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    real = os.preadv
+
+    def preadv(fd: int, *args: Any) -> int:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(where):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(fd, *args)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+
+
 def test_tags_are_listed_newest_first_with_what_is_wrong(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         Sample(step=step, world_size=2).save(tmp_path / f"s{step}")
@@ -215,11 +252,13 @@ def test_what_can_be_no_tag_is_refused_everywhere(tmp_path: Path, tag: str) -> N
 
 
 @pytest.mark.parametrize(
-    "tag", ["step=500.ckpt", "global_step3", "epoch=1-val_loss=0.25.ckpt", "déjà vu", "latest.ckpt"]
+    "tag", ["step=500.ckpt", "global_step3", "epoch=1-val_loss=0.25.ckpt", "déjà vu", "latest.ckpt", " a blank "]
 )
 def test_what_lightning_and_people_call_their_checkpoints_is_a_tag(tmp_path: Path, tag: str) -> None:
     Sample().save(tmp_path / tag)
-    assert resolve(tmp_path).name == tag
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve(tmp_path).name == tag
 
 
 CONTENTS = [b"", b"\n", b"../../etc", b"/etc/passwd", b"a\0b", b"\xff\xfe", b"x" * 10_000, b"latest", b".", b"gone"]
