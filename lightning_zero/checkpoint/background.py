@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from lightning_zero.checkpoint import kernel
@@ -39,18 +40,9 @@ class BackgroundSave:
         if self._state != "idle":
             raise RuntimeError("a save is under way, or has failed; join it first")
         self._state = "running"
-        # Not a daemon: a process that ends in order finishes what it has begun to save
-        thread = threading.Thread(target=self._run_aside, args=(save,), name="lightning_zero-save", daemon=False)
-        try:
-            thread.start()
-        except RuntimeError:  # no more threads: the other ranks wait for this one
+        self._thread = start_aside(partial(self._run, save), "lightning_zero-save")
+        if self._thread is None:  # the other ranks wait for this one
             self._run(save)
-        else:
-            self._thread = thread
-
-    def _run_aside(self, save: Callable[[], SaveReport]) -> None:
-        kernel.yield_to_others()
-        self._run(save)
 
     def _run(self, save: Callable[[], SaveReport]) -> None:
         try:
@@ -100,6 +92,22 @@ class BackgroundSave:
             error, self._error = self._error, None
             self._state = "idle"
         return error
+
+
+def start_aside(work: Callable[[], object], name: str) -> threading.Thread | None:
+    """Begin something in a thread that runs where there is time; None, if there can be no more threads."""
+
+    def run() -> None:
+        kernel.yield_to_others()
+        work()
+
+    # Not a daemon: a process that ends in order finishes what it has begun
+    thread = threading.Thread(target=run, name=name, daemon=False)
+    try:
+        thread.start()
+    except RuntimeError:
+        return None
+    return thread
 
 
 def _quietly(action: Callable[[], object]) -> None:

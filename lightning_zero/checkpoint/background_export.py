@@ -23,7 +23,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_zero.checkpoint import commit, kernel
+from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint.background import start_aside
 from lightning_zero.checkpoint.integrity import read_manifest
 from lightning_zero.checkpoint.manifest import Manifest
 from lightning_zero.checkpoint.storage import Location, is_remote, link, names_in
@@ -77,14 +78,14 @@ class BackgroundExport:
             self._waiting = [export for export in self._waiting if export.output != output]
             self._waiting.append(_Export(output, held, action))
             if self._thread is None:
-                # Not a daemon: a process that ends in order finishes what it has begun
-                self._thread = threading.Thread(target=self._run, name="lightning_zero-export", daemon=False)
-                self._thread.start()
+                self._thread = start_aside(self._run, "lightning_zero-export")
+            without_thread = self._thread is None
         for export in dropped:
             export.held.staging.abandon()
+        if without_thread:
+            self._run()
 
     def _run(self) -> None:
-        kernel.yield_to_others()
         while True:
             with self._lock:
                 if not self._waiting:

@@ -91,3 +91,16 @@ def test_the_first_error_is_raised_once_and_the_others_are_warned_of(tmp_path: P
     with pytest.raises(OSError, match=r"no room for 3\.ckpt"):
         exports.join()
     exports.join()
+
+
+def test_where_there_can_be_no_more_threads_it_is_done_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    exports, written = BackgroundExport(), []
+    tag = Sample().save(tmp_path / "tag")
+    monkeypatch.setattr(threading.Thread, "start", start)
+    exports.begin(tag, by_step, lambda directory, output: written.append(output.name))
+    exports.join()
+    assert written == ["3.ckpt"]
+    assert sorted(os.listdir(tmp_path)) == ["latest", "tag"]
