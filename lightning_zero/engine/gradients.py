@@ -93,6 +93,7 @@ class GradientReducer:
         self._open = False
         self._queue: list[int] = []
         self._sent = 0
+        self._gone: set[int] = set()  # the first `_sent` of the queue
         self._missing: dict[int, int] = {}
         self._full: list[int] = []
 
@@ -172,7 +173,7 @@ class GradientReducer:
             return
         if not self._open:
             self._begin()
-        if index in self._queue[: self._sent]:
+        if index in self._gone:
             self._keep_for_flush(slot)
             return
         self._missing[index] -= not slot.deposited
@@ -201,6 +202,7 @@ class GradientReducer:
     def _begin(self) -> None:
         self._open = True
         self._sent = 0
+        self._gone.clear()
         self._full = []
         self._missing = {
             index: sum(slot.parameter.requires_grad for slot in bucket.slots)
@@ -254,6 +256,7 @@ class GradientReducer:
     def _send_next(self) -> None:
         index = self._queue[self._sent]
         self._sent += 1
+        self._gone.add(index)
         bucket, buffer = self._buckets[index], self._buffer(index)
         del self._buffers[index]
         for slot in bucket.slots:
@@ -369,7 +372,7 @@ class GradientReducer:
     def _learn_order(self) -> None:
         self._order_is_learned = True
         if self._buckets:
-            order = [*self._full, *(index for index in self._order if index not in self._full)]
+            order = list(dict.fromkeys((*self._full, *self._order)))
             tensor = torch.tensor(order).to(self._buckets[0].device)
             self._collectives.broadcast(tensor).wait()
             self._order = tensor.tolist()

@@ -41,7 +41,7 @@ def averaged(net, loss, seed):
     """The averaged gradients of a loss, by hand, on a copy."""
     reference = copy.deepcopy(net)
     for rank in range(dist.get_world_size()):
-        (loss(reference, batch(seed, rank), rank) / dist.get_world_size()).backward()
+        (loss(reference, batch(seed, rank).requires_grad_(), rank) / dist.get_world_size()).backward()
     return {name: p.grad for name, p in reference.named_parameters()}
 
 
@@ -623,3 +623,22 @@ def test_an_operation_that_would_write_into_a_partitioned_gradient_is_refused_by
     parameters, _ = with_gradients("a")
     with pytest.raises(UnsupportedModelError, match=r"the gradient of 'a\.weight' is partitioned"):
         torch.mul(parameters[0].data, 2.0, out=parameters[0].grad)
+
+
+@distributed(world_size=2)
+def test_ranks_that_run_a_layer_a_different_number_of_times_learn_one_order():
+    net = layers("a", "b", "c", "later")  # the last is expected first, and has no gradient at first
+    optimizer, partition = partitioned(net)
+
+    def loss(net, x, rank):
+        for _ in range(3 if rank == 0 else 1):
+            x = checkpoint(net["a"], x, use_reentrant=True)
+        return x.pow(2).mean()
+
+    for seed in range(2):
+        optimizer.zero_grad()
+        expected = averaged(net, loss, seed)
+        loss(net, batch(seed).requires_grad_(), dist.get_rank()).backward()
+        partition.flush()
+        assert_gradients(partition, optimizer, expected)
+    assert sorted(partition.reducer._order) == list(range(len(partition.buckets)))
