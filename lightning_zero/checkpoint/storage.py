@@ -358,6 +358,7 @@ class _Direct:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._past_the_cache = True
         self._block = _direct_block()
         self._filled = 0
         self._offset = 0
@@ -396,7 +397,8 @@ class _Direct:
                 count = os.pwrite(self._fd, left, self._offset)
             except OSError as error:
                 # Some file systems open a file for direct writing and then refuse
-                if error.errno != errno.EINVAL or not kernel.write_directly(self._fd, on=False):
+                refused, self._past_the_cache = self._past_the_cache and error.errno == errno.EINVAL, False
+                if not refused or not kernel.write_directly(self._fd, on=False):
                     raise
                 continue
             left = left[count:]

@@ -68,6 +68,20 @@ def test_what_is_written_past_the_page_cache_is_the_same(
     assert (tmp_path / "file").read_bytes() == content
 
 
+def test_a_file_that_refuses_every_write_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(fd: int, data: memoryview, offset: int) -> int:
+        asked.append(offset)
+        assert len(asked) < 10
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    monkeypatch.setattr(kernel, "write_directly", lambda fd, on=True: True)
+    with pytest.raises(OSError, match="Invalid argument"), create_file(tmp_path / "file", 3, direct=True) as file:
+        file.write(b"abc")
+
+
 def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "s").write_text("mine")
     with pytest.raises(FileExistsError):
