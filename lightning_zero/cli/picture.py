@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, groupby
 
 from lightning_zero.cli.drawing import INK, Box, Label, Picture, PlottingError
 from lightning_zero.cli.holdings import HOLDINGS, Holding, Holdings
@@ -75,19 +76,11 @@ def _runs(paths: Sequence[_Path]) -> list[tuple[_Path, int, int]]:
 
 
 def _merged(runs: Sequence[tuple[_Path, int, int]]) -> list[tuple[str, int, int]]:
-    """Put as many neighbours together as it takes, siblings if that is enough."""
-    for among_siblings in (True, False):
-        for several in range(2, len(runs) + 1):
-            merged: list[list[tuple[_Path, int, int]]] = []
-            for run in runs:
-                siblings = merged and merged[-1][0][0][:-1] == run[0][:-1]
-                if merged and len(merged[-1]) < several and (siblings or not among_siblings):
-                    merged[-1].append(run)
-                else:
-                    merged.append([run])
-            if len(merged) <= _MOST_ROWS:
-                return [(_span([path for path, _, _ in group]), group[0][1], group[-1][2]) for group in merged]
-    raise AssertionError("all neighbours together are one row")
+    """Put as many siblings together as it takes: their parents are few enough."""
+    families = [list(family) for _, family in groupby(runs, key=lambda run: run[0][:-1])]
+    several = next(size for size in count(2) if sum(-(-len(family) // size) for family in families) <= _MOST_ROWS)
+    merged = (family[first : first + several] for family in families for first in range(0, len(family), several))
+    return [(_span([path for path, _, _ in group]), group[0][1], group[-1][2]) for group in merged]
 
 
 def _span(paths: Sequence[_Path]) -> str:
