@@ -27,6 +27,8 @@ from lightning_zero.errors import ZeroError
 from lightning_zero.segments import Segment, SegmentIndex
 
 _CHUNK_BYTES = 2 << 20
+_MOST_AT_ONCE = 64
+"""Of many small things: to hand one to a thread takes longer than to compare what has the same checksum."""
 _SETTINGS = ("hyper_parameters", "datamodule_hyper_parameters", "lr_schedulers")
 """What is compared of `trainer.pt`, besides the optimizers' param groups."""
 
@@ -115,9 +117,14 @@ def compare(a: Side, b: Side, progress: Callable[[int], None] = lambda nbytes: N
         progress: is told, from several threads, of A's bytes that were dealt with.
     """
     todo = list(_things(a, b))
+    several = max(1, min(_MOST_AT_ONCE, len(todo) // (_MOST_AT_ONCE * THREADS)))
+
+    def compare_some(first: int) -> list[Comparison]:
+        return [_compare(a, b, thing, of, progress) for thing, of in todo[first : first + several]]
+
     with ThreadPoolExecutor(THREADS, "lightning_zero-diff") as pool:
-        comparisons = list(pool.map(lambda thing: _compare(a, b, thing[0], thing[1], progress), todo))
-    return Difference(list(_settings(a, b)), comparisons)
+        compared = list(pool.map(compare_some, range(0, len(todo), several)))
+    return Difference(list(_settings(a, b)), [comparison for some in compared for comparison in some])
 
 
 def bytes_to_compare(a: Side, b: Side) -> int:
