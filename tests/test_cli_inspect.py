@@ -37,6 +37,24 @@ def test_inspect_shows_entries_owners_states_and_bytes_a_rank(
     assert "optimizer 0: AdamW of 5 parameters" in lines
 
 
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"optimizer_states": [{"state": {}}]},
+        {"optimizer_states": [3]},
+        {"optimizer_states": [{"state": {}, "param_groups": [3]}]},
+        {"hyper_parameters": [3]},
+    ],
+)
+def test_settings_that_are_none_are_an_error_in_one_line(
+    save_dir: Path, trainer: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = Sample(step=3, trainer=trainer).save(save_dir / "odd")
+    assert main(["inspect", str(odd), "--hyper-parameters"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["diff", str(save_dir / "step=2.ckpt"), str(odd)]) == 1
+
+
 def test_inspect_as_json_says_all_of_it(save_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(save_dir), "--json", "--hyper-parameters"]) == 0
     found = json.loads(capsys.readouterr().out)

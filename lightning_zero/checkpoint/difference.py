@@ -297,12 +297,7 @@ def _settings(a: Side, b: Side) -> Iterator[tuple[str, str, str]]:
 def _of_trainer(side: Side) -> dict[str, Any]:
     from lightning_zero.checkpoint.load import Checkpoint
 
-    trainer = Checkpoint(side.directory, "none", side.manifest).trainer()
-    settings = {name: trainer[name] for name in _SETTINGS if name in trainer}
-    groups = [
-        [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
-        for state in trainer.get("optimizer_states", [])
-    ]
+    settings, groups = Checkpoint(side.directory, "none", side.manifest).settings(*_SETTINGS)
     return {**settings, "optimizers": groups}
 
 

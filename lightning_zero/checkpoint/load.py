@@ -13,7 +13,9 @@ from torch import Tensor
 from lightning_zero.checkpoint.elements import FLOATING, Elements
 from lightning_zero.checkpoint.reader import Reader, require_trainer
 from lightning_zero.checkpoint.tensors import CODES, DTYPES_BY_CODE, LazyTensor, tensor_bytes
+from lightning_zero.checkpoint.torch_file import require_dict
 from lightning_zero.checkpoint.trust import unpickle
+from lightning_zero.errors import CorruptCheckpointError
 
 
 class Checkpoint(Reader):
@@ -56,6 +58,22 @@ class Checkpoint(Reader):
         """
         where = str(self.directory / self.manifest.trainer.name)
         return require_trainer(unpickle(self.trainer_bytes(), where, weights_only), where)
+
+    def settings(self, *names: str) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
+        """What `trainer` has under some names, and each optimizer's param groups without their parameters.
+
+        Raises:
+            CorruptCheckpointError: they are no param groups; or what `trainer` raises.
+        """
+        trainer = self.trainer()
+        where, groups = f"{self.directory / self.manifest.trainer.name}: an optimizer's param groups", []
+        for state in trainer.get("optimizer_states", []):
+            found = require_dict(state, where).get("param_groups")
+            if not isinstance(found, list):
+                raise CorruptCheckpointError(f"{where} are no list")
+            group_dicts = (require_dict(group, where) for group in found)
+            groups.append([{key: value for key, value in group.items() if key != "params"} for group in group_dicts])
+        return {name: trainer[name] for name in names if name in trainer}, groups
 
     def lightning_checkpoint(self, weights_only: bool = True) -> dict[str, Any]:
         """What a plain Lightning checkpoint holds: `trainer`, with the state dict and the optimizers' put back, unread.

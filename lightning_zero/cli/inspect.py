@@ -14,6 +14,7 @@ from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.integrity import find_problems, read_manifest
 from lightning_zero.checkpoint.manifest import Manifest
 from lightning_zero.checkpoint.storage import Location
+from lightning_zero.checkpoint.torch_file import require_dict
 from lightning_zero.cli.arguments import WrongUseError, add_command, add_directory, add_tag, find_tag
 from lightning_zero.cli.holdings import HOLDINGS, Holdings, ranges_text, states_by_optimizer
 from lightning_zero.cli.output import bytes_text, plain, print_json, print_table
@@ -110,15 +111,13 @@ def _hyper_parameters(directory: Location, manifest: Manifest) -> dict[str, Any]
 
     Raises:
         UntrustedContentError: it holds objects that only run code can make.
+        CorruptCheckpointError: they are no settings.
     """
     from lightning_zero.checkpoint.load import Checkpoint
 
-    trainer = Checkpoint(directory, "none", manifest).trainer()
-    groups = {
-        str(index): [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
-        for index, state in enumerate(trainer.get("optimizer_states", []))
-    }
-    return {"hyper_parameters": trainer.get("hyper_parameters", {}), "param_groups": groups}
+    settings, groups = Checkpoint(directory, "none", manifest).settings("hyper_parameters")
+    own = require_dict(settings.get("hyper_parameters", {}), f"{directory}: the hyper-parameters")
+    return {"hyper_parameters": own, "param_groups": {str(index): of for index, of in enumerate(groups)}}
 
 
 def _print(report: dict[str, Any], manifest: Manifest) -> None:
