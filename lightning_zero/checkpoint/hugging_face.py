@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from lightning_zero.checkpoint.elements import NAMES, Elements
 from lightning_zero.checkpoint.manifest import ITEM_BYTES
 from lightning_zero.checkpoint.read_ahead import read_ahead
+from lightning_zero.checkpoint.shards import safetensors_header
 from lightning_zero.checkpoint.storage import Location, create_file
 from lightning_zero.errors import UnsupportedModelError
 
@@ -28,24 +28,17 @@ def write_safetensors(
     Raises:
         UnsupportedModelError: the format has no name for a tensor's dtype.
     """
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     # The widest elements first: then each tensor is aligned to its elements
     ordered = sorted(_untie(tensors).items(), key=lambda item: -ITEM_BYTES[item[1].shown])
-    offset = 0
     for name, tensor in ordered:
         if tensor.shown == "C128":
             raise UnsupportedModelError(
                 f"{name!r} is torch.{NAMES[tensor.shown]}, which a .safetensors can't hold; export to a .ckpt"
             )
-        table[name] = {
-            "dtype": tensor.shown,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset := offset + tensor.nbytes],
-        }
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _HEADER_ALIGNMENT)
-    with create_file(path, 8 + len(text) + offset) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    rows = ((name, tensor.shown, tensor.shape, tensor.nbytes) for name, tensor in ordered)
+    header = safetensors_header({"format": "pt"}, rows, _HEADER_ALIGNMENT)
+    with create_file(path, len(header) + sum(tensor.nbytes for _, tensor in ordered)) as file:
+        file.write(header)
         for _, chunk in read_ahead([tensor for _, tensor in ordered], overflows=overflows):
             file.write(chunk)
             progress(len(chunk))

@@ -18,7 +18,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import xxhash
@@ -66,6 +66,11 @@ class Item:
         """The number of bytes that `chunks` is to give."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
+    @property
+    def key(self) -> str:
+        """Its name within the file."""
+        return key(label(self.kind, self.name, self.optimizer, self.state), self.kind, self.start, self.stop)
+
 
 def shard_name(rank: int, world_size: int, *, frozen: bool = False, save_id: str = "") -> str:
     """The name of a rank's file; with the save's id in it where files of two saves may lie side by side."""
@@ -112,7 +117,12 @@ def write_shard(
         FileExistsError: there is a file of that name; nothing is ever overwritten in place.
     """
     ordered = sorted(items, key=lambda item: place_in_file(ITEM_BYTES[item.dtype], item.nbytes))
-    header = _header(ordered, {"rank": str(rank), "step": str(step), "save_id": save_id})
+    about = {"format": "lightning_zero", "format_version": str(FORMAT_VERSION)}
+    header = safetensors_header(
+        about | {"rank": str(rank), "step": str(step), "save_id": save_id},
+        ((item.key, item.dtype, item.shape, item.nbytes) for item in ordered),
+        _HEADER_ALIGNMENT,
+    )
     tensors = []
     with create_file(path, len(header) + sum(item.nbytes for item in ordered), fsync=fsync, direct=direct) as file:
         file.write(header)
@@ -147,23 +157,27 @@ def write_shard(
     )
 
 
-def _header(items: Iterable[Item], about: dict[str, str]) -> bytes:
-    """Safetensors' header: its length in 8 bytes, JSON, and spaces up to a multiple of the alignment."""
-    table: dict[str, object] = {
-        "__metadata__": {"format": "lightning_zero", "format_version": str(FORMAT_VERSION)} | about
-    }
+def safetensors_header(
+    about: Mapping[str, str], tensors: Iterable[tuple[str, str, tuple[int, ...], int]], alignment: int
+) -> bytes:
+    """What any safetensors file begins with: the header's length in 8 bytes, JSON, and blanks.
+
+    Args:
+        about: its `__metadata__`.
+        tensors: of each, as they lie one behind the other, the name, the dtype's code, the shape and the bytes.
+        alignment: the tensors begin at a multiple of so many bytes.
+
+    Raises:
+        ValueError: a name stands twice.
+    """
+    table: dict[str, object] = {"__metadata__": about}
     offset = 0
-    for item in items:
-        name = key(label(item.kind, item.name, item.optimizer, item.state), item.kind, item.start, item.stop)
+    for name, dtype, shape, nbytes in tensors:
         if name in table:
             raise ValueError(f"{name!r} was to be stored twice")
-        table[name] = {
-            "dtype": item.dtype,
-            "shape": item.shape,
-            "data_offsets": [offset, offset := offset + item.nbytes],
-        }
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset := offset + nbytes]}
     text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _HEADER_ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % alignment)
     return len(text).to_bytes(8, "little") + text
 
 
