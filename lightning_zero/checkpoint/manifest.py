@@ -523,7 +523,7 @@ def _manifest_fields(parsed: object) -> dict[str, Any]:
     row = _fields(parsed, "the manifest", "the manifest")
     trainer = _fields(row["trainer"], "the trainer file", TRAINER_NAME)
     _check_digest(trainer["xxh3"], TRAINER_NAME)
-    if not _TRAINER.fullmatch(trainer["name"]):
+    if not is_trainer_name(trainer["name"]):
         raise CorruptCheckpointError(f"{trainer['name']!r:.200} is not the name of a {TRAINER_NAME}")
     return row | {
         "versions": _strings(row["versions"], "versions"),
@@ -601,9 +601,14 @@ def _check_digest(digest: str, where: str) -> None:
         raise CorruptCheckpointError(f"{where}: {digest!r:.40} is not an xxh3_64 checksum")
 
 
+def is_trainer_name(name: str) -> bool:
+    """Whether `trainer.pt` may have that name: see `TrainerFile`."""
+    return _TRAINER.fullmatch(name) is not None
+
+
 def _check_plain_name(name: str) -> None:
     """A name in a manifest never leaves the checkpoint's directory, nor means another file in it."""
-    if not _SHARD.fullmatch(name) or name == MANIFEST_NAME or _TRAINER.fullmatch(name):
+    if not _SHARD.fullmatch(name) or name == MANIFEST_NAME or is_trainer_name(name):
         raise CorruptCheckpointError(f"files: {name!r:.200} is not the name of a shard file")
 
 

@@ -110,11 +110,21 @@ def _tag_directory(path: Location) -> Location | None:
 
 
 def _named(save_dir: Location, tag: str) -> Location:
+    directory = existing(save_dir, tag)
+    commit.check_link(directory)
+    return directory
+
+
+def existing(save_dir: Location, tag: str) -> Location:
+    """A tag's directory, whatever is in it.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+    """
     directory = save_dir / commit.validate_tag(tag)
     if not directory.is_dir():
         there = [found.name for found in commit.list_tags(save_dir)]
         raise CheckpointNotFoundError(
             f"there is no checkpoint {tag!r} in {save_dir}; there {f'are {there}' if there else 'is none at all'}"
         )
-    commit.check_link(directory)
     return directory

@@ -26,11 +26,11 @@ from lightning_zero.checkpoint.content import RankContent, SharedContent, Tensor
 from lightning_zero.checkpoint.failures import Failure, attempt
 from lightning_zero.checkpoint.finish import finish
 from lightning_zero.checkpoint.integrity import read_manifest
-from lightning_zero.checkpoint.manifest import TRAINER_NAME, FileEntry, Manifest, StoredTensor, StoredValue, TrainerFile
+from lightning_zero.checkpoint.manifest import FileEntry, Manifest, StoredTensor, StoredValue, TrainerFile
 from lightning_zero.checkpoint.nodes import Place
 from lightning_zero.checkpoint.plan import Plan, TagValidation, agree
 from lightning_zero.checkpoint.report import MOST_LINKS, SaveReport, StoredFile, Written
-from lightning_zero.checkpoint.shards import Item, check_header, shard_name, verify_tensors, write_shard
+from lightning_zero.checkpoint.shards import Item, check_header, shard_name, trainer_name, verify_tensors, write_shard
 from lightning_zero.checkpoint.snapshot import Snapshot
 from lightning_zero.checkpoint.storage import Location, create_file, is_remote, link, open_file, remove_file
 from lightning_zero.checkpoint.tensors import code_of, tensor_chunks
@@ -377,7 +377,7 @@ def _item(tensor: TensorToSave) -> Item:
 
 
 def _write_trainer(plan: Plan, content: memoryview, fsync: bool) -> TrainerFile:
-    name = f"-{plan.id_in_names}.".join(TRAINER_NAME.split(".")) if plan.id_in_names else TRAINER_NAME
+    name = trainer_name(plan.id_in_names)
     with create_file(plan.staging / name, len(content), fsync=fsync) as file:
         file.write(content)
     return TrainerFile(name, len(content), xxhash.xxh3_64_hexdigest(content))

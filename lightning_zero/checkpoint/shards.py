@@ -26,10 +26,12 @@ import xxhash
 from lightning_zero.checkpoint.manifest import (
     FORMAT_VERSION,
     ITEM_BYTES,
+    TRAINER_NAME,
     FileEntry,
     Kind,
     StoredTensor,
     StoredValue,
+    is_trainer_name,
     key,
     label,
 )
@@ -83,11 +85,15 @@ def is_shard_name(name: str) -> bool:
     return re.fullmatch(r"(rank|frozen)-\d+-of-\d+(-[0-9a-f]+)?\.safetensors", name) is not None
 
 
+def trainer_name(save_id: str = "") -> str:
+    """The name of `trainer.pt`, likewise."""
+    return f"trainer-{save_id}.pt" if save_id else TRAINER_NAME
+
+
 def is_ours(name: str, *, with_save_id: bool = False) -> bool:
     """Whether a checkpoint's files, but for its manifest, have such names; with the save's id in them, if so asked."""
     has_id = re.search(r"-[0-9a-f]{16}\.(safetensors|pt)$", name) is not None
-    named = is_shard_name(name) or re.fullmatch(r"trainer(-[0-9a-f]{16})?\.pt", name) is not None
-    return named and (has_id or not with_save_id)
+    return (is_shard_name(name) or is_trainer_name(name)) and (has_id or not with_save_id)
 
 
 def place_in_file(element_bytes: int, nbytes: int) -> tuple[int, bool]:

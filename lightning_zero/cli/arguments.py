@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME
 from lightning_zero.checkpoint.origins import advice, require_ours
+from lightning_zero.checkpoint.resolution import existing
 from lightning_zero.checkpoint.shards import Problem
 from lightning_zero.checkpoint.storage import Location, is_remote, locate
 from lightning_zero.errors import CheckpointNotFoundError, ZeroError
@@ -94,9 +95,6 @@ def find_tag(path: Location, tag: str | None) -> tuple[Location, list[Problem]]:
             text = "it is missing" if tag is None and not (path / commit.LATEST).exists() else missing
             problems.append(Problem(commit.LATEST, None, 0, 0, text))
             tag = tags[0].name
-    directory = path / commit.validate_tag(tag)
-    if not directory.is_dir():
-        there = [found.name for found in commit.list_tags(path)]
-        raise CheckpointNotFoundError(f"there is no checkpoint {tag!r} in {path}; there are {there}")
+    directory = existing(path, tag)
     require_ours(directory)
     return directory, problems
