@@ -101,5 +101,8 @@ class VacatedMemory:
 def is_unshared(tensor: Tensor) -> bool:
     """Whether no other tensor holds a dense tensor's memory, so far as torch knows."""
     uses = getattr(torch._C, "_storage_Use_Count", None)
-    # one is the tensor's own, one the handle's that asks
-    return uses is not None and not tensor.is_sparse and uses(tensor.untyped_storage()._cdata) <= 2
+    if uses is None or tensor.is_sparse:
+        return False
+    # One is the tensor's own, one the handle's that asks (which has to be there still, or torch 2.6 doesn't count it)
+    storage = tensor.untyped_storage()
+    return bool(uses(storage._cdata) <= 2)

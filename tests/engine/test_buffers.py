@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_zero.engine.buffers import VacatedMemory
+from lightning_zero.engine.buffers import VacatedMemory, is_unshared
 from lightning_zero.engine.collectives import collectives_for
 from lightning_zero.engine.partition import Partition
 from tests.launch import distributed
@@ -32,6 +32,15 @@ def test_memory_that_somebody_else_can_see_is_left_to_them():
         vacated, begins = VacatedMemory(4096), left.data_ptr()
         vacated.keep(left)
         assert vacated.empty((256,), torch.float32, CPU).data_ptr() != begins
+
+
+def test_memory_with_one_view_is_shared_whatever_torch_counts():
+    memory = torch.ones(256)
+    assert is_unshared(memory)
+    view = memory.view(-1)
+    assert not is_unshared(memory)
+    del view
+    assert is_unshared(memory)
 
 
 def test_no_more_is_kept_than_will_be_needed():
