@@ -66,6 +66,8 @@ _STAGING = ".staging-"
 _TRASH = ".trash-"
 _TAG_BYTES = 200
 _IDLE_SECONDS = 24 * 3600
+_TRIES = 500
+"""To make a staging directory that nobody is just cleaning away."""
 
 
 class InvalidTagError(ZeroError, ValueError):
@@ -511,7 +513,7 @@ def _remove_if_dead(staging: Path) -> None:
 
 def _make_and_lock(staging: Path) -> int:
     """Make a staging directory, and give the descriptor that holds its lock: see [Note: what is stale]."""
-    while True:
+    for _ in range(_TRIES):
         staging.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             fd = os.open(staging, os.O_RDONLY | os.O_CLOEXEC)
@@ -519,6 +521,7 @@ def _make_and_lock(staging: Path) -> int:
                 return fd
             os.close(fd)
         time.sleep(0.01)  # whoever holds it is removing it
+    raise CheckpointWriteError(f"{staging} was taken away each of the {_TRIES} times that it was made")
 
 
 def _is_at(fd: int, path: Path) -> bool:
