@@ -285,7 +285,7 @@ class GradientReducer:
     # --- when it is over ---
 
     def flush(self) -> None:
-        """A backward is over on every rank: send what it left. A collective."""
+        """A backward is over on every rank: send what it left. See [Note: the same collectives on every rank]."""
         if self._reduces and self.is_distributed and self._buckets:
             self._flush(agree=not self._accumulating)
 

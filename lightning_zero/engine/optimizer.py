@@ -2,9 +2,10 @@
 
 The optimizer object stays the user's: schedulers hold it, callbacks look at its `param_groups`, `toggle_optimizer`
 flips the parameters in there. So the groups hold the user's parameters at all times but inside `step`; for the
-length of a step their `"params"` are this rank's masters, and everything else in them stays where it is. Optimizer
-state is keyed by the masters, and so exists for this rank's segments only: that is the memory ZeRO saves (Rajbhandari
-et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020, section 5.1).
+length of a step their `"params"` are this rank's masters (see [Note: masters] in `buckets`), and everything else in
+them stays where it is. Optimizer state is keyed by the masters, and so exists for this rank's segments only: that is
+the memory ZeRO saves (Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020,
+section 5.1).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The strategies' names, registered with Lightning, which has no entry point for them.
 
-Importing Lightning takes seconds, and a script that converts a checkpoint needs none of it. So where it isn't there
-yet, it is registered with when somebody imports it.
+A script that converts a checkpoint needs no Lightning (see [Note: names are imported when they are asked for]). So
+where it isn't there yet, it is registered with when somebody imports it.
 """
 
 from __future__ import annotations

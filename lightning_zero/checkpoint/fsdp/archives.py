@@ -1,8 +1,8 @@
 """What lies in the archives of a DCP directory: tensors, unread, in ranges of their elements; and objects, described.
 
-A chunk has to be one range of its tensor's flattened elements: a run of rows, as FSDP cuts. A chunk across the rows
-(tensor parallelism over columns) is as many ranges as it has rows, and a checkpoint that lists millions of ranges is
-none that anybody wants: it is refused.
+A chunk (see [Note: DCP's layout] in `metadata`) has to be one range of its tensor's flattened elements: a run of rows,
+as FSDP cuts. A chunk across the rows (tensor parallelism over columns) is as many ranges as it has rows, and a
+checkpoint that lists millions of ranges is none that anybody wants: it is refused.
 """
 
 from __future__ import annotations
