@@ -199,6 +199,16 @@ def test_the_help_of_each_command_shows_an_example(name: str, capsys: pytest.Cap
     assert all(line.startswith(f"  lightning-zero {name} ") for line in example.strip("\n").splitlines())
 
 
+def test_names_in_any_script_are_printed_where_they_have_no_letters(tmp_path: Path) -> None:
+    save_dir = tmp_path / "gewichte_für_später"
+    Sample(shapes={"重み": (3,)}).save(save_dir / "tag")
+    limited = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    for name in ("ls", "inspect", "verify"):
+        done = command(name, save_dir, capture_output=True, env=limited)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert r"f\xfcr" in done.stdout
+
+
 def test_nobody_who_stops_reading_is_complained_to(save_dir: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)

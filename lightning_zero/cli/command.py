@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -33,6 +34,8 @@ _STORES = ("adlfs", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google",
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and give back its exit status."""
     warnings.showwarning = _show_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does it: names may be in any script
     try:
         try:
             options = _parser().parse_args(arguments)
