@@ -26,11 +26,13 @@ def write_safetensors(
     """Write one file, which is durable when this returns.
 
     Raises:
-        UnsupportedModelError: the format has no name for a tensor's dtype.
+        UnsupportedModelError: the format has no name for a tensor's dtype, or one of its own for what a tensor has.
     """
     # The widest elements first: then each tensor is aligned to its elements
     ordered = sorted(_untie(tensors).items(), key=lambda item: -ITEM_BYTES[item[1].shown])
     for name, tensor in ordered:
+        if name == "__metadata__":
+            raise UnsupportedModelError(f"no tensor in a .safetensors can be named {name!r}; export to a .ckpt")
         if tensor.shown == "C128":
             raise UnsupportedModelError(
                 f"{name!r} is torch.{NAMES[tensor.shown]}, which a .safetensors can't hold; export to a .ckpt"

@@ -193,6 +193,15 @@ def test_wide_and_complex_and_other_tensors_keep_their_dtype(tmp_path: Path) -> 
         assert loaded[name].dtype == wanted.dtype
 
 
+def test_a_name_that_safetensors_has_for_itself_is_refused_there_alone(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "tag", {"__metadata__": ("given", torch.arange(4))})
+    with pytest.raises(UnsupportedModelError, match="can be named '__metadata__'"):
+        convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "model.safetensors")
+    assert not (tmp_path / "model.safetensors").exists()
+    convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "model.ckpt")
+    assert "__metadata__" in torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
+
+
 def save_tensors(directory: Path, tensors: dict[str, tuple[Role, torch.Tensor]]) -> Path:
     """A checkpoint of one rank with just these."""
     items = [TensorToSave("model", name, 0, t.numel(), t.reshape(-1)) for name, (_, t) in tensors.items()]
