@@ -97,7 +97,22 @@ def resolve(
         warnings.warn(f"{problem}.\nThe newest sound checkpoint is taken instead: {candidate.path}", stacklevel=2)
         return candidate.path
     listed = "".join(f"\n  {name}: {wrong}" for name, wrong in problems.items())
-    raise CheckpointNotFoundError(f"{where} holds no sound checkpoint; {problem}{advice(where)}{listed}")
+    raise CheckpointNotFoundError(
+        f"{where} holds no sound checkpoint; {problem}{advice(where)}{'. Its tags:' if listed else ''}{listed}"
+    )
+
+
+def tag_not_found(save_dir: Location, tag: str) -> CheckpointNotFoundError:
+    """The error of whoever asks for a tag that isn't there: it says which are."""
+    if (save_dir / MANIFEST_NAME).is_file():
+        return CheckpointNotFoundError(
+            f"{save_dir} is one checkpoint already, in which there is no {tag!r}; leave the tag out, or give the save "
+            "directory that it lies in"
+        )
+    there = [found.name for found in commit.list_tags(save_dir)]
+    return CheckpointNotFoundError(
+        f"there is no checkpoint {tag!r} in {save_dir}; there {f'are {there}' if there else 'is none at all'}"
+    )
 
 
 def _tag_directory(path: Location) -> Location | None:
@@ -112,9 +127,6 @@ def _tag_directory(path: Location) -> Location | None:
 def _named(save_dir: Location, tag: str) -> Location:
     directory = save_dir / commit.validate_tag(tag)
     if not directory.is_dir():
-        there = [found.name for found in commit.list_tags(save_dir)]
-        raise CheckpointNotFoundError(
-            f"there is no checkpoint {tag!r} in {save_dir}; there {f'are {there}' if there else 'is none at all'}"
-        )
+        raise tag_not_found(save_dir, tag)
     commit.check_link(directory)
     return directory

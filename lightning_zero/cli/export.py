@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from lightning_zero.cli.arguments import WrongUseError, add_command, add_directory, add_tag, location
-from lightning_zero.cli.output import bytes_text
+from lightning_zero.cli.output import bytes_text, print_json
 from lightning_zero.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def _export(options: argparse.Namespace) -> int:
             checkpoint, options.out, wanted, max_shard_bytes=size, progress=progress, weights_only=not options.unsafe
         )
     if options.json:
-        print(json.dumps({"checkpoint": str(checkpoint.directory), "output": str(options.out), "bytes": nbytes}))
+        print_json({"checkpoint": str(checkpoint.directory), "output": str(options.out), "bytes": nbytes})
     else:
         print(f"{checkpoint.directory} → {options.out}, {bytes_text(nbytes)}")
     return 0
