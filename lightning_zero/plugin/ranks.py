@@ -195,14 +195,21 @@ class Ranks:
         """Every rank's bytes, as many of each."""
         own = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         everyones = [torch.empty_like(own) for _ in range(self.count)]
-        with self._reaching_all():
+        with self.reaching_all():
             dist.all_gather(everyones, own, group=self.control)
         return [one.numpy().tobytes() for one in everyones]
 
     @contextmanager
-    def _reaching_all(self) -> Iterator[None]:
+    def reaching_all(self) -> Iterator[None]:
+        """Around what all ranks do together: an error that says so, where the others don't come.
+
+        Raises:
+            UnreachableRankError: they didn't, within the time-out.
+        """
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # what a group raises when a peer doesn't come, or has died
             raise UnreachableRankError(
                 f"rank {self.rank} waited in vain for the other ranks. What all do together has to be called on every "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import os
 import shutil
 import socket
@@ -56,7 +57,7 @@ from lightning_zero.errors import (
     ZeroError,
 )
 from lightning_zero.memory import keep_freed_memory
-from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown
+from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown, require_instance
 from lightning_zero.plugin.checkpoint_io import PREPARED, LoadedCheckpoint, PreparedSave, ZeroCheckpointIO
 from lightning_zero.plugin.choice import Choice, choose
 from lightning_zero.plugin.contents import contents
@@ -78,6 +79,7 @@ _BROKEN_OFF = (
     "{} is not saved: a step of the optimizer was broken off, and what is in memory is half of the step before and "
     "half of this one. Resume from the last checkpoint"
 )
+_IN_ITS_PROCESS = ", in a process that trains (of spawned or forked ones, in a callback: fit ends them)"
 _START_METHODS = ("popen", "spawn", "fork", "forkserver")
 
 
@@ -145,13 +147,17 @@ class ZeroStrategy(DDPStrategy):
             raise ValueError(f"stage must be 1 or 2, not {stage!r}; use DDPStrategy for stage 0, FSDPStrategy for 3")
         if partition not in ("auto", "element", "parameter"):
             raise ValueError(f'partition must be "auto", "element" or "parameter", not {partition!r}')
-        if not isinstance(bucket_size_mb, (int, float)) or bucket_size_mb <= 0:
+        if not isinstance(bucket_size_mb, (int, float)) or not 0 < bucket_size_mb < math.inf:
             raise ValueError(f"bucket_size_mb must be a positive number, not {bucket_size_mb!r}")
         _require_tag_validation(tag_validation)
         if timeout is not None and not isinstance(timeout, timedelta):
             raise ValueError(f"timeout must be a datetime.timedelta, such as timedelta(minutes=30), not {timeout!r}")
         if start_method not in _START_METHODS:
             raise ValueError(f"start_method must be one of {_START_METHODS}, not {start_method!r}")
+        require_instance("accelerator", accelerator, Accelerator)
+        require_instance("cluster_environment", cluster_environment, ClusterEnvironment)
+        require_instance("checkpoint_io", checkpoint_io, CheckpointIO)
+        require_instance("precision_plugin", precision_plugin, Precision)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -365,7 +371,7 @@ class ZeroStrategy(DDPStrategy):
     @property
     def _partitioned(self) -> Partition:
         if self._partition is None:
-            raise UnsupportedModelError("nothing is partitioned yet; this can be called from the start of fit on")
+            raise UnsupportedModelError(f"nothing is partitioned; call this from the start of fit on{_IN_ITS_PROCESS}")
         return self._partition
 
     @override
@@ -484,7 +490,8 @@ class ZeroStrategy(DDPStrategy):
     def full_state(self, parameter: Parameter) -> dict[str, Any]:
         """The whole fp32 `"param"` and every optimizer state of one parameter. Called on every rank."""
         self.wait_for_parameters()
-        return self._partitioned.full_state(parameter)
+        with self._ranks.reaching_all():
+            return self._partitioned.full_state(parameter)
 
     def full_grad(self, parameter: Parameter) -> Tensor | None:
         """The whole averaged gradient of one parameter, before the step. Called on every rank.
@@ -492,7 +499,8 @@ class ZeroStrategy(DDPStrategy):
         Returns:
             A tensor of the parameter's shape, the same on every rank; None where no rank has a gradient.
         """
-        return self._partitioned.full_grad(parameter)
+        with self._ranks.reaching_all():
+            return self._partitioned.full_grad(parameter)
 
     def grad_norm(self) -> Tensor:
         """The 2-norm of the averaged gradients of all optimizers, before the step. Called on every rank.
@@ -500,7 +508,8 @@ class ZeroStrategy(DDPStrategy):
         Returns:
             A 0-d fp32 tensor, the same on every rank.
         """
-        return self._partitioned.grad_norm()
+        with self._ranks.reaching_all():
+            return self._partitioned.grad_norm()
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the gradients of all optimizers by their global norm, before the step. Called on every rank.
@@ -508,7 +517,8 @@ class ZeroStrategy(DDPStrategy):
         Returns:
             The norm before clipping, as `torch.nn.utils.clip_grad_norm_` does.
         """
-        return self._partitioned.clip_grad_norm_(max_norm, norm_type=norm_type)
+        with self._ranks.reaching_all():
+            return self._partitioned.clip_grad_norm_(max_norm, norm_type=norm_type)
 
     def memory_bytes(self) -> dict[str, float]:
         """What this rank holds, in bytes and by kind: parameters, masters, optimizer states, gradients, buckets."""
@@ -736,6 +746,8 @@ class ZeroStrategy(DDPStrategy):
 
         def dump() -> dict[str, Any]:
             validate_tag(tag)
+            if client_state is not None and not isinstance(client_state, Mapping):
+                raise TypeError(f"client_state must be a dict, not {client_state!r:.80}")
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             checkpoint[CLIENT_STATE] = dict(client_state or {})
             if exclude_frozen_parameters:
@@ -746,7 +758,7 @@ class ZeroStrategy(DDPStrategy):
 
         self._save(
             dump,
-            str(locate(save_dir) / tag),
+            str(locate(save_dir) / str(tag)),
             None,
             update_latest=save_latest,
             io=self._sharded_io,
@@ -1003,7 +1015,9 @@ class ZeroStrategy(DDPStrategy):
     @property
     def _trainer(self) -> Trainer:
         if self._trainer_if_any is None:
-            raise UnsupportedModelError("no module is attached to the strategy yet; call this during fit, or after it")
+            raise UnsupportedModelError(
+                f"no module is attached to the strategy; call this during fit, or after it{_IN_ITS_PROCESS}"
+            )
         return self._trainer_if_any
 
     @property

@@ -51,8 +51,8 @@ class TrainingReport(Callback):
         self.path = Path(path)
         if self.path.suffix != ".html":
             raise ValueError(f"TrainingReport writes an .html page, not {os.fspath(path)!r}")
-        if every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps must be at least 1, not {every_n_train_steps}")
+        if not isinstance(every_n_train_steps, int) or every_n_train_steps < 1:
+            raise ValueError(f"every_n_train_steps must be a whole number, at least 1, not {every_n_train_steps!r}")
         self.every_n_train_steps = every_n_train_steps
         self.curves: Curves = {}
         """By name, the points (step, value)."""
