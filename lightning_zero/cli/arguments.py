@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
@@ -39,7 +40,7 @@ def add_command(
     """A command with `--json`, its help and an example in it."""
     command = commands.add_parser(
         name,
-        help=text,
+        help=re.split(r"\.\s", text)[0].rstrip(".") + ".",
         description=text,
         epilog=f"example:\n{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
