@@ -298,6 +298,7 @@ class ZeroStrategy(DDPStrategy):
         self.precision_plugin.convert_module(self.model)
         route_clipping(self.precision_plugin, self._clip_by_norm, self._clip_by_value)
         self.model_to_device()
+        self._ranks.require_same("modules", _parameter_lines(self.model))
         _sync_module_states(self.model)
         if fitting:
             self._left_in_data = None
@@ -310,6 +311,7 @@ class ZeroStrategy(DDPStrategy):
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
             self._buffers_due = True
+            self._ranks.require_same("optimizers or settings", [*self._setting_lines(), *self._optimizer_lines()])
             self._partition = Partition(
                 self.model,
                 self.optimizers,
@@ -329,6 +331,27 @@ class ZeroStrategy(DDPStrategy):
                     rank_zero_info(f"{type(optimizer).__name__} is partitioned by {cut.policy}: {cut.reason}")
         elif self._partition is not None:
             self._partition.come_to_rest()
+
+    def _setting_lines(self) -> list[str]:
+        """What decides what the ranks send each other, a line each."""
+        return [
+            f"stage={self.stage}",
+            f"partition={self._partition_by!r}",
+            f"bucket_size_mb={self._bucket_bytes / 2**20}",
+            f"reduce_dtype={self._reduce_dtype}",
+            f"find_unused_parameters={self._find_unused_parameters}",
+            f"broadcast_buffers={self._broadcast_buffers}",
+        ]
+
+    def _optimizer_lines(self) -> list[str]:
+        """Whose parameters they are, a line each."""
+        names = {parameter: name for name, parameter in self._module.named_parameters()}
+        return [
+            f"{names.get(parameter, 'a parameter that is not of the module')!r} in {type(optimizer).__name__}"
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ]
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -1044,6 +1067,13 @@ def _remove_temporary(shards: Location) -> None:
         remove_tag(shards.parent, shards.name)
     except Exception as error:  # a store's own kinds too; what these shards were for is written
         rank_zero_warn(f"{shards.parent} couldn't be removed, and nothing needs it any more: {error}")
+
+
+def _parameter_lines(module: Module) -> list[str]:
+    return [
+        f"{name!r} of shape {tuple(p.shape)}, {p.dtype}, {'trained' if p.requires_grad else 'frozen'}"
+        for name, p in module.named_parameters()
+    ]
 
 
 def _require_values(module: Module, uninitialized: Collection[str]) -> None:
