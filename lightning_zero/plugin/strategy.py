@@ -754,7 +754,7 @@ class ZeroStrategy(DDPStrategy):
             client_state: what `load_zero_checkpoint` is to give back: plain values and tensors.
             tag_validation: where the ranks give different tags, `"fail"`, or take the first rank's, and `"warn"` of
                 it, or `"ignore"` it; the strategy's own by default.
-            save_latest: let `latest` name the tag.
+            save_latest: let `latest` name the tag; weights alone, as there are before a fit, it never names.
             exclude_frozen_parameters: leave out what isn't trained; such a checkpoint is loaded with
                 `load_module_strict=False`.
 
@@ -783,7 +783,7 @@ class ZeroStrategy(DDPStrategy):
             dump,
             str(locate(save_dir) / str(tag)),
             None,
-            update_latest=save_latest,
+            update_latest=save_latest and self._partition is not None,
             io=self._sharded_io,
             behind=None if self._own_io is not None else False,
             tag_validation=tag_validation,

@@ -441,6 +441,17 @@ def test_save_last_takes_no_place_of_keep_last_and_weights_alone_are_not_resumed
 
 
 @distributed(world_size=2, process_group=False)
+def test_what_is_saved_before_there_is_anything_to_resume_is_never_latest(tmp_path):
+    trainer = quiet_trainer(world_size=2, max_steps=1)
+    trainer.validate(Model(), datamodule=Data(), verbose=False)
+    trainer.strategy.save_zero_checkpoint(tmp_path, "weights")
+    assert os.listdir(tmp_path) == ["weights"]
+    trainer.fit(Model(), datamodule=Data())
+    trainer.strategy.save_zero_checkpoint(tmp_path, "all")
+    assert (tmp_path / "latest").read_text() == "all"
+
+
+@distributed(world_size=2, process_group=False)
 def test_a_checkpoint_that_was_validated_leaves_the_next_fits_random_numbers_alone(tmp_path):
     _, trainer = fit(strategy=ZeroStrategy(), world_size=2, max_steps=3)
     trainer.save_checkpoint(tmp_path / "tag")
