@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_zero import __version__
 from lightning_zero.checkpoint import commit
 from lightning_zero.cli import main
 from tests.checkpoint.sample import Sample
@@ -147,6 +148,7 @@ def test_a_wrong_use_is_2(save_dir: Path, arguments: list[str], capsys: pytest.C
         ["diff", "DIR", "nowhere"],
         ["prune", "nowhere", "--keep-last", "1"],
         ["prune", "DIR/step=1.ckpt", "--keep-last", "1"],
+        ["import-fsdp", "nowhere", "OUT"],
     ],
 )
 def test_an_error_is_1_and_one_line(save_dir: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +156,43 @@ def test_an_error_is_1_and_one_line(save_dir: Path, arguments: list[str], capsys
     captured = capsys.readouterr()
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "DIR/step=1.ckpt", "--tag", "step=2.ckpt"], "is one checkpoint already"),
+        (["verify", "DIR/notes"], "is not a checkpoint of lightning_zero"),
+        (["import-deepspeed", "DIR", "OUT"], "needs no import"),
+        (["import-deepspeed", "DIR/step=1.ckpt", "OUT"], "needs no import"),
+        (["import-fsdp", "DIR", "OUT"], "needs no import"),
+    ],
+)
+def test_a_path_that_is_something_else_is_told_from_one_without_a_checkpoint(
+    save_dir: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (save_dir / "notes").touch()
+    assert main([argument.replace("DIR", str(save_dir)) for argument in arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_of_a_checkpoint_stands_for_it(save_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file, tag in (("latest", "step=2.ckpt"), ("step=1.ckpt/manifest.json", "step=1.ckpt")):
+        assert main(["verify", str(save_dir / file)]) == 0
+        assert f"{tag}: sound" in capsys.readouterr().out
+
+
+def test_a_wrong_value_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--params", "many"], ["--params", "7B", "--world-size", "x"], ["--model-args", "{"]):
+        with pytest.raises(SystemExit):
+            main(["plan", *arguments])
+        assert "invalid" not in capsys.readouterr().err  # that would be argparse, with a function's name
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert (caught.value.code, capsys.readouterr().out) == (0, f"lightning_zero {__version__}\n")
 
 
 def command(*arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]":

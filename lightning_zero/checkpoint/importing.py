@@ -67,7 +67,8 @@ def write_imported(
     commit.require_replaceable(directory)
     if (directory / MANIFEST_NAME).is_file():
         raise CheckpointWriteError(
-            f"{directory} is a checkpoint already, which was left as it is; import into another directory, or remove it"
+            f"{directory} is a checkpoint already, which was left as it is; import into another directory, or remove "
+            "it. Import once, and not in a script that every rank runs"
         )
     trainer = _trainer_bytes(checkpoint, weights_only)
     step, epoch = _progress_of(checkpoint)

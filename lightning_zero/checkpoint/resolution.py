@@ -97,7 +97,9 @@ def resolve(
         warnings.warn(f"{problem}.\nThe newest sound checkpoint is taken instead: {candidate.path}", stacklevel=2)
         return candidate.path
     listed = "".join(f"\n  {name}: {wrong}" for name, wrong in problems.items())
-    raise CheckpointNotFoundError(f"{where} holds no sound checkpoint; {problem}{advice(where)}{listed}")
+    raise CheckpointNotFoundError(
+        f"{where} holds no sound checkpoint; {problem}{advice(where)}{'. Its tags:' if listed else ''}{listed}"
+    )
 
 
 def _tag_directory(path: Location) -> Location | None:
@@ -122,9 +124,14 @@ def existing(save_dir: Location, tag: str) -> Location:
         CheckpointNotFoundError: there is none.
     """
     directory = save_dir / commit.validate_tag(tag)
-    if not directory.is_dir():
-        there = [found.name for found in commit.list_tags(save_dir)]
+    if directory.is_dir():
+        return directory
+    if (save_dir / MANIFEST_NAME).is_file():
         raise CheckpointNotFoundError(
-            f"there is no checkpoint {tag!r} in {save_dir}; there {f'are {there}' if there else 'is none at all'}"
+            f"{save_dir} is one checkpoint already, in which there is no {tag!r}; leave the tag out, or give the save "
+            "directory that it lies in"
         )
-    return directory
+    there = [found.name for found in commit.list_tags(save_dir)]
+    raise CheckpointNotFoundError(
+        f"there is no checkpoint {tag!r} in {save_dir}; there {f'are {there}' if there else 'is none at all'}"
+    )

@@ -195,7 +195,7 @@ class Problem:
         file: its name.
         tensor: its key within the file, if one tensor is concerned.
         start: the first byte in the file of what is concerned.
-        stop: one past the last.
+        stop: one past the last; 0 where it can't be told.
         text: what is wrong.
     """
 
@@ -207,9 +207,8 @@ class Problem:
 
     def __str__(self) -> str:
         """One line for a person."""
-        return (
-            f"{self.file}: {f'{self.tensor!r}, ' if self.tensor else ''}bytes {self.start} to {self.stop}: {self.text}"
-        )
+        tensor = f"{self.tensor!r}, " if self.tensor else ""
+        return f"{self.file}: {tensor}{f'bytes {self.start} to {self.stop}: ' if self.stop else ''}{self.text}"
 
 
 def check_header(path: Location, entry: FileEntry) -> Iterator[Problem]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from typing_extensions import override
@@ -11,7 +13,7 @@ from typing_extensions import override
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME
 from lightning_zero.checkpoint.origins import advice, require_ours
-from lightning_zero.checkpoint.resolution import existing
+from lightning_zero.checkpoint.resolution import existing, resolve
 from lightning_zero.checkpoint.shards import Problem
 from lightning_zero.checkpoint.storage import Location, is_remote, locate
 from lightning_zero.errors import CheckpointNotFoundError, ZeroError
@@ -38,7 +40,7 @@ def add_command(
     """A command with `--json`, its help and an example in it."""
     command = commands.add_parser(
         name,
-        help=text,
+        help=re.split(r"\.\s", text)[0].rstrip(".") + ".",
         description=text,
         epilog=f"example:\n{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -71,14 +73,16 @@ def location(text: str) -> Location:
 
 def positive(text: str) -> int:
     """An argument that is a whole number from 1 on."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
+    with suppress(ValueError):
+        if (number := int(text)) >= 1:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
 
 
 def find_tag(path: Location, tag: str | None) -> tuple[Location, list[Problem]]:
     """The directory that is meant, sound or not; what is wrong with `latest` is a finding, not a reason to give up."""
+    if path.is_file():  # one of a checkpoint's, which stands for it
+        path = path.parent if path.name == commit.LATEST else resolve(path)
     if tag is None and (path / MANIFEST_NAME).is_file():
         return path, []
     problems = []
@@ -93,7 +97,7 @@ def find_tag(path: Location, tag: str | None) -> tuple[Location, list[Problem]]:
             if not tags:
                 raise CheckpointNotFoundError(f"there is no checkpoint in {path}{advice(path)}")
             text = "it is missing" if tag is None and not (path / commit.LATEST).exists() else missing
-            problems.append(Problem(commit.LATEST, None, 0, 0, text))
+            problems.append(Problem(commit.LATEST, None, 0, 0, f"{text}; the newest, {tags[0].name}, is taken instead"))
             tag = tags[0].name
     directory = existing(path, tag)
     require_ours(directory)

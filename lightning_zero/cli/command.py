@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from lightning_zero import __version__
 from lightning_zero.checkpoint.commit import InvalidTagError
 from lightning_zero.cli import diff, export, import_deepspeed, import_fsdp, inspect, ls, plan, prune, verify
 from lightning_zero.cli.arguments import Parser, WrongUseError
@@ -72,6 +73,7 @@ def _parser() -> Parser:
         description="Looks after the checkpoints of lightning_zero, and plans what a training will need.",
         epilog="lightning-zero COMMAND --help shows an example of each.",
     )
+    parser.add_argument("--version", action="version", version=f"lightning_zero {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (ls, inspect, verify, diff, export, prune, plan, import_deepspeed, import_fsdp):
         module.add_to(commands)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from lightning_zero.cli.arguments import WrongUseError, add_command, add_directory, add_tag, location
-from lightning_zero.cli.output import bytes_text
+from lightning_zero.cli.output import bytes_text, print_json
 from lightning_zero.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ def add_to(commands: Commands) -> None:
     export = add_command(commands, "export", _export, text, examples)
     add_directory(export)
     export.add_argument(
-        "out", type=location, metavar="OUT", help="a .ckpt, a .safetensors or a folder: a path or a URL"
+        "out", type=location, metavar="OUT", help="a .safetensors, a folder, or else a .ckpt: a path or a URL"
     )
     export.add_argument("--max-shard-size", metavar="SIZE", help='write a folder of files of this size, such as "5GB"')
     export.add_argument("--exclude-frozen", action="store_true", help="leave out parameters that were not trained")
@@ -63,7 +62,7 @@ def _export(options: argparse.Namespace) -> int:
             checkpoint, options.out, wanted, max_shard_bytes=size, progress=progress, weights_only=not options.unsafe
         )
     if options.json:
-        print(json.dumps({"checkpoint": str(checkpoint.directory), "output": str(options.out), "bytes": nbytes}))
+        print_json({"checkpoint": str(checkpoint.directory), "output": str(options.out), "bytes": nbytes})
     else:
         print(f"{checkpoint.directory} → {options.out}, {bytes_text(nbytes)}")
     return 0

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from lightning_zero.cli.arguments import WrongUseError, add_command, positive
@@ -68,18 +69,19 @@ def add_to(commands: Commands) -> None:
 def _count(text: str) -> int:
     """A number of elements: `7e9`, `7B`."""
     suffix = text[-1:].upper()
-    number = float(text[:-1]) * _SUFFIXES[suffix] if suffix in _SUFFIXES else float(text)
-    if not 0 < number < 1e18:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of parameters")
-    return round(number)
+    with suppress(ValueError):
+        number = float(text[:-1]) * _SUFFIXES[suffix] if suffix in _SUFFIXES else float(text)
+        if 0 < number < 1e18:
+            return round(number)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of parameters, such as 7e9 or 7B")
 
 
 def _arguments(text: str) -> dict[str, Any]:
     """A JSON object."""
-    arguments = json.loads(text)
-    if not isinstance(arguments, dict):
-        raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
-    return arguments
+    with suppress(ValueError):
+        if isinstance(arguments := json.loads(text), dict):
+            return arguments
+    raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object, such as '{{\"width\": 512}}'")
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -153,7 +155,7 @@ def _model_of_module(options: argparse.Namespace) -> Model:
     """Make the user's module on the meta device, and see what it holds.
 
     Raises:
-        UnsupportedModelError: it can't be made so.
+        UnsupportedModelError: it can't be imported, or made so.
     """
     home, _, name = options.model.partition(":")
     if not home or not name:
@@ -161,17 +163,19 @@ def _model_of_module(options: argparse.Namespace) -> Model:
     import torch
 
     sys.path.insert(0, os.getcwd())
+    does = "imported"
     try:
         made_by: Any = importlib.import_module(home)
         for part in name.split("."):
             made_by = getattr(made_by, part)
+        does = "made on the meta device"
         with torch.device("meta"):
             module = made_by(**(options.model_args or {}))
             getattr(module, "configure_model", lambda: None)()
         return _model_of(module, PRECISIONS[options.precision])
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UnsupportedModelError(f"{options.model} can't be made on the meta device: {reason}") from error
+        raise UnsupportedModelError(f"{options.model} can't be {does}: {reason}") from error
 
 
 def _model_of(module: Any, converted_bytes: int | None) -> Model:

@@ -370,7 +370,9 @@ class Partition:
     def _bucket_of(self, parameter: Parameter, asked: str) -> ParameterBucket:
         bucket = self._by_parameter.get(parameter)
         if bucket is None:
-            raise UnsupportedModelError(f"{asked} knows only parameters that an optimizer holds")
+            raise UnsupportedModelError(
+                f"{asked} takes a parameter that an optimizer holds; any other is whole on every rank as it is"
+            )
         return bucket
 
     def _parts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -79,6 +80,10 @@ class ZeroCheckpoint(ModelCheckpoint):
         self.async_save = async_save
         self._settled: dict[str, tuple[int, float]] = {}
         name = filename or ""
+        if name.startswith("."):
+            raise ValueError(
+                f"the filename {filename!r} would be hidden, and never found again; begin it without a dot"
+            )
         if "/" in (name if kwargs.get("auto_insert_metric_name", True) else re.sub(r"{[^}]*}", "", name)):
             raise ValueError(
                 f"the filename {filename!r} would make a directory in a directory: a tag is one plain name. For a "
@@ -146,6 +151,8 @@ class ZeroCheckpoint(ModelCheckpoint):
         if not is_checkpoint(directory):
             if not found:
                 rank_zero_info(f"no checkpoint in {directory} yet: training starts afresh")
+                # Lightning says so too, and advises a save_last=True that isn't needed
+                warnings.filterwarnings("ignore", '.*ckpt_path="last".* is set, but there is no last checkpoint')
                 ending = self.FILE_EXTENSION
                 files = [name for name in sorted(names_in(save_dir)) if (save_dir / name).suffix == ending]
                 files = [name for name in files if (save_dir / name).is_file()]
@@ -289,8 +296,10 @@ class Fp32Export(Callback):
         self.path = locate(path)
         if self.path.suffix not in (".ckpt", ".safetensors"):
             raise ValueError(f"Fp32Export writes .ckpt or .safetensors files, not {str(path)!r}")
-        if every_n_checkpoints is not None and every_n_checkpoints < 1:
-            raise ValueError(f"every_n_checkpoints must be at least 1, or None, not {every_n_checkpoints}")
+        if every_n_checkpoints is not None and (not isinstance(every_n_checkpoints, int) or every_n_checkpoints < 1):
+            raise ValueError(
+                f"every_n_checkpoints must be a whole number, at least 1, or None, not {every_n_checkpoints!r}"
+            )
         self.every_n_checkpoints = every_n_checkpoints
         self.weights_only = weights_only
         self._wanted = Wanted(dtype=parse_dtype(dtype))

@@ -25,7 +25,7 @@ from lightning_zero.checkpoint.resolution import is_checkpoint, resolve
 from lightning_zero.checkpoint.save import begin_save
 from lightning_zero.checkpoint.snapshot import Snapshot
 from lightning_zero.checkpoint.storage import Location, locate, remove_file
-from lightning_zero.errors import ZeroError
+from lightning_zero.errors import CorruptCheckpointError, ZeroError
 
 PREPARED = "lightning_zero_prepared_save"
 """Where a `PreparedSave` is in Lightning's dict: an entry comes through a wrapper that makes another dict of it."""
@@ -222,7 +222,11 @@ class ZeroCheckpointIO(TorchCheckpointIO):
             options = (
                 {} if weights_only is None else {"weights_only": weights_only}
             )  # Lightning 2.5 knows no such thing
-            return super().load_checkpoint(path, map_location or (lambda storage, _: storage), **options)
+            try:
+                return super().load_checkpoint(path, map_location or (lambda storage, _: storage), **options)
+            except (KeyError, IndexError, EOFError) as error:  # what a file that isn't a pickle may come to
+                reason = f"{type(error).__name__}: {error}"
+                raise CorruptCheckpointError(f"{path} isn't a checkpoint, or was cut short ({reason})") from error
         if self._verified is not None:
             source = Checkpoint(resolve(path, verify="none"), verify="none", manifest=self._verified)
         else:

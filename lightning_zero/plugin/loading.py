@@ -57,7 +57,10 @@ def restore_optimizer_states(
         saved = [entry.class_name for entry in checkpoint.source.manifest.optimizers]
         live = [type(getattr(optimizer, "optimizer", optimizer)).__name__ for optimizer in optimizers]
         if any(before not in ("", now) for before, now in zip(saved, live, strict=True)):
-            rank_zero_warn(f"the checkpoint's optimizers are {saved}, configure_optimizers gave {live}")
+            rank_zero_warn(
+                f"the checkpoint's optimizers are {saved}, configure_optimizers gave {live}, which get states that "
+                "aren't their own. If that isn't meant, load the weights alone (load_module_only=True, or an export)"
+            )
         for entry, optimizer in zip(checkpoint.source.manifest.optimizers, optimizers, strict=True):
             _require_same_order(entry.parameters, optimizer, module)
     for optimizer, state in zip(optimizers, states, strict=True):

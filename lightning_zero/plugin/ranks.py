@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import atexit
 import gc
+import itertools
 import pickle
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,9 +21,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import xxhash
 
 from lightning_zero.engine.collectives import Collectives, collectives_for
-from lightning_zero.errors import UnreachableRankError, ZeroError
+from lightning_zero.errors import UnreachableRankError, UnsupportedModelError, ZeroError
 
 _T = TypeVar("_T")
 
@@ -173,6 +175,29 @@ class Ranks:
         _raise_first([error for error, _ in outcomes], own[0])
         return [item for _, items in outcomes for item in items]
 
+    def require_same(self, what: str, said: Sequence[str]) -> None:
+        """Make sure that all ranks have the same of something that they are going to count on. Called on every rank.
+
+        Args:
+            what: it is called in the message.
+            said: what this rank has, line by line.
+
+        Raises:
+            UnsupportedModelError: they haven't.
+        """
+        if self.count == 1:
+            return
+        digest = xxhash.xxh3_128_hexdigest("\n".join(said).encode())
+        if len(set(self.everyones(lambda: [digest]))) == 1:
+            return
+        lines = self.everyones(lambda: [list(said)])
+        other = next(rank for rank, theirs in enumerate(lines) if theirs != lines[0])
+        pairs = itertools.zip_longest(lines[0], lines[other], fillvalue="nothing more")
+        ours, theirs = next((ours, theirs) for ours, theirs in pairs if ours != theirs)
+        raise UnsupportedModelError(
+            f"the ranks' {what} differ: rank 0 has {ours}, and rank {other} has {theirs}. All have to make the same"
+        )
+
     def _told(self, outcome: tuple[Exception | None, Any]) -> list[tuple[Exception | None, Any]]:
         """What came of something on each rank, in the order of the ranks: in one message, if all of it is short.
 
@@ -195,14 +220,21 @@ class Ranks:
         """Every rank's bytes, as many of each."""
         own = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         everyones = [torch.empty_like(own) for _ in range(self.count)]
-        with self._reaching_all():
+        with self.reaching_all():
             dist.all_gather(everyones, own, group=self.control)
         return [one.numpy().tobytes() for one in everyones]
 
     @contextmanager
-    def _reaching_all(self) -> Iterator[None]:
+    def reaching_all(self) -> Iterator[None]:
+        """Around what all ranks do together: an error that says so, where the others don't come.
+
+        Raises:
+            UnreachableRankError: they didn't, within the time-out.
+        """
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # what a group raises when a peer doesn't come, or has died
             raise UnreachableRankError(
                 f"rank {self.rank} waited in vain for the other ranks. What all do together has to be called on every "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import os
 import shutil
 import socket
@@ -55,7 +56,7 @@ from lightning_zero.errors import (
     ZeroError,
 )
 from lightning_zero.memory import keep_freed_memory
-from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown
+from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown, require_instance
 from lightning_zero.plugin.checkpoint_io import PREPARED, LoadedCheckpoint, PreparedSave, ZeroCheckpointIO
 from lightning_zero.plugin.choice import Choice, choose
 from lightning_zero.plugin.contents import contents
@@ -76,6 +77,7 @@ _BROKEN_OFF = (
     "{} is not saved: a step of the optimizer was broken off, and what is in memory is half of the step before and "
     "half of this one. Resume from the last checkpoint"
 )
+_IN_ITS_PROCESS = ", in a process that trains (of spawned or forked ones, in a callback: fit ends them)"
 _START_METHODS = ("popen", "spawn", "fork", "forkserver")
 
 
@@ -147,13 +149,17 @@ class ZeroStrategy(DDPStrategy):
             raise ValueError(f"stage must be 1 or 2, not {stage!r}; use DDPStrategy for stage 0, FSDPStrategy for 3")
         if partition not in ("auto", "element", "parameter"):
             raise ValueError(f'partition must be "auto", "element" or "parameter", not {partition!r}')
-        if not isinstance(bucket_size_mb, (int, float)) or bucket_size_mb <= 0:
+        if not isinstance(bucket_size_mb, (int, float)) or not 0 < bucket_size_mb < math.inf:
             raise ValueError(f"bucket_size_mb must be a positive number, not {bucket_size_mb!r}")
         _require_tag_validation(tag_validation)
         if timeout is not None and not isinstance(timeout, timedelta):
             raise ValueError(f"timeout must be a datetime.timedelta, such as timedelta(minutes=30), not {timeout!r}")
         if start_method not in _START_METHODS:
             raise ValueError(f"start_method must be one of {_START_METHODS}, not {start_method!r}")
+        require_instance("accelerator", accelerator, Accelerator)
+        require_instance("cluster_environment", cluster_environment, ClusterEnvironment)
+        require_instance("checkpoint_io", checkpoint_io, CheckpointIO)
+        require_instance("precision_plugin", precision_plugin, Precision)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -293,6 +299,7 @@ class ZeroStrategy(DDPStrategy):
         self.precision_plugin.convert_module(self.model)
         route_clipping(self.precision_plugin, self._clip_by_norm, self._clip_by_value)
         self.model_to_device()
+        self._ranks.require_same("modules", _parameter_lines(self.model))
         _sync_module_states(self.model)
         if fitting:
             self._data.enter()
@@ -305,6 +312,7 @@ class ZeroStrategy(DDPStrategy):
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
             self._buffers_due = True
+            self._ranks.require_same("optimizers or settings", [*self._setting_lines(), *self._optimizer_lines()])
             self._partition = Partition(
                 self.model,
                 self.optimizers,
@@ -325,6 +333,27 @@ class ZeroStrategy(DDPStrategy):
                     rank_zero_info(f"{type(optimizer).__name__} is partitioned by {cut.policy}: {cut.reason}")
         elif self._partition is not None:
             self._partition.come_to_rest()
+
+    def _setting_lines(self) -> list[str]:
+        """What decides what the ranks send each other, a line each."""
+        return [
+            f"stage={self.stage}",
+            f"partition={self._partition_by!r}",
+            f"bucket_size_mb={self._bucket_bytes / 2**20}",
+            f"reduce_dtype={self._reduce_dtype}",
+            f"find_unused_parameters={self._find_unused_parameters}",
+            f"broadcast_buffers={self._broadcast_buffers}",
+        ]
+
+    def _optimizer_lines(self) -> list[str]:
+        """Whose parameters they are, a line each."""
+        names = {parameter: name for name, parameter in self._module.named_parameters()}
+        return [
+            f"{names.get(parameter, 'a parameter that is not of the module')!r} in {type(optimizer).__name__}"
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ]
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -364,7 +393,7 @@ class ZeroStrategy(DDPStrategy):
     @property
     def _partitioned(self) -> Partition:
         if self._partition is None:
-            raise UnsupportedModelError("nothing is partitioned yet; this can be called from the start of fit on")
+            raise UnsupportedModelError(f"nothing is partitioned; call this from the start of fit on{_IN_ITS_PROCESS}")
         return self._partition
 
     @override
@@ -483,7 +512,8 @@ class ZeroStrategy(DDPStrategy):
     def full_state(self, parameter: Parameter) -> dict[str, Any]:
         """The whole fp32 `"param"` and every optimizer state of one parameter. Called on every rank."""
         self.wait_for_parameters()
-        return self._partitioned.full_state(parameter)
+        with self._ranks.reaching_all():
+            return self._partitioned.full_state(parameter)
 
     def full_grad(self, parameter: Parameter) -> Tensor | None:
         """The whole averaged gradient of one parameter, before the step. Called on every rank.
@@ -491,7 +521,8 @@ class ZeroStrategy(DDPStrategy):
         Returns:
             A tensor of the parameter's shape, the same on every rank; None where no rank has a gradient.
         """
-        return self._partitioned.full_grad(parameter)
+        with self._ranks.reaching_all():
+            return self._partitioned.full_grad(parameter)
 
     def grad_norm(self) -> Tensor:
         """The 2-norm of the averaged gradients of all optimizers, before the step. Called on every rank.
@@ -499,7 +530,8 @@ class ZeroStrategy(DDPStrategy):
         Returns:
             A 0-d fp32 tensor, the same on every rank.
         """
-        return self._partitioned.grad_norm()
+        with self._ranks.reaching_all():
+            return self._partitioned.grad_norm()
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the gradients of all optimizers by their global norm, before the step. Called on every rank.
@@ -507,7 +539,8 @@ class ZeroStrategy(DDPStrategy):
         Returns:
             The norm before clipping, as `torch.nn.utils.clip_grad_norm_` does.
         """
-        return self._partitioned.clip_grad_norm_(max_norm, norm_type=norm_type)
+        with self._ranks.reaching_all():
+            return self._partitioned.clip_grad_norm_(max_norm, norm_type=norm_type)
 
     def memory_bytes(self) -> dict[str, float]:
         """What this rank holds, in bytes and by kind: parameters, masters, optimizer states, gradients, buckets."""
@@ -720,7 +753,7 @@ class ZeroStrategy(DDPStrategy):
             client_state: what `load_zero_checkpoint` is to give back: plain values and tensors.
             tag_validation: where the ranks give different tags, `"fail"`, or take the first rank's, and `"warn"` of
                 it, or `"ignore"` it; the strategy's own by default.
-            save_latest: let `latest` name the tag.
+            save_latest: let `latest` name the tag; weights alone, as there are before a fit, it never names.
             exclude_frozen_parameters: leave out what isn't trained; such a checkpoint is loaded with
                 `load_module_strict=False`.
 
@@ -735,6 +768,8 @@ class ZeroStrategy(DDPStrategy):
 
         def dump() -> dict[str, Any]:
             validate_tag(tag)
+            if client_state is not None and not isinstance(client_state, Mapping):
+                raise TypeError(f"client_state must be a dict, not {client_state!r:.80}")
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             checkpoint[CLIENT_STATE] = dict(client_state or {})
             if exclude_frozen_parameters:
@@ -745,9 +780,9 @@ class ZeroStrategy(DDPStrategy):
 
         self._save(
             dump,
-            str(locate(save_dir) / tag),
+            str(locate(save_dir) / str(tag)),
             None,
-            update_latest=save_latest,
+            update_latest=save_latest and self._partition is not None,
             io=self._sharded_io,
             behind=None if self._own_io is not None else False,
             tag_validation=tag_validation,
@@ -973,7 +1008,9 @@ class ZeroStrategy(DDPStrategy):
     @property
     def _trainer(self) -> Trainer:
         if self._trainer_if_any is None:
-            raise UnsupportedModelError("no module is attached to the strategy yet; call this during fit, or after it")
+            raise UnsupportedModelError(
+                f"no module is attached to the strategy; call this during fit, or after it{_IN_ITS_PROCESS}"
+            )
         return self._trainer_if_any
 
     @property
@@ -1000,6 +1037,13 @@ def _remove_temporary(shards: Location) -> None:
         remove_tag(shards.parent, shards.name)
     except Exception as error:  # a store's own kinds too; what these shards were for is written
         rank_zero_warn(f"{shards.parent} couldn't be removed, and nothing needs it any more: {error}")
+
+
+def _parameter_lines(module: Module) -> list[str]:
+    return [
+        f"{name!r} of shape {tuple(p.shape)}, {p.dtype}, {'trained' if p.requires_grad else 'frozen'}"
+        for name, p in module.named_parameters()
+    ]
 
 
 def _require_values(module: Module, uninitialized: Collection[str]) -> None:

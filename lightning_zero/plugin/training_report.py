@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -51,8 +52,8 @@ class TrainingReport(Callback):
         self.path = Path(path)
         if self.path.suffix != ".html":
             raise ValueError(f"TrainingReport writes an .html page, not {os.fspath(path)!r}")
-        if every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps must be at least 1, not {every_n_train_steps}")
+        if not isinstance(every_n_train_steps, int) or every_n_train_steps < 1:
+            raise ValueError(f"every_n_train_steps must be a whole number, at least 1, not {every_n_train_steps!r}")
         self.every_n_train_steps = every_n_train_steps
         self.curves: Curves = {}
         """By name, the points (step, value)."""
@@ -152,10 +153,13 @@ class TrainingReport(Callback):
                 for name, value in save.items():
                     if name != "step":
                         self._add(f"checkpoint/{name}", int(save["step"]), value)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
-        new.write_text(self._page(), encoding="utf-8")
-        os.replace(new, self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
+            new.write_text(self._page(), encoding="utf-8")
+            os.replace(new, self.path)
+        except OSError as error:  # of one rank, and no reason to end a training
+            rank_zero_warn(f"the report {self.path} couldn't be written: {error}")
 
     def _new_saves(self, history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
         """Those since the page was last written: what a long curve has let go of must not come back."""

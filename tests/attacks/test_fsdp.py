@@ -256,7 +256,7 @@ def test_a_save_that_did_not_come_to_its_end(source: Path, tmp_path: Path) -> No
     for file in source.glob("*.distcp"):
         file.unlink()
     refuses(source, CheckpointNotFoundError, "holds no checkpoint")
-    refuses(source / "nowhere", CheckpointNotFoundError, "holds no checkpoint")
+    refuses(source / "nowhere", CheckpointNotFoundError, "is no directory")
 
 
 def test_a_flipped_byte_is_found_by_the_sources_own_checksums(source: Path, tmp_path: Path) -> None:

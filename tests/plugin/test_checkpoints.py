@@ -17,11 +17,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroStrategy
+from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroCheckpointIO, ZeroStrategy
 from lightning_zero.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     CheckpointWriteError,
+    CorruptCheckpointError,
     TagMismatchError,
     UnreachableRankError,
 )
@@ -440,6 +441,17 @@ def test_save_last_takes_no_place_of_keep_last_and_weights_alone_are_not_resumed
 
 
 @distributed(world_size=2, process_group=False)
+def test_what_is_saved_before_there_is_anything_to_resume_is_never_latest(tmp_path):
+    trainer = quiet_trainer(world_size=2, max_steps=1)
+    trainer.validate(Model(), datamodule=Data(), verbose=False)
+    trainer.strategy.save_zero_checkpoint(tmp_path, "weights")
+    assert os.listdir(tmp_path) == ["weights"]
+    trainer.fit(Model(), datamodule=Data())
+    trainer.strategy.save_zero_checkpoint(tmp_path, "all")
+    assert (tmp_path / "latest").read_text() == "all"
+
+
+@distributed(world_size=2, process_group=False)
 def test_a_checkpoint_that_was_validated_leaves_the_next_fits_random_numbers_alone(tmp_path):
     _, trainer = fit(strategy=ZeroStrategy(), world_size=2, max_steps=3)
     trainer.save_checkpoint(tmp_path / "tag")
@@ -470,6 +482,10 @@ class DifferentTags(Callback):
         for tag in ("", "../out", "a/b", "latest"):
             with pytest.raises(CheckpointWriteError, match="can't be a tag"):
                 strategy.save_zero_checkpoint(self.directory, tag)
+        with pytest.raises(CheckpointWriteError, match=r"a tag is a string, not 1\.5"):
+            strategy.save_zero_checkpoint(self.directory, 1.5)
+        with pytest.raises(CheckpointWriteError, match=r"client_state must be a dict, not \['note'\]"):
+            strategy.save_zero_checkpoint(self.directory, client_state=["note"])
         with pytest.raises(CheckpointWriteError, match=r"rank 1 .*can't be a tag"):
             strategy.save_zero_checkpoint(self.directory, "a/b" if trainer.global_rank else "good")
 
@@ -519,6 +535,35 @@ def alone(directory, rank, method):
         assert isinstance(caught.value, error)
         assert "has to be called on every rank" in str(caught.value)
         assert callback.seconds < 10
+
+
+class AskAlone(Callback):
+    def __init__(self, method):
+        self.method = method
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.global_rank == 1:
+            parameter = () if self.method == "grad_norm" else (next(module.parameters()),)
+            getattr(trainer.strategy, self.method)(*parameter)
+
+
+@pytest.mark.parametrize("method", ["grad_norm", "full_grad", "full_state"])
+def test_a_rank_that_asks_alone_is_told_that_all_have_to(method):
+    run_ranks(asks_alone, 2, method, process_group=False)
+
+
+def asks_alone(method):
+    with pytest.raises(RuntimeError if os.environ["RANK"] == "0" else UnreachableRankError) as caught:
+        fit(
+            strategy=ZeroStrategy(timeout=timedelta(seconds=3)), world_size=2, max_steps=2, callbacks=[AskAlone(method)]
+        )
+    assert "has to be called on every rank" in str(caught.value) or not isinstance(caught.value, UnreachableRankError)
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
+    (tmp_path / "notes.ckpt").write_text("hello")
+    with pytest.raises(CorruptCheckpointError, match=r"notes\.ckpt isn't a checkpoint"):
+        ZeroCheckpointIO().load_checkpoint(tmp_path / "notes.ckpt", weights_only=True)
 
 
 def test_random_states_go_on_as_they_are_saved_and_as_lists_as_they_were_before():

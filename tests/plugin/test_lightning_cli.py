@@ -1,12 +1,20 @@
 """The strategy by its class path and by its names, in LightningCLI and in the Trainer; and wrong arguments."""
 
+import inspect
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    StrategyRegistry,
+)
 
-from lightning_zero import ZeroStrategy
+from lightning_zero import Fp32Export, TrainingReport, ZeroCheckpoint, ZeroCheckpointIO, ZeroStrategy
 from tests.models import Data, Model
 
 QUIET = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.max_steps=2"]
@@ -80,6 +88,8 @@ def test_a_wrong_argument_in_a_config_is_named(capsys):
         ({"static_graph": True}, "leave it out"),
         ({"bucket_cap_mb": 5}, "it is called bucket_size_mb here"),
         ({"config": "ds.json"}, "arguments of the Trainer and of ZeroStrategy"),
+        ({"offload_parameters": True, "loss_scale": 0}, r"FSDPStrategy\(cpu_offload=True\).*precision='16-mixed'"),
+        ({"sharding_strategy": "FULL_SHARD"}, "use FSDPStrategy for FULL_SHARD"),
         ({"zzz": 1}, "no argument 'zzz'; it takes"),
     ],
 )
@@ -97,9 +107,56 @@ def test_an_unknown_argument_is_refused_with_what_to_write_instead(arguments, me
         ({"bucket_size_mb": "25"}, "bucket_size_mb must be a positive number, not '25'"),
         ({"start_method": "thread"}, "start_method must be one of"),
         ({"timeout": 5}, "timeout must be a datetime.timedelta"),
-        ({"reduce_dtype": "int8"}, "reduce_dtype must be a floating-point dtype such as \"float32\", not 'int8'"),
+        ({"bucket_size_mb": float("nan")}, "bucket_size_mb must be a positive number, not nan"),
+        ({"bucket_size_mb": float("inf")}, "bucket_size_mb must be a positive number, not inf"),
+        ({"reduce_dtype": "int8"}, 'must be one of "float32", "bfloat16", "float16", "float64", or None, not \'int8\''),
+        ({"reduce_dtype": torch.float8_e4m3fn}, "reduce_dtype must be one of"),
     ],
 )
 def test_a_wrong_value_is_refused_with_the_valid_ones(arguments, message):
     with pytest.raises(ValueError, match=message):
         ZeroStrategy(**arguments)
+
+
+@pytest.mark.parametrize("stranger", [DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy])
+def test_every_argument_of_other_strategies_has_a_word_of_what_to_do(stranger):
+    for name in inspect.signature(stranger).parameters.keys() - inspect.signature(ZeroStrategy).parameters.keys():
+        if name != "kwargs":
+            with pytest.raises(TypeError, match=rf"{name}' \((?!did you mean)"):
+                ZeroStrategy(**{name: None})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"checkpoint_io": ZeroCheckpointIO},
+            r"must be an instance of CheckpointIO, .*did you mean ZeroCheckpointIO\(\)",
+        ),
+        ({"checkpoint_io": "zero"}, "must be an instance of CheckpointIO, not 'zero'$"),
+        ({"precision_plugin": "bf16-true"}, "must be an instance of Precision"),
+        ({"cluster_environment": "slurm"}, "must be an instance of ClusterEnvironment"),
+        ({"accelerator": "cpu"}, "must be an instance of Accelerator"),
+    ],
+)
+def test_what_is_no_plugin_is_refused_at_once(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        ZeroStrategy(**arguments)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ZeroCheckpoint(keep_last=0),
+        lambda: ZeroCheckpoint(filename="a/b"),
+        lambda: ZeroCheckpoint(filename=".hidden"),
+        lambda: Fp32Export("model.bin"),
+        lambda: Fp32Export("model.ckpt", every_n_checkpoints="2"),
+        lambda: Fp32Export("model.ckpt", every_n_checkpoints=0),
+        lambda: TrainingReport("report.txt"),
+        lambda: TrainingReport(every_n_train_steps=0.5),
+    ],
+)
+def test_a_callback_that_cannot_work_is_refused_at_once(make):
+    with pytest.raises(ValueError, match=r"keep_last|hidden|one plain name|Fp32Export|every_n|\.html"):
+        make()

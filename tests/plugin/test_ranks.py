@@ -3,13 +3,15 @@
 import os
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from lightning_zero import ZeroStrategy
-from lightning_zero.errors import CheckpointMismatchError
+from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError
 from lightning_zero.plugin.ranks import Ranks
-from tests.launch import distributed
-from tests.models import fit
+from tests.launch import distributed, run_ranks
+from tests.models import Model, fit
 
 
 @distributed(world_size=2)
@@ -45,6 +47,47 @@ def test_what_cant_be_told_on_one_rank_fails_on_all():
     with pytest.raises(Exception, match="lambda"):
         ranks.everyones(lambda: [lambda: 1] if dist.get_rank() == 1 else [1])
     ranks.release()
+
+
+class Own(Model):
+    """Not the same on every rank."""
+
+    def __init__(self, what):
+        self.what = what if os.environ["RANK"] == "1" else ""
+        super().__init__(width=32 if self.what == "shape" else 24)
+        if self.what == "layer":
+            self.more = nn.Linear(3, 3)
+        if self.what == "frozen":
+            self.into.requires_grad_(False)
+
+    def configure_optimizers(self):
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if self.what == "order":
+            parameters.reverse()
+        return (torch.optim.SGD if self.what == "optimizer" else torch.optim.Adam)(parameters, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("shape", r"modules differ: rank 0 has 'into.weight' of shape \(24, 8\).* rank 1 has .*\(32, 8\)"),
+        ("layer", r"modules differ: rank 0 has nothing more, and rank 1 has 'more.weight'"),
+        ("frozen", "modules differ: rank 0 has 'into.weight' .*trained, and rank 1 has 'into.weight' .*frozen"),
+        ("optimizer", "optimizers or settings differ: rank 0 has 'into.weight' in Adam, .* in SGD"),
+        ("order", "optimizers or settings differ"),
+        ("stage", "rank 0 has stage=1, and rank 1 has stage=2"),
+        ("bucket", "rank 0 has bucket_size_mb=25.0, and rank 1 has bucket_size_mb=1.0"),
+    ],
+)
+def test_what_differs_between_the_ranks_is_named_on_all_before_training(what, message):
+    run_ranks(differs, 2, what, message, process_group=False)
+
+
+def differs(what, message):
+    second = os.environ["RANK"] == "1"
+    stage, size = 2 if second or what != "stage" else 1, 1 if second and what == "bucket" else 25
+    with pytest.raises(UnsupportedModelError, match=message):
+        fit(Own(what), ZeroStrategy(stage=stage, bucket_size_mb=size), world_size=2, max_steps=2)
 
 
 @distributed(world_size=2, process_group=False)

@@ -29,6 +29,7 @@ from lightning_zero.checkpoint.fsdp.metadata import Chunked, KeyPath, Leaf, is_d
 from lightning_zero.checkpoint.fsdp.nesting import below, is_below, joined, nested
 from lightning_zero.checkpoint.fsdp.optimizer import optimizer_keys, read_groups, read_states
 from lightning_zero.checkpoint.manifest import Entry
+from lightning_zero.checkpoint.resolution import is_checkpoint
 from lightning_zero.checkpoint.storage import Location, PathOrUrl, absolute, locate, names_in, open_file
 from lightning_zero.checkpoint.torch_file import Progress, describe_torch_file
 from lightning_zero.errors import CheckpointMismatchError, CheckpointNotFoundError
@@ -50,6 +51,10 @@ def find_distributed(path: PathOrUrl) -> Location:
     where = absolute(locate(path))
     where = where.parent if where.is_file() else where
     if not is_distributed(where):
+        if not where.is_dir():
+            raise CheckpointNotFoundError(f"{where} is no directory")
+        if is_checkpoint(where):
+            raise CheckpointNotFoundError(f"{where} holds a checkpoint of lightning_zero's, which needs no import")
         there = sorted(name for name in names_in(where) if is_distributed(where / name))
         raise CheckpointNotFoundError(
             f"{where} holds no checkpoint of torch.distributed.checkpoint{f'; there are {there}' if there else ''}"
