@@ -85,6 +85,24 @@ def test_verify_of_a_damaged_manifest_is_1(save_dir: Path, capsys: pytest.Captur
     assert "manifest.json" in capsys.readouterr().out
 
 
+def test_verify_of_all_names_the_checkpoint_and_the_file(save_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(save_dir), "--all"]) == 0
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"{save_dir}/step={step}.ckpt: sound" for step in (2, 1)
+    ]
+    flip(save_dir / "step=1.ckpt" / "trainer.pt", 100)
+    assert main(["verify", str(save_dir), "--all"]) == 1
+    out = capsys.readouterr().out
+    assert "step=2.ckpt: sound" in out
+    assert "step=1.ckpt/trainer.pt: " in out
+    assert main(["verify", str(save_dir), "--all", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["sound"]
+    assert [tag["sound"] for tag in found["tags"]] == [True, False]
+    with pytest.raises(SystemExit, match="2"):
+        main(["verify", str(save_dir), "--all", "--tag", "step=1.ckpt"])
+
+
 def test_export_writes_what_torch_loads(save_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(save_dir), str(tmp_path / "m.ckpt"), "--tag", "step=1.ckpt", "--exclude-frozen"]) == 0
     loaded = torch.load(tmp_path / "m.ckpt", weights_only=True)
