@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 from typing_extensions import TypeIs
 
 from lightning_zero.checkpoint import kernel
-from lightning_zero.errors import CorruptCheckpointError, IncompleteCheckpointError
+from lightning_zero.errors import CheckpointWriteError, CorruptCheckpointError, IncompleteCheckpointError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,6 +84,27 @@ def is_remote(location: Location) -> TypeIs[UPath]:
 def absolute(location: Location) -> Location:
     """The same place, whatever the working directory will be."""
     return location if is_remote(location) else Path(os.path.abspath(location))
+
+
+def require_writable(directory: Location) -> None:
+    """Look whether a directory that may not be there yet can be made and written to. A store tells when it is asked to.
+
+    Raises:
+        CheckpointWriteError: it can't.
+    """
+    if is_remote(directory):
+        return
+    there = Path(os.path.abspath(directory))
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise CheckpointWriteError(
+            f"nothing can be written to {directory}: {there} is no directory; give another place"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CheckpointWriteError(
+            f"nothing can be written to {directory}: {there} is closed to this user, or read-only"
+        )
 
 
 def names_in(directory: Location) -> list[str]:

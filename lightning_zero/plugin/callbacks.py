@@ -117,6 +117,8 @@ class ZeroCheckpoint(ModelCheckpoint):
                 "ZeroCheckpointIO; use save_top_k with another strategy or CheckpointIO"
             )
         self.dirpath = self._save_directory(trainer)
+        if stage == "fit" and isinstance(trainer.strategy, ZeroStrategy):
+            trainer.strategy.require_writable(locate(self.dirpath))
         super().setup(trainer, pl_module, stage)
 
     @override
@@ -326,6 +328,8 @@ class Fp32Export(Callback):
             )
         self._exports = BackgroundExport()
         self._count = 0
+        if stage == "fit":
+            strategy.require_writable(self._output(step=0, epoch=0).parent)
         if stage == "fit" and self.every_n_checkpoints is not None and strategy.is_global_zero:
             strategy.save_listeners.append(self._after_save)
 

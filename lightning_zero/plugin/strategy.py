@@ -46,7 +46,7 @@ from lightning_zero.checkpoint.nodes import Place
 from lightning_zero.checkpoint.origins import advice
 from lightning_zero.checkpoint.plan import TagValidation
 from lightning_zero.checkpoint.save import holds_model
-from lightning_zero.checkpoint.storage import Location, absolute, is_remote, locate
+from lightning_zero.checkpoint.storage import Location, absolute, is_remote, locate, require_writable
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import (
@@ -692,6 +692,14 @@ class ZeroStrategy(DDPStrategy):
             CheckpointWriteError: it failed.
         """
         self._ranks.all_or_none(self._join_save)
+
+    def require_writable(self, directory: Location) -> None:
+        """A fit that has nowhere to save to is to end when it begins. Called on every rank.
+
+        Raises:
+            CheckpointWriteError: nothing can be written there.
+        """
+        self._ranks.decided_by_first(partial(require_writable, directory))
 
     def is_being_saved(self, path: _PATH) -> bool:
         """Whether a save of this very path is under way behind training."""
