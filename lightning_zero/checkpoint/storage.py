@@ -97,14 +97,10 @@ def require_writable(directory: Location) -> None:
     there = Path(os.path.abspath(directory))
     while not os.path.lexists(there):
         there = there.parent
-    if not there.is_dir():
-        raise CheckpointWriteError(
-            f"nothing can be written to {directory}: {there} is no directory; give another place"
-        )
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise CheckpointWriteError(
-            f"nothing can be written to {directory}: {there} is closed to this user, or read-only"
-        )
+    problem = None if os.access(there, os.W_OK | os.X_OK) else "is closed to this user, or read-only"
+    problem = problem if there.is_dir() else "is no directory"
+    if problem is not None:
+        raise CheckpointWriteError(f"nothing can be written to {directory}: {there} {problem}; give another place")
 
 
 def names_in(directory: Location) -> list[str]:

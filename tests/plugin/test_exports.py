@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroStrategy, convert_zero_checkpoint_to_fp32_state_dict
 from lightning_zero.checkpoint.integrity import read_manifest
 from lightning_zero.checkpoint.storage import locate
-from lightning_zero.errors import CorruptCheckpointError
+from lightning_zero.errors import CheckpointWriteError, CorruptCheckpointError
 from lightning_zero.plugin import callbacks
 from tests.launch import distributed, run_ranks
 from tests.models import Data, Model, quiet_trainer
@@ -275,6 +275,19 @@ def test_the_last_checkpoint_is_converted_if_it_holds_the_model_as_it_is(tmp_pat
     assert all(torch.equal(exported[name], weights[name]) for name in weights)
     assert bool((exported["into.weight"] == 7).all()) == changed
     assert sorted(os.listdir(tmp_path)) == ["ckpts", "model.ckpt", "model.safetensors"]
+
+
+def nowhere(tmp_path):
+    for callback in (Fp32Export(tmp_path / "file" / "a" / "model.ckpt"), ZeroCheckpoint(tmp_path / "file")):
+        model = Model()
+        with pytest.raises(CheckpointWriteError, match="file is no directory"):
+            quiet_trainer(world_size=2, callbacks=[callback]).fit(model, datamodule=Data())
+        assert not model.losses
+
+
+def test_a_fit_that_has_nowhere_to_write_to_ends_when_it_begins(tmp_path):
+    (tmp_path / "file").touch()
+    run_ranks(nowhere, 2, tmp_path, process_group=False)
 
 
 def test_what_an_export_is_told_has_a_meaning(tmp_path):
