@@ -6,11 +6,14 @@ Only what has no memory gets some: weights that are there, as a pretrained backb
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.nn.parameter import is_lazy
+
+from lightning_zero.errors import UnsupportedModelError
 
 
 def materialize(module: Module, device: torch.device) -> set[str]:
@@ -49,3 +52,23 @@ def materialize(module: Module, device: torch.device) -> set[str]:
     for reset in blank:
         reset()
     return uninitialized
+
+
+def require_values(module: Module, uninitialized: Collection[str]) -> None:
+    """Make sure that every tensor has memory and values.
+
+    Raises:
+        UnsupportedModelError: one hasn't; `uninitialized` names those that have no values.
+    """
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if is_lazy(tensor):
+            raise UnsupportedModelError(
+                f"the tensor {name!r} has no shape yet; run a batch through its lazy module in `configure_model`, "
+                "or before fit"
+            )
+    if uninitialized:
+        raise UnsupportedModelError(
+            f"{sorted(uninitialized)} were made on the meta device, and nothing gives them values: "
+            "give their layer a method reset_parameters() that sets all of its tensors, make them on a real device, or "
+            "load a checkpoint that holds them"
+        )

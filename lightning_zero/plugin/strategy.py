@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import math
 import os
 import shutil
 import socket
 import time
 import warnings
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -34,7 +33,6 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -56,12 +54,13 @@ from lightning_zero.errors import (
     ZeroError,
 )
 from lightning_zero.memory import keep_freed_memory
+from lightning_zero.plugin.alike import module_lines, optimizer_lines
 from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown, require_instance
 from lightning_zero.plugin.checkpoint_io import PREPARED, LoadedCheckpoint, PreparedSave, ZeroCheckpointIO
 from lightning_zero.plugin.choice import Choice, choose
 from lightning_zero.plugin.contents import contents
 from lightning_zero.plugin.loading import fits_module, load_module, restore_optimizer_states
-from lightning_zero.plugin.materialize import materialize
+from lightning_zero.plugin.materialize import materialize, require_values
 from lightning_zero.plugin.metric_state import finished_metrics, get_metric_states
 from lightning_zero.plugin.overlap import GatherOverlap
 from lightning_zero.plugin.precision import route_clipping, unroute_clipping
@@ -295,11 +294,11 @@ class ZeroStrategy(DDPStrategy):
         if fitting and self._layer_sync:
             self.model = self._layer_sync.apply(self.model)
         self._uninitialized |= materialize(self.model, self.root_device)
-        _require_values(self.model, self._uninitialized)
+        require_values(self.model, self._uninitialized)
         self.precision_plugin.convert_module(self.model)
         route_clipping(self.precision_plugin, self._clip_by_norm, self._clip_by_value)
         self.model_to_device()
-        self._ranks.require_same("modules", _parameter_lines(self.model))
+        self._ranks.require_same("modules", module_lines(self.model))
         _sync_module_states(self.model)
         if fitting:
             self._data.enter()
@@ -312,7 +311,9 @@ class ZeroStrategy(DDPStrategy):
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
             self._buffers_due = True
-            self._ranks.require_same("optimizers or settings", [*self._setting_lines(), *self._optimizer_lines()])
+            self._ranks.require_same(
+                "optimizers or settings", [*self._setting_lines(), *optimizer_lines(self.optimizers, self.model)]
+            )
             self._partition = Partition(
                 self.model,
                 self.optimizers,
@@ -343,16 +344,6 @@ class ZeroStrategy(DDPStrategy):
             f"reduce_dtype={self._reduce_dtype}",
             f"find_unused_parameters={self._find_unused_parameters}",
             f"broadcast_buffers={self._broadcast_buffers}",
-        ]
-
-    def _optimizer_lines(self) -> list[str]:
-        """Whose parameters they are, a line each."""
-        names = {parameter: name for name, parameter in self._module.named_parameters()}
-        return [
-            f"{names.get(parameter, 'a parameter that is not of the module')!r} in {type(optimizer).__name__}"
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
         ]
 
     @override
@@ -1045,25 +1036,3 @@ def _remove_temporary(shards: Location) -> None:
         remove_tag(shards.parent, shards.name)
     except Exception as error:  # a store's own kinds too; what these shards were for is written
         rank_zero_warn(f"{shards.parent} couldn't be removed, and nothing needs it any more: {error}")
-
-
-def _parameter_lines(module: Module) -> list[str]:
-    return [
-        f"{name!r} of shape {tuple(p.shape)}, {p.dtype}, {'trained' if p.requires_grad else 'frozen'}"
-        for name, p in module.named_parameters()
-    ]
-
-
-def _require_values(module: Module, uninitialized: Collection[str]) -> None:
-    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
-        if is_lazy(tensor):
-            raise UnsupportedModelError(
-                f"the tensor {name!r} has no shape yet; run a batch through its lazy module in `configure_model`, "
-                "or before fit"
-            )
-    if uninitialized:
-        raise UnsupportedModelError(
-            f"{sorted(uninitialized)} were made on the meta device, and nothing gives them values: "
-            "give their layer a method reset_parameters() that sets all of its tensors, make them on a real device, or "
-            "load a checkpoint that holds them"
-        )
