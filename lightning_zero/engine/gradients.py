@@ -314,14 +314,10 @@ class GradientReducer:
         while late:
             if not self._open:
                 self._begin()
-            if agree:
+            self._send_rest()
+            if agree:  # only now: in its backward, another rank may be waiting for what was left here
                 self._queue += self._frozen_with_gradients()
-            unsent = set(self._queue[self._sent :])
-            for index, slot in self._slots.values():
-                if index in unsent:
-                    self._deposit(index, slot, own_memory=False)
-            while self._sent < len(self._queue):
-                self._send_next()
+                self._send_rest()
             if not self._order_is_learned:
                 self._learn_order()
             self._open = False
@@ -329,6 +325,15 @@ class GradientReducer:
                 self._stand_in_tentatively()
                 return
             late = self._agree_on_holders()
+
+    def _send_rest(self) -> None:
+        """Send the rest of the queue, with whatever gradients are there."""
+        unsent = set(self._queue[self._sent :])
+        for index, slot in self._slots.values():
+            if index in unsent:
+                self._deposit(index, slot, own_memory=False)
+        while self._sent < len(self._queue):
+            self._send_next()
 
     def _stand_in_tentatively(self) -> None:
         """Another rank may have had a gradient where this one has none: what comes next adds to it."""

@@ -309,3 +309,29 @@ def test_a_layer_that_is_frozen_with_a_gradient_on_one_rank_does_not_stop_the_ot
     for stage in (1, 2):
         model, _ = fit(FrozenInMidWindow, ZeroStrategy(stage=stage, bucket_size_mb=1e-4), accumulate_grad_batches=3)
         assert len(model.losses) == 16
+
+
+class UnusedBesideFrozen(Plain):
+    """Rank 0 alone uses the layer whose bucket leaves first, and the optimizer holds a frozen layer too."""
+
+    def __init__(self):
+        super().__init__(torch.optim.SGD)
+        self.frozen = nn.Linear(8, 8)
+        self.frozen.requires_grad_(False)
+        self.extra = nn.Linear(8, 8)
+
+    def training_step(self, batch, batch_idx):
+        out = self.net(self.frozen(batch))
+        if batch_idx == 0 or self.global_rank == 0:
+            out = self.extra(out)
+        loss = (out - batch).pow(2).mean()
+        self.losses.append(float(loss.detach()))
+        return loss
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_layer_that_one_rank_alone_uses_beside_a_frozen_one_does_not_stop_the_ranks():
+    """A backward waits for a bucket that the other rank sends after its own, before anything is agreed on."""
+    for stage in (1, 2):
+        model, _ = fit(UnusedBesideFrozen, ZeroStrategy(stage=stage, bucket_size_mb=1e-4))
+        assert len(model.losses) == 16
