@@ -25,7 +25,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -349,6 +349,8 @@ class ZeroStrategy(DDPStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._uninitialized = materialize(self._module, self.root_device)
+        if isinstance(self.precision_plugin, DoublePrecision):
+            self.precision_plugin.convert_module(self._module)  # `setup` would, when fp32 has rounded what is loaded
         ours = checkpoint.source.directory if isinstance(checkpoint, LoadedCheckpoint) else None
         with nullcontext() if ours is None else fits_module(ours):
             super().load_model_state_dict(checkpoint, strict=strict)

@@ -81,9 +81,9 @@ def assert_same(a, b):
             assert torch.equal(a[key], b[key]), key
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_resumed_run_goes_on_bit_for_bit_in_the_middle_of_an_epoch(tmp_path, world_size):
-    options = {"process_group": False}
+@pytest.mark.parametrize(("world_size", "precision"), [(1, "32-true"), (2, "32-true"), (2, "64-true")])
+def test_a_resumed_run_goes_on_bit_for_bit_in_the_middle_of_an_epoch(tmp_path, world_size, precision):
+    options = {"process_group": False, "precision": precision}
     whole = run_ranks(train, world_size, tmp_path / "whole", world_size, max_steps=23, **options)
     run_ranks(train, world_size, tmp_path / "cut", world_size, max_steps=10, **options)
     assert (tmp_path / "cut" / "latest").read_text() == "step=10.ckpt"
