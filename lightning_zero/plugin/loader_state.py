@@ -1,6 +1,6 @@
 """Data loaders that go on exactly where they were: what Lightning and torchdata leave open between them.
 
-Three things, each measured with Lightning 2.6 and torchdata 0.11, and each wrong under stock DDP too:
+Five things, each measured with Lightning 2.6 and torchdata 0.11, and each wrong under stock DDP too:
 
 - A distributed sampler, Lightning's injected one above all, has no state. A `StatefulDataLoader` that is resumed draws
   its order anew, from random numbers that are others by then, or for another epoch. `make_resumable` gives it a state:
@@ -9,6 +9,9 @@ Three things, each measured with Lightning 2.6 and torchdata 0.11, and each wron
   batch never learns that the epoch is over: resumed, it gives nothing, and a whole epoch goes by without a batch.
   `finish_epochs` lets it begin the next one.
 - A loader that is told so makes two iterators, and draws twice where it would have drawn once: `Iterators` says so.
+- Where `max_steps` is set, Lightning takes every resume for one in the middle of an epoch. One that was saved at its
+  end is then ended a second time, and what is left of the next one's order is passed over: `dont_restart`.
+- An epoch in whose middle a fit has stopped counts as over: `reopen_epoch`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch.loops.loop import _Loop
 from torch.utils.data import DistributedSampler
 
 
@@ -140,6 +144,39 @@ def _was_validated(loops: Mapping[str, Any]) -> bool:
 def is_at_epochs_end(loops: Mapping[str, Any]) -> bool:
     """Whether the fit loop's state is that of an epoch's last batch."""
     return bool(loops.get("fit_loop", {}).get("epoch_loop.batch_progress", {}).get("is_last_batch"))
+
+
+def is_over(loops: Mapping[str, Any]) -> bool:
+    """Whether the fit loop's state is that of an epoch whose end was come to, and not only its last batch."""
+    epoch = loops.get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
+    return is_at_epochs_end(loops) and epoch.get("processed", 0) == epoch.get("started", 0) > 0
+
+
+def reopen_epoch(loops: dict[str, Any]) -> None:
+    """Let an epoch go on that a fit has stopped in (by `max_steps`, say), and that Lightning has counted as over.
+
+    It would go on in the middle of the next one, or begin that, whichever a resumed run counts by.
+
+    Args:
+        loops: `checkpoint["loops"]`; changed in place.
+    """
+    fit = loops.get("fit_loop", {})
+    batches = fit.get("epoch_loop.batch_progress", {}).get("current", {})
+    epoch = fit.get("epoch_progress", {})
+    counts = [epoch[which] for which in ("total", "current") if which in epoch]
+    stopped = all(count["processed"] == count["started"] == count["ready"] > 0 for count in counts)
+    in_its_middle = batches.get("ready", 0) == batches.get("completed", 0) > 0 and not is_at_epochs_end(loops)
+    if stopped and in_its_middle:
+        for count in counts:
+            count["processed"] = count["completed"] = count["started"] - 1
+
+
+def dont_restart(loop: _Loop) -> None:
+    """Have a loop, and those in it, begin anew, even where `max_steps` is set."""
+    loop._restarting = False
+    for inner in vars(loop).values():
+        if isinstance(inner, _Loop):
+            dont_restart(inner)
 
 
 def _has_generator(state: dict[str, Any]) -> bool:

@@ -18,12 +18,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch.loops.loop import _Loop
 from torch.nn import Module
 
 from lightning_zero.checkpoint.trust import unpickle
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint
 from lightning_zero.plugin.data_order import has_state, order_of, set_generator_states
-from lightning_zero.plugin.loader_state import Iterators, finish_epochs, next_epoch
+from lightning_zero.plugin.loader_state import (
+    Iterators,
+    dont_restart,
+    finish_epochs,
+    is_over,
+    next_epoch,
+    reopen_epoch,
+)
 from lightning_zero.plugin.metric_state import MetricState, set_metric_states
 from lightning_zero.plugin.random_state import set_random_state
 
@@ -67,6 +75,7 @@ class Resume:
         self._metrics: list[dict[str, MetricState]] = []
         self._metric_names: set[str] = set()
         self._epoch: int | None = None
+        self._begins_an_epoch = False
         self._iterators: Iterators = "one"
         alike = fitting and saved_by == world_size
         self._loaders: list[dict[str, Any]] = own.get("loaders", []) if alike else []
@@ -82,12 +91,23 @@ class Resume:
             others = [of(other) for other in range(rank + world_size, saved_by, world_size)]
             self._metrics = [state.get("metrics", {}) for state in (own, *others) if state]
             self._metric_names = set((own if rank == 0 else of(0)).get("metrics", {}))
-            self._iterators = finish_epochs(loops, by_steps=by_steps)
+            loaders = (own or of(0)).get("loaders", [])
+            with_states = bool(loops.get("fit_loop", {}).get("state_dict", {}).get("combined_loader"))
+            in_the_fit = epoch.get("completed", 0) < epoch.get("processed", 0)  # behind it, states are others by now
+            if loaders and ((with_states and in_the_fit) or all("drawn_from" in loader for loader in loaders)):
+                reopen_epoch(loops)
+            self._begins_an_epoch = is_over(loops)
+            self._iterators = finish_epochs(loops, by_steps=by_steps and not self._begins_an_epoch)
             self._epoch = next_epoch(loops)
 
     def restore_metrics(self, module: Module) -> None:
         """Let the module's metrics go on, when the module's own state has been loaded."""
         set_metric_states(module, self._metrics, self._metric_names)
+
+    def when_loops_are_restored(self, fit_loop: _Loop) -> None:
+        """Lightning has given them their state, and hasn't made use of it."""
+        if self._begins_an_epoch:
+            dont_restart(fit_loop)
 
     def between(self, loader: object) -> None:
         """A training loader is there, and its iterator isn't."""

@@ -45,6 +45,8 @@ class TrainingData:
     def load_states(self, trainer: Trainer) -> None:
         """The loops know where they were: loaders that were made early, for an estimate of the steps, learn it now."""
         loop, resume = trainer.fit_loop, self.resume
+        if resume is not None:
+            resume.when_loops_are_restored(loop)
         if resume is not None and loop._combined_loader is not None and loop._combined_loader_states_to_load:
             loop._load_combined_loader_states()
             for loader in _training_loaders(trainer):

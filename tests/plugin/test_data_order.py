@@ -213,13 +213,26 @@ def test_a_sampler_that_goes_on_by_itself_is_left_to_it(tmp_path):
 
 @distributed(world_size=1, process_group=False)
 def test_a_fit_that_max_steps_has_ended_goes_on_with_the_next_batch(tmp_path):
-    """Lightning counts its epoch as over, and goes on in the middle of the next one."""
-    make = LOADERS["shuffled"]
-    whole = fit(make, 1)
-    before = fit(make, 1, max_steps=2, save_after=tmp_path / "tag")
-    after = fit(make, 1, ckpt_path=tmp_path / "tag")
-    rest = len(whole) // 3 - len(before)
-    assert [rows for _, _, rows, _ in after[:rest]] == [rows for _, _, rows, _ in whole[2 : 2 + rest]]
+    """Lightning counts its epoch as over; of a loader with a state it has lost that state when the fit is over."""
+    for name, make in LOADERS.items():
+        whole = fit(make, 1)
+        at_the_end = ZeroCheckpoint(tmp_path / name, save_on_train_epoch_end=True)
+        before = fit(make, 1, max_steps=2, callbacks=[at_the_end], save_after=tmp_path / f"{name} after")
+        for where in (name, f"{name} after"):
+            for options in {}, {"max_steps": len(whole)}:
+                if not ("state" in name and "after" in where):
+                    assert before + fit(make, 1, ckpt_path=tmp_path / where, **options) == whole, (where, options)
+
+
+@distributed(world_size=2, process_group=False)
+def test_an_epoch_that_was_saved_at_its_end_is_over_where_steps_are_counted_too(tmp_path):
+    for name, make in {name: make for name, make in LOADERS.items() if name != "with a worker"}.items():
+        whole = fit(make, 2)
+        callback = ZeroCheckpoint(tmp_path / name, "{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+        fit(make, 2, max_steps=len(whole), callbacks=[callback])
+        for options in {}, {"max_steps": len(whole)}:
+            after = fit(make, 2, ckpt_path=tmp_path / name / "epoch=0.ckpt", **options)
+            assert after == whole[len(whole) // 3 :], (name, options)
 
 
 @distributed(world_size=1, process_group=False)
