@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_zero.plugin.data_order import generator_states, goes_on, note_order, order_of
 from lightning_zero.plugin.loader_state import make_resumable
@@ -59,6 +60,11 @@ class TrainingData:
         self._resumed, self.resume = self.resume, None
         if self._resumed is None:
             return
+        callbacks: list[Any] = vars(trainer)["callbacks"]
+        for callback in callbacks:
+            if isinstance(callback, GradientAccumulationScheduler):
+                # It acts when an epoch begins, and Lightning goes on in one without telling anybody
+                callback.on_train_epoch_start(trainer)
         loaders = _training_loaders(trainer)
         self._resumed.when_all_are_made(loaders, partial(iter, trainer.fit_loop._data_fetcher))
         if self._resumed.in_mid_epoch and all(map(goes_on, loaders)):

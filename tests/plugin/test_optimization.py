@@ -9,7 +9,7 @@ from lightning.pytorch.plugins import LayerSync
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_zero import ZeroStrategy
+from lightning_zero import ZeroCheckpoint, ZeroStrategy
 from tests.launch import distributed, run_ranks
 from tests.models import quiet_trainer
 from tests.plugin.parity import ROUNDED, Plain, assert_equals_ddp, assert_same_modules, fit
@@ -200,6 +200,17 @@ def test_accumulation_that_changes_as_training_goes_equals_ddp():
     # 8 batches an epoch: windows of 1, then of 3, whose last is partial, then of 5.
     scheduler = lambda: GradientAccumulationScheduler({0: 1, 1: 3, 2: 5})  # noqa: E731
     assert_equals_ddp(Plain, tolerance=ROUNDED, callbacks=[scheduler], max_epochs=3)
+
+
+@distributed(world_size=2, process_group=False)
+def test_accumulation_that_has_changed_is_resumed_in_the_middle_of_an_epoch(tmp_path):
+    scheduler = lambda: GradientAccumulationScheduler({0: 1, 1: 2})  # noqa: E731
+    save = lambda: ZeroCheckpoint(tmp_path, every_n_train_steps=9, save_top_k=-1)  # noqa: E731
+    whole, _ = fit(Plain, ZeroStrategy(), callbacks=[scheduler, save])
+    after, trainer = fit(Plain, ZeroStrategy(), callbacks=[scheduler], ckpt_path=tmp_path / "step=9.ckpt")
+    assert trainer.global_step == 12
+    whole.losses = whole.losses[10:]
+    assert_same_modules(after, whole)
 
 
 class EarlyMicroBatches(Plain):
