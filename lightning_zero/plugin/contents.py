@@ -41,6 +41,7 @@ def contents(
     stage: int,
     metrics: Mapping[str, MetricState] | None = None,
     loaders: Sequence[Mapping[str, Any]] = (),
+    logged: Mapping[str, Any] | None = None,
 ) -> tuple[RankContent, SharedContent]:
     """Divide Lightning's dict into what this rank writes and what the ranks share.
 
@@ -53,6 +54,7 @@ def contents(
         stage: the ZeRO stage, for the record.
         metrics: what this rank's metrics have accumulated.
         loaders: what the order of this rank's data was drawn from: see `data_order`.
+        logged: what this rank has logged: see `logged_metrics`.
     """
     state_dict: Mapping[str, Any] = checkpoint["state_dict"]
     live = {_memory(parameter): parameter for parameter in module.parameters()}
@@ -128,6 +130,7 @@ def contents(
         "loops": checkpoint.get("loops"),
         "metrics": dict(metrics or {}),
         "loaders": [*loaders],
+        "logged": dict(logged or {}),
     }
     torch.serialization.save(own, rank_state)
     return (

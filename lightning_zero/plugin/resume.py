@@ -79,6 +79,9 @@ class Resume:
         self._iterators: Iterators = "one"
         alike = fitting and saved_by == world_size
         self._loaders: list[dict[str, Any]] = own.get("loaders", []) if alike else []
+        logged = (own or of(0)).get("logged", {}) if fitting else {}
+        self.logged: dict[str, Any] = {key: logged[key] for key in logged if alike or key != "sums"}
+        """What was logged: see `logged_metrics`."""
         self._begun = 0
         loops = checkpoint.get("loops", {})
         progress = loops.get("fit_loop", {}).get("epoch_loop.batch_progress", {})

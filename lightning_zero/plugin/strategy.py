@@ -60,6 +60,7 @@ from lightning_zero.plugin.checkpoint_io import PREPARED, LoadedCheckpoint, Prep
 from lightning_zero.plugin.choice import Choice, choose
 from lightning_zero.plugin.contents import contents
 from lightning_zero.plugin.loading import fits_module, load_module, restore_optimizer_states
+from lightning_zero.plugin.logged_metrics import get_logged
 from lightning_zero.plugin.materialize import materialize, require_values
 from lightning_zero.plugin.metric_state import finished_metrics, get_metric_states
 from lightning_zero.plugin.overlap import GatherOverlap
@@ -646,6 +647,7 @@ class ZeroStrategy(DDPStrategy):
             stage=self.stage,
             metrics=metrics,
             loaders=self._data.where(self._trainer) if partition else (),
+            logged=get_logged(self._trainer) if partition else None,
         )
 
     @property

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_zero.plugin.data_order import generator_states, goes_on, note_order, order_of
 from lightning_zero.plugin.loader_state import make_resumable
+from lightning_zero.plugin.logged_metrics import set_logged
 from lightning_zero.plugin.resume import Resume
 
 
@@ -65,6 +66,7 @@ class TrainingData:
             if isinstance(callback, GradientAccumulationScheduler):
                 # It acts when an epoch begins, and Lightning goes on in one without telling anybody
                 callback.on_train_epoch_start(trainer)
+        set_logged(trainer, self._resumed.logged, in_mid_epoch=self._resumed.in_mid_epoch)
         loaders = _training_loaders(trainer)
         self._resumed.when_all_are_made(loaders, partial(iter, trainer.fit_loop._data_fetcher))
         if self._resumed.in_mid_epoch and all(map(goes_on, loaders)):
@@ -75,6 +77,9 @@ class TrainingData:
         """A batch is there."""
         resumed, self._resumed = self._resumed, None
         if resumed is not None:
+            if resumed.in_mid_epoch and "sums" in resumed.logged:
+                # Else Lightning would step no plateau's scheduler at this epoch's end, for want of metrics
+                trainer.fit_loop._restarting = False
             resumed.when_first_batch_is_there(_training_loaders(trainer))
 
     def where(self, trainer: Trainer) -> list[dict[str, Any]]:

@@ -1,0 +1,86 @@
+"""What was logged goes on with the run: averages over the whole epoch, and everything that is decided by them."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_zero import ZeroCheckpoint, ZeroStrategy
+from tests.launch import run_ranks
+from tests.models import Data, Model, quiet_trainer
+
+
+class Logging(Model):
+    """Logs in every way, and lets a learning rate follow the epoch's average."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True)
+        self.log("agreed", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_idx + 1)
+        self.log("most", loss, on_step=False, on_epoch=True, reduce_fx="max")
+        self.log("batches", 1.0, on_step=False, on_epoch=True, reduce_fx="sum")
+        return loss
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.log("early", float(batch_idx), on_step=False, on_epoch=True)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.5)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.05)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "agreed"}}
+
+
+class Seen(Callback):
+    """What a callback finds, at every batch and at the epochs' ends."""
+
+    def __init__(self):
+        self.batches, self.epochs = [], []
+
+    @staticmethod
+    def _of(trainer):
+        return {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+    def on_train_batch_end(self, trainer, *args):
+        self.batches.append(self._of(trainer))
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        self.epochs.append({**self._of(trainer), "lr": lr})
+
+
+def run(ckpt_path=None, callbacks=(), **options):
+    seed_everything(3, verbose=False)
+    model, seen = Logging(), Seen()
+    trainer = quiet_trainer(
+        ZeroStrategy(), world_size=int(options.pop("world_size")), callbacks=[seen, *callbacks], max_epochs=4, **options
+    )
+    trainer.fit(model, datamodule=Data(), ckpt_path=ckpt_path)
+    return model, seen
+
+
+def goes_on(directory, world_size):
+    whole, expected = run(world_size=world_size)
+    epoch = len(expected.batches) // 4
+    for steps in (epoch // 2, epoch + 1, 2 * epoch - 1):
+        path = directory / str(steps)
+        run(world_size=world_size, callbacks=[ZeroCheckpoint(path, every_n_train_steps=steps)], max_steps=steps)
+        model, seen = run(path, world_size=world_size)
+        assert seen.batches == expected.batches[steps:], steps
+        assert seen.epochs == expected.epochs[steps // epoch :], steps
+        assert model.losses == whole.losses[steps:]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_averages_of_a_resumed_epoch_are_those_of_all_of_it(tmp_path, world_size):
+    run_ranks(goes_on, world_size, tmp_path, world_size, process_group=False)
+
+
+def monitored(directory):
+    best = lambda: ModelCheckpoint(directory / "best", monitor="val_loss", every_n_train_steps=3)  # noqa: E731
+    run(callbacks=[ZeroCheckpoint(directory / "cut", every_n_train_steps=20), best()], max_steps=20, world_size=1)
+    _, seen = run(directory / "cut", callbacks=[best()], world_size=1)
+    assert "val_loss" in seen.batches[0]
+
+
+def test_what_is_monitored_is_there_before_it_is_logged_again(tmp_path):
+    run_ranks(monitored, 1, tmp_path, process_group=False)
