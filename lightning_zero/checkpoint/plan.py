@@ -129,7 +129,11 @@ def agree(
             "Every rank has to save the same tag at the same step"
         )
     if differ and tag_validation == "warn":
-        warnings.warn(f"rank 0's tag is saved, of different ones ({_list_wanted(wanted)})", stacklevel=2)
+        warnings.warn(
+            f"rank 0's tag is saved, of different ones ({_list_wanted(wanted)}). A metric in a file name is each "
+            "rank's own, unless it is logged with sync_dist=True",
+            stacklevel=2,
+        )
     return plan
 
 

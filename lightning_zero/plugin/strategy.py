@@ -105,8 +105,9 @@ class ZeroStrategy(DDPStrategy):
         offload_optimizer: keep the fp32 masters and the optimizer's states in host memory, and have it step there, as
             DeepSpeed's `offload_optimizer` does. `torch.optim.AdamW(..., fused=True)` is fast on CPUs; give each rank
             its share of the cores (`OMP_NUM_THREADS`). Where there is no GPU nothing changes.
-        tag_validation: what to do where the ranks are given different tags to save: `"fail"`, or take the first
-            rank's, and `"warn"` of it, or `"ignore"` it.
+        tag_validation: what to do where the ranks give `save_zero_checkpoint` different tags: `"fail"`, or take the
+            first rank's, and `"warn"` of it, or `"ignore"` it. Of names that Lightning's callbacks have made, with a
+            rank's own metrics perhaps, the first rank's is taken in any case, as under DDP.
         accelerator: as for `DDPStrategy`, like all that follow.
         parallel_devices: the devices of this node.
         cluster_environment: who started the processes.
@@ -571,7 +572,13 @@ class ZeroStrategy(DDPStrategy):
         passing = locate(filepath).name.startswith(".")  # `lr_find` saves one, and removes it
         full = "optimizer_states" in checkpoint and self._partition is not None
         try:
-            self._save(checkpoint, filepath, storage_options, update_latest=full and not passing)
+            self._save(
+                checkpoint,
+                filepath,
+                storage_options,
+                update_latest=full and not passing,
+                tag_validation="warn" if self._tag_validation == "fail" else self._tag_validation,
+            )
         except CheckpointWriteError as error:
             if not self._interrupted:
                 raise

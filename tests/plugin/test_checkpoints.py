@@ -464,6 +464,21 @@ def test_a_checkpoint_that_was_validated_leaves_the_next_fits_random_numbers_alo
     assert model.losses == plain.losses
 
 
+class OwnMetric(Model):
+    def training_step(self, batch, batch_idx):
+        self.log("mine", float(self.global_rank))
+        return super().training_step(batch, batch_idx)
+
+
+@distributed(world_size=2, process_group=False)
+def test_of_file_names_with_a_ranks_own_metric_the_first_ones_is_taken(tmp_path):
+    saving = ModelCheckpoint(tmp_path, "{step}-{mine:.0f}", monitor="mine", every_n_train_steps=2)
+    with pytest.warns(UserWarning, match=r"rank 1: 'step=2-mine=1.ckpt'.*sync_dist=True"):
+        fit(OwnMetric(), world_size=2, max_steps=2, callbacks=[saving])
+    assert os.listdir(tmp_path / "step=2-mine=0.ckpt")
+    assert (tmp_path / "latest").read_text() == "step=2-mine=0.ckpt"
+
+
 class DifferentTags(Callback):
     def __init__(self, directory):
         self.directory = directory
