@@ -53,6 +53,7 @@ _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", 
 
 _BESIDE_WEIGHTS = (".json", ".jinja", ".md", ".model", ".txt")
 """What a Hugging Face folder has beside its weights: the configuration, the tokenizer, the model card."""
+_PLAIN_STATE_DICTS = (".bin", ".pt", ".pth")
 _OURS = "lightning_zero_"
 """How the keys begin, in Lightning's dict and among an optimizer's states, that only a resume has a use for."""
 
@@ -138,9 +139,10 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
     Args:
         checkpoint_dir: a save directory, or a tag's.
-        output_file: a path or a URL; by its ending a `.safetensors`, or else a Lightning checkpoint, which keeps the
-            hyper-parameters, the epoch, the step and the callbacks' state, and which `load_from_checkpoint` reads. With
-            `max_shard_size`, a folder in the Hugging Face layout; a configuration or a tokenizer that lies in it stays.
+        output_file: a path or a URL; by its ending a `.safetensors`, a plain state dict for `torch.load` (`.bin`, `.pt`
+            or `.pth`), or else a Lightning checkpoint, which keeps the hyper-parameters, the epoch, the step and the
+            callbacks' state, and which `load_from_checkpoint` reads. With `max_shard_size`, a folder in the Hugging
+            Face layout; a configuration or a tokenizer that lies in it stays.
         tag: of the save directory; `latest` decides where it is None.
         exclude_frozen_parameters: leave out the parameters that were not trained.
         max_shard_size: the largest file, in bytes or as `"5GB"`; a larger tensor gets a file of its own.
@@ -206,9 +208,11 @@ def export(
         elif output.suffix == ".safetensors":
             write_safetensors(path, tensors, progress, overflows)
         else:
-            loaded = checkpoint.trainer_content(trainer, weights_only=weights_only)
-            content = _lightning_content(checkpoint, wanted, loaded)
-            content["state_dict"] = tensors | content.get("state_dict", {})
+            content: dict[Any, Any] = dict(tensors)
+            if _is_lightnings(output, max_shard_bytes):
+                loaded = checkpoint.trainer_content(trainer, weights_only=weights_only)
+                content = _lightning_content(checkpoint, wanted, loaded)
+                content["state_dict"] = tensors | content.get("state_dict", {})
             try:
                 write_torch_file(path, content, output.name, progress, overflows)
             except PicklingError as error:
@@ -259,7 +263,7 @@ def require_suitable(output: Location, wanted: Wanted, max_shard_bytes: int | No
 
 def _is_lightnings(output: Location, max_shard_bytes: int | None) -> bool:
     """Whether it is a Lightning checkpoint, and not weights alone."""
-    return max_shard_bytes is None and output.suffix != ".safetensors"
+    return max_shard_bytes is None and output.suffix not in (".safetensors", *_PLAIN_STATE_DICTS)
 
 
 def exported_bytes(checkpoint: Reader, output: Location, wanted: Wanted, max_shard_bytes: int | None = None) -> int:

@@ -24,7 +24,10 @@ def add_to(commands: Commands) -> None:
     export = add_command(commands, "export", _export, text, examples)
     add_directory(export)
     export.add_argument(
-        "out", type=location, metavar="OUT", help="a .safetensors, a folder, or else a .ckpt: a path or a URL"
+        "out",
+        type=location,
+        metavar="OUT",
+        help="a .ckpt, .safetensors or .bin (weights alone), or a folder; a URL too",
     )
     export.add_argument("--max-shard-size", metavar="SIZE", help='write a folder of files of this size, such as "5GB"')
     export.add_argument("--exclude-frozen", action="store_true", help="leave out parameters that were not trained")

@@ -96,6 +96,14 @@ def test_into_a_module(save_dir: Path, sample: Sample) -> None:
     assert all(torch.equal(tensor, sample.state_dict[name]) for name, tensor in filled.items())
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
+def test_a_bin_is_a_plain_state_dict(save_dir: Path, sample: Sample, tmp_path: Path, name: str) -> None:
+    convert_zero_checkpoint_to_fp32_state_dict(save_dir, tmp_path / name)
+    assert_same(torch.load(tmp_path / name, weights_only=True), sample)
+    with pytest.raises(ValueError, match=r"one \.ckpt, and not into"):
+        convert_zero_checkpoint_to_fp32_state_dict(save_dir, tmp_path / name, with_optimizer=True)
+
+
 def test_a_torch_file_is_a_whole_lightning_checkpoint(
     save_dir: Path, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
