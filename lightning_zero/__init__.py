@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_zero.plugin.callbacks import Fp32Export as Fp32Export
     from lightning_zero.plugin.callbacks import ZeroCheckpoint as ZeroCheckpoint
     from lightning_zero.plugin.checkpoint_io import ZeroCheckpointIO as ZeroCheckpointIO
+    from lightning_zero.plugin.loading import load_from_zero_checkpoint as load_from_zero_checkpoint
     from lightning_zero.plugin.strategy import ZeroStrategy as ZeroStrategy
     from lightning_zero.plugin.training_report import TrainingReport as TrainingReport
 
@@ -47,6 +48,7 @@ _HOMES = {
     "get_fp32_state_dict_from_zero_checkpoint": "checkpoint.state_dict",
     "import_deepspeed_checkpoint": "checkpoint.deepspeed.importing",
     "import_fsdp_checkpoint": "checkpoint.fsdp.importing",
+    "load_from_zero_checkpoint": "plugin.loading",
     "load_state_dict_from_zero_checkpoint": "checkpoint.state_dict",
 }
 

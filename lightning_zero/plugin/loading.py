@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.saving import _load_state
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_zero.checkpoint.load import Checkpoint
+from lightning_zero.checkpoint.resolution import resolve
+from lightning_zero.checkpoint.storage import PathOrUrl
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import CheckpointMismatchError
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint
+
+_Module = TypeVar("_Module", bound=LightningModule)
 
 
 @contextmanager
@@ -34,6 +41,46 @@ def load_module(module: Module, state_dict: Mapping[str, Any], path: str, *, str
         missing, unexpected = module.load_state_dict(state_dict, strict=strict)
     if missing or unexpected:
         rank_zero_warn(f"{path} was loaded in part: missing {list(missing)}, unexpected {list(unexpected)}")
+
+
+def load_from_zero_checkpoint(
+    module_class: type[_Module],
+    checkpoint_dir: PathOrUrl,
+    tag: str | None = None,
+    *,
+    strict: bool | None = None,
+    weights_only: bool | None = None,
+    **hyper_parameters: Any,
+) -> _Module:
+    """Make a LightningModule out of a checkpoint directory, as `load_from_checkpoint` does out of a file.
+
+    Args:
+        module_class: whose `__init__` gets the hyper-parameters that were saved; its hooks are called as ever.
+        checkpoint_dir: a save directory, or a tag's, such as `ModelCheckpoint.best_model_path`.
+        tag: of the save directory; `latest` decides where it is None.
+        strict: whether names may be missing, or be too many; as the module says by default.
+        weights_only: False for hyper-parameters that are objects of any class: it runs what the file says.
+        hyper_parameters: take the place of saved ones.
+
+    Returns:
+        The module, on the CPU, each tensor read straight into its memory and compared with its checksum.
+
+    Raises:
+        CheckpointMismatchError: the weights don't fit the module.
+        ZeroError: there is no such checkpoint, or it is damaged.
+    """
+    source = Checkpoint(resolve(checkpoint_dir, tag), check_reads=True)
+    checkpoint = source.lightning_checkpoint(weights_only=weights_only is not False)
+    checkpoint.setdefault(module_class.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(hyper_parameters)
+    try:
+        with fits_module(source.directory):
+            module = _load_state(module_class, checkpoint, strict=strict, **hyper_parameters)
+    except CheckpointMismatchError:
+        if source.damage is not None:  # torch says of it that it doesn't fit
+            raise source.damage from None
+        raise
+    assert isinstance(module, module_class)
+    return module
 
 
 def restore_optimizer_states(

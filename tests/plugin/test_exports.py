@@ -2,15 +2,22 @@
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 
-from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroStrategy, convert_zero_checkpoint_to_fp32_state_dict
+from lightning_zero import (
+    Fp32Export,
+    ZeroCheckpoint,
+    ZeroStrategy,
+    convert_zero_checkpoint_to_fp32_state_dict,
+    load_from_zero_checkpoint,
+)
 from lightning_zero.checkpoint.integrity import read_manifest
 from lightning_zero.checkpoint.storage import locate
-from lightning_zero.errors import CheckpointWriteError, CorruptCheckpointError
+from lightning_zero.errors import CheckpointMismatchError, CheckpointWriteError, CorruptCheckpointError
 from lightning_zero.plugin import callbacks
 from tests.launch import distributed, run_ranks
 from tests.models import Data, Model, quiet_trainer
@@ -275,6 +282,28 @@ def test_the_last_checkpoint_is_converted_if_it_holds_the_model_as_it_is(tmp_pat
     assert all(torch.equal(exported[name], weights[name]) for name in weights)
     assert bool((exported["into.weight"] == 7).all()) == changed
     assert sorted(os.listdir(tmp_path)) == ["ckpts", "model.ckpt", "model.safetensors"]
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_module_is_made_out_of_a_directory_as_out_of_a_file(tmp_path):
+    saving = ZeroCheckpoint(tmp_path, monitor="val_loss", save_top_k=1)
+    model, trainer = fit_from(
+        lambda dropout: Model(width=16), ZeroStrategy(), world_size=2, max_epochs=2, callbacks=[saving]
+    )
+    if not trainer.is_global_zero:
+        return
+    loaded = load_from_zero_checkpoint(Model, saving.best_model_path)
+    assert loaded.hparams["width"] == 16
+    assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert load_from_zero_checkpoint(Model, tmp_path, dropout=0.7).hparams["dropout"] == 0.7
+    with pytest.raises(CheckpointMismatchError, match="size mismatch"):
+        load_from_zero_checkpoint(Model, tmp_path, width=8)
+    shard = next(Path(saving.best_model_path).glob("rank-00000*"))
+    content = shard.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    shard.write_bytes(content[:header] + bytes(len(content) - header))
+    with pytest.raises(CorruptCheckpointError):
+        load_from_zero_checkpoint(Model, saving.best_model_path)
 
 
 def nowhere(tmp_path):
