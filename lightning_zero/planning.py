@@ -183,10 +183,11 @@ def plan(model: Model, setup: Setup, stage: int) -> Plan:
     if setup.offload:
         own_weights = sum(run.times * run.shard(rank) * run.element_bytes for run in runs)
         offloaded = 2 * share_bytes[rank] + own_weights + states
+        masters = states = 0
     whole = model.trained_bytes
     padded = sum(run.times * run.bucket.numel * run.element_bytes for run in runs)
     if world_size == 1:
-        gradients, buckets, traffic = whole + (0 if setup.offload else masters), 0, 0
+        gradients, buckets, traffic = whole + masters, 0, 0
     else:
         accumulates_whole = stage == 1 and setup.accumulate > 1
         gradients = max(share_bytes[rank], whole if accumulates_whole else 0)
@@ -208,8 +209,8 @@ def plan(model: Model, setup: Setup, stage: int) -> Plan:
         stage=stage,
         weights=(whole if world_size == 1 else padded) + model.frozen_bytes + model.buffer_bytes,
         gradients=gradients,
-        masters=0 if setup.offload else masters,
-        states=0 if setup.offload else states,
+        masters=masters,
+        states=states,
         buckets=buckets,
         offloaded=offloaded,
         snapshot=(1 + optimizer.states) * owned_bytes,

@@ -12,13 +12,24 @@ from typing import Any
 
 from lightning_zero.checkpoint.archive import Record
 from lightning_zero.checkpoint.elements import Elements
-from lightning_zero.checkpoint.manifest import ITEM_BYTES, Entry, Plain
+from lightning_zero.checkpoint.manifest import ITEM_BYTES, MANIFEST_NAME, Entry, Plain
 from lightning_zero.checkpoint.storage import Location
 from lightning_zero.checkpoint.torch_file import View
+from lightning_zero.errors import CheckpointNotFoundError
 from lightning_zero.segments import Segment
 
 LIGHTNING_VERSION = "pytorch-lightning_version"
 """What Lightning's own dict has, whoever keeps it."""
+
+
+def refuse_ours(directory: Location) -> None:
+    """Make sure that nobody imports what is one of ours already.
+
+    Raises:
+        CheckpointNotFoundError: it is.
+    """
+    if (directory / MANIFEST_NAME).is_file():
+        raise CheckpointNotFoundError(f"{directory} is a checkpoint of lightning_zero's, which needs no import")
 
 
 @dataclass(frozen=True, slots=True)

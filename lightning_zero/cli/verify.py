@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -35,18 +35,19 @@ def _verify(options: argparse.Namespace) -> int:
         raise WrongUseError("--all is every checkpoint, --tag is one of them")
     directory, of_latest = find_tag(options.dir, options.tag)
     directories = [tag.path for tag in commit.list_tags(directory.parent)] if options.all else [directory]
-    for problem in of_latest if not options.json else ():
-        print(problem)
+    say: Callable[[object], None] = (lambda text: None) if options.json else print
+    for problem in of_latest:
+        say(problem)
     found: dict[Location, list[Problem]] = {}
     for each in directories:
         manifest, problems = _look(each, quiet=options.json)
         if options.all and problems and not each.is_dir():
             continue  # whoever trains has removed it meanwhile
         found[each] = problems
-        for problem in problems if not options.json else ():
-            print(f"{each.name}/{problem}" if options.all else problem)
-        if manifest is not None and not problems and not options.json and (options.all or not of_latest):
-            print(f"{each}: sound, {bytes_text(manifest.nbytes)} in {len(manifest.files)} shards")
+        for problem in problems:
+            say(f"{each.name}/{problem}" if options.all else problem)
+        if manifest is not None and not problems and (options.all or not of_latest):
+            say(f"{each}: sound, {bytes_text(manifest.nbytes)} in {len(manifest.files)} shards")
     if options.json and options.all:
         tags = [_as_json(each, problems) for each, problems in found.items()]
         print_json({**_as_json(directory.parent, [*of_latest, *chain(*found.values())]), "tags": tags})

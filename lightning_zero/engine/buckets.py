@@ -110,8 +110,9 @@ class ParameterBucket:
         self.master_dtype = torch.promote_types(self.dtype, torch.float32)
         self.is_offloaded = master_device not in (None, self.device)
         self._master_device = master_device or self.device
-        self._in_place = self.dtype == self.master_dtype and not self.is_offloaded
-        self.is_own_master = collectives.world_size == 1 and self._in_place
+        self.has_masters = self.dtype != self.master_dtype or self.is_offloaded
+        """Its masters have memory of their own, which no parameter has a part in."""
+        self.is_own_master = collectives.world_size == 1 and not self.has_masters
         """The parameters are their masters; there is no buffer, nothing to copy and nothing to send."""
         self._gradient: Tensor | None = None
         self._gradient_on_host: Tensor | None = None
@@ -125,7 +126,9 @@ class ParameterBucket:
             ]
             return
         self._flat = self._adopt_parameters(vacated)
-        self._masters = self._shard if self._in_place else self._room_like_masters(self.master_dtype).copy_(self._shard)
+        self._masters = (
+            self._room_like_masters(self.master_dtype).copy_(self._shard) if self.has_masters else self._shard
+        )
         # The shard on the host, rounded already: so no more than that goes over the bus
         self._staged = self._room_like_masters(self.dtype) if self.is_offloaded else None
         low, _ = plan.shards.of(collectives.rank)
@@ -172,11 +175,6 @@ class ParameterBucket:
     def _room_like_masters(self, dtype: torch.dtype) -> Tensor:
         pinned = self.is_offloaded and self.device.type == "cuda"
         return torch.empty(self._shard.numel(), dtype=dtype, device=self._master_device, pin_memory=pinned)
-
-    @property
-    def has_masters(self) -> bool:
-        """Whether its masters have memory of their own, which no parameter has a part in."""
-        return not self._in_place
 
     @property
     def is_idle(self) -> bool:

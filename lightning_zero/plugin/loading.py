@@ -23,12 +23,16 @@ _Module = TypeVar("_Module", bound=LightningModule)
 
 
 @contextmanager
-def fits_module(path: object) -> Iterator[None]:
-    """What torch says of a state dict that doesn't fit, as an error of ours; `path` is where it is from."""
+def fits_module(path: object, source: Checkpoint | None = None) -> Iterator[None]:
+    """What torch says of a state dict that doesn't fit, as an error of ours; `path` is where it is from.
+
+    Torch says it of one that `source` has found damaged, too: that error it is then.
+    """
     try:
         yield
     except RuntimeError as error:
-        raise CheckpointMismatchError(f"{path} doesn't fit the module: {error}") from None
+        damage = None if source is None else source.damage
+        raise damage or CheckpointMismatchError(f"{path} doesn't fit the module: {error}") from None
 
 
 def load_module(module: Module, state_dict: Mapping[str, Any], path: str, *, strict: bool) -> None:
@@ -72,13 +76,8 @@ def load_from_zero_checkpoint(
     source = Checkpoint(resolve(checkpoint_dir, tag), check_reads=True)
     checkpoint = source.lightning_checkpoint(weights_only=weights_only is not False)
     checkpoint.setdefault(module_class.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(hyper_parameters)
-    try:
-        with fits_module(source.directory):
-            module = _load_state(module_class, checkpoint, strict=strict, **hyper_parameters)
-    except CheckpointMismatchError:
-        if source.damage is not None:  # torch says of it that it doesn't fit
-            raise source.damage from None
-        raise
+    with fits_module(source.directory, source):
+        module = _load_state(module_class, checkpoint, strict=strict, **hyper_parameters)
     assert isinstance(module, module_class)
     return module
 

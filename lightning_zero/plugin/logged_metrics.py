@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
 from torch import Tensor
@@ -70,4 +69,4 @@ def _is_plain(value: object) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value

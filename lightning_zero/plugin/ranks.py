@@ -13,7 +13,7 @@ import itertools
 import pickle
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -175,22 +175,23 @@ class Ranks:
         _raise_first([error for error, _ in outcomes], own[0])
         return [item for _, items in outcomes for item in items]
 
-    def require_same(self, what: str, said: Sequence[str]) -> None:
+    def require_same(self, what: str, say: Callable[[], list[str]]) -> None:
         """Make sure that all ranks have the same of something that they are going to count on. Called on every rank.
 
         Args:
             what: it is called in the message.
-            said: what this rank has, line by line.
+            say: gives what this rank has, line by line.
 
         Raises:
             UnsupportedModelError: they haven't.
         """
         if self.count == 1:
             return
+        said = say()
         digest = xxhash.xxh3_128_hexdigest("\n".join(said).encode())
         if len(set(self.everyones(lambda: [digest]))) == 1:
             return
-        lines = self.everyones(lambda: [list(said)])
+        lines = self.everyones(lambda: [said])
         other = next(rank for rank, theirs in enumerate(lines) if theirs != lines[0])
         pairs = itertools.zip_longest(lines[0], lines[other], fillvalue="nothing more")
         ours, theirs = next((ours, theirs) for ours, theirs in pairs if ours != theirs)

@@ -300,7 +300,7 @@ class ZeroStrategy(DDPStrategy):
         self.precision_plugin.convert_module(self.model)
         route_clipping(self.precision_plugin, self._clip_by_norm, self._clip_by_value)
         self.model_to_device()
-        self._ranks.require_same("modules", module_lines(self.model))
+        self._ranks.require_same("modules", partial(module_lines, self.model))
         _sync_module_states(self.model)
         if fitting:
             self._data.enter()
@@ -313,9 +313,7 @@ class ZeroStrategy(DDPStrategy):
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
             self._buffers_due = True
-            self._ranks.require_same(
-                "optimizers or settings", [*self._setting_lines(), *optimizer_lines(self.optimizers, self.model)]
-            )
+            self._ranks.require_same("optimizers or settings", self._deciding_lines)
             self._partition = Partition(
                 self.model,
                 self.optimizers,
@@ -337,7 +335,7 @@ class ZeroStrategy(DDPStrategy):
         elif self._partition is not None:
             self._partition.come_to_rest()
 
-    def _setting_lines(self) -> list[str]:
+    def _deciding_lines(self) -> list[str]:
         """What decides what the ranks send each other, a line each."""
         return [
             f"stage={self.stage}",
@@ -346,6 +344,7 @@ class ZeroStrategy(DDPStrategy):
             f"reduce_dtype={self._reduce_dtype}",
             f"find_unused_parameters={self._find_unused_parameters}",
             f"broadcast_buffers={self._broadcast_buffers}",
+            *optimizer_lines(self.optimizers, self._module),
         ]
 
     @override

@@ -6,13 +6,13 @@ torch takes `cpu:0` for another device than `cpu`, which stands for the GPU here
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BaseFinetuning
 
 from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroStrategy
 from tests import models
 from tests.launch import run_ranks
 from tests.models import quiet_trainer
 from tests.plugin.parity import ByHand, Plain, assert_same_modules, fit
+from tests.plugin.test_optimization import Unfreeze
 from tests.plugin.test_precision import Overflowing, Scaled
 
 
@@ -41,15 +41,6 @@ class Clamp(Callback):
             parameter.data.clamp_(-0.2, 0.2)
 
 
-class Thaw(BaseFinetuning):
-    def freeze_before_training(self, pl_module):
-        self.freeze(pl_module.net[0])
-
-    def finetune_function(self, pl_module, epoch, optimizer):
-        if epoch == 1:
-            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=1e-2)
-
-
 def muon(params, lr):
     return torch.optim.Muon([p for p in params if p.dim() == 2], lr=lr)
 
@@ -67,7 +58,7 @@ CASES = {
     "accumulated": (Plain, {"accumulate_grad_batches": 3}, ()),
     "written from outside": (Plain, {"precision": "bf16-true"}, (Clamp,)),
     "written from outside, fp32": (Plain, {}, (Clamp,)),
-    "unfrozen": (Plain, {}, (Thaw,)),
+    "unfrozen": (Plain, {}, (Unfreeze,)),
     "by hand": (ByHand, {}, ()),
     "whole parameters": (lambda: Plain(muon), {}, ()),
     "scaled": (lambda: Overflowing(torch.optim.AdamW), {}, ()),

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.descriptions import require
-from lightning_zero.checkpoint.manifest import MANIFEST_NAME
+from lightning_zero.checkpoint.foreign import refuse_ours
 from lightning_zero.checkpoint.pickled import Global
 from lightning_zero.checkpoint.storage import Location, PathOrUrl, absolute, is_remote, locate, names_in, open_file
 from lightning_zero.checkpoint.torch_file import Progress, describe_torch_file, harmless
@@ -32,8 +32,6 @@ LIGHTNING_TAG = "checkpoint"
 _STATES = re.compile(r"(?:bf16_|fp16_)?(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_?(model|optim)_states\.pt")
 _EXPERTS_OR_LAYERS = re.compile(r"(layer|expert|expp_rank)_.*_states\.pt")
 
-_OURS = "{} is a checkpoint of lightning_zero's, which needs no import"
-
 
 def find_deepspeed_tag(path: PathOrUrl, tag: str | None = None) -> Location:
     """The directory of the tag that is meant.
@@ -50,8 +48,7 @@ def find_deepspeed_tag(path: PathOrUrl, tag: str | None = None) -> Location:
     where = where.parent if where.is_file() else where
     if tag is None and is_deepspeed_tag(where):
         return where
-    if (where / MANIFEST_NAME).is_file():
-        raise CheckpointNotFoundError(_OURS.format(where))
+    refuse_ours(where)
     there = sorted(name for name in names_in(where) if is_deepspeed_tag(where / name))
     if tag is None:
         tag = commit.read_latest(where) or (there[0] if len(there) == 1 else None)
@@ -62,8 +59,7 @@ def find_deepspeed_tag(path: PathOrUrl, tag: str | None = None) -> Location:
             )
     directory = where / commit.validate_tag(tag)
     if not is_deepspeed_tag(directory):
-        if (directory / MANIFEST_NAME).is_file():
-            raise CheckpointNotFoundError(_OURS.format(directory))
+        refuse_ours(directory)
         raise CheckpointNotFoundError(
             f"there is no checkpoint {tag!r} of DeepSpeed in {where}; there {f'are {there}' if there else 'is none'}"
         )

@@ -23,13 +23,12 @@ from typing import Any
 from lightning_zero.checkpoint.commit import validate_tag
 from lightning_zero.checkpoint.descriptions import require
 from lightning_zero.checkpoint.elements import NAMES
-from lightning_zero.checkpoint.foreign import LIGHTNING_VERSION, ForeignCheckpoint, Optimizer, Rank
+from lightning_zero.checkpoint.foreign import LIGHTNING_VERSION, ForeignCheckpoint, Optimizer, Rank, refuse_ours
 from lightning_zero.checkpoint.fsdp.archives import Archives
 from lightning_zero.checkpoint.fsdp.metadata import Chunked, KeyPath, Leaf, is_distributed, read_metadata
 from lightning_zero.checkpoint.fsdp.nesting import below, is_below, joined, nested
 from lightning_zero.checkpoint.fsdp.optimizer import optimizer_keys, read_groups, read_states
 from lightning_zero.checkpoint.manifest import Entry
-from lightning_zero.checkpoint.resolution import is_checkpoint
 from lightning_zero.checkpoint.storage import Location, PathOrUrl, absolute, locate, names_in, open_file
 from lightning_zero.checkpoint.torch_file import Progress, describe_torch_file
 from lightning_zero.errors import CheckpointMismatchError, CheckpointNotFoundError
@@ -53,9 +52,10 @@ def find_distributed(path: PathOrUrl) -> Location:
     if not is_distributed(where):
         if not where.is_dir():
             raise CheckpointNotFoundError(f"{where} is no directory")
-        if is_checkpoint(where):
-            raise CheckpointNotFoundError(f"{where} holds a checkpoint of lightning_zero's, which needs no import")
-        there = sorted(name for name in names_in(where) if is_distributed(where / name))
+        names = sorted(names_in(where))
+        for directory in (where, *(where / name for name in names)):
+            refuse_ours(directory)
+        there = [name for name in names if is_distributed(where / name)]
         raise CheckpointNotFoundError(
             f"{where} holds no checkpoint of torch.distributed.checkpoint{f'; there are {there}' if there else ''}"
         )
