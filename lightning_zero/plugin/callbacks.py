@@ -111,32 +111,34 @@ class ZeroCheckpoint(ModelCheckpoint):
                 f"ZeroCheckpoint(async_save=True) needs Trainer(strategy=ZeroStrategy()), not "
                 f"{type(trainer.strategy).__name__}"
             )
-        if self._retains and not (isinstance(trainer.strategy, ZeroStrategy) and trainer.strategy.writes_directories):
+        if self._retains and not (
+            isinstance(trainer.strategy, ZeroStrategy) and trainer.strategy.saves.writes_directories
+        ):
             raise UnsupportedModelError(
                 "keep_last and keep_every_n_steps count checkpoint directories, which ZeroStrategy writes by its "
                 "ZeroCheckpointIO; use save_top_k with another strategy or CheckpointIO"
             )
         self.dirpath = self._save_directory(trainer)
         if stage == "fit" and isinstance(trainer.strategy, ZeroStrategy):
-            trainer.strategy.require_writable(locate(self.dirpath))
+            trainer.strategy.saves.require_writable(locate(self.dirpath))
         super().setup(trainer, pl_module, stage)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if self.async_save and isinstance(trainer.strategy, ZeroStrategy):
-            trainer.strategy.expect_saves_behind()
+            trainer.strategy.saves.expect_behind()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if isinstance(trainer.strategy, ZeroStrategy):
-            trainer.strategy.wait_for_saves()  # whoever comes next finds what this one has saved
+            trainer.strategy.saves.wait()  # whoever comes next finds what this one has saved
 
     @override
     def file_exists(self, filepath: str | Path, trainer: Trainer) -> bool:
         """Whether there is such a checkpoint, or is going to be."""
-        behind = isinstance(trainer.strategy, ZeroStrategy) and trainer.strategy.is_being_saved(filepath)
+        behind = isinstance(trainer.strategy, ZeroStrategy) and trainer.strategy.saves.is_under_way(filepath)
         return trainer.strategy.reduce_boolean_decision(behind, all=False) or super().file_exists(filepath, trainer)
 
     def _save_directory(self, trainer: Trainer) -> str:
@@ -188,13 +190,13 @@ class ZeroCheckpoint(ModelCheckpoint):
             super()._save_checkpoint(trainer, filepath)
             return
         if self._holds_the_same(trainer, filepath):
-            if strategy.tends_directory:
-                strategy.after_commit(partial(commit.copy_tag, Path(self._last_checkpoint_saved), Path(filepath)))
+            if strategy.saves.tends_directory:
+                strategy.saves.after_commit(partial(commit.copy_tag, Path(self._last_checkpoint_saved), Path(filepath)))
             return
-        with strategy.saving_behind(self.async_save):
+        with strategy.saves.behind(self.async_save):
             super()._save_checkpoint(trainer, filepath)
-        if self._retains and strategy.tends_directory:
-            strategy.after_commit(self._retention(trainer))
+        if self._retains and strategy.saves.tends_directory:
+            strategy.saves.after_commit(self._retention(trainer))
 
     def _holds_the_same(self, trainer: Trainer, filepath: str) -> bool:
         """Whether this is `save_last`'s, right after what it is a copy of: nothing has to be written a second time."""
@@ -212,8 +214,8 @@ class ZeroCheckpoint(ModelCheckpoint):
         if not isinstance(trainer.strategy, ZeroStrategy):
             ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
             return
-        if trainer.strategy.tends_directory and os.path.abspath(filepath) != os.path.abspath(linkpath):
-            trainer.strategy.after_commit(partial(commit.link_tag, Path(filepath), Path(linkpath)))
+        if trainer.strategy.saves.tends_directory and os.path.abspath(filepath) != os.path.abspath(linkpath):
+            trainer.strategy.saves.after_commit(partial(commit.link_tag, Path(filepath), Path(linkpath)))
         trainer.strategy.barrier()
 
     @override
@@ -329,9 +331,9 @@ class Fp32Export(Callback):
         self._exports = BackgroundExport()
         self._count = 0
         if stage == "fit":
-            strategy.require_writable(self._output(step=0, epoch=0).parent)
+            strategy.saves.require_writable(self._output(step=0, epoch=0).parent)
         if stage == "fit" and self.every_n_checkpoints is not None and strategy.is_global_zero:
-            strategy.save_listeners.append(self._after_save)
+            strategy.saves.listeners.append(self._after_save)
 
     def _after_save(self, directory: Location) -> None:
         """Called on rank 0 when a checkpoint is there, and before anything can remove it."""
@@ -363,7 +365,7 @@ class Fp32Export(Callback):
             export(saved, output, self._wanted, trainer=trainer, weights_only=False)
             self._exports.join()
 
-        trainer.strategy.export(checkpoint, output, write)
+        trainer.strategy.saves.export(checkpoint, output, write)
         rank_zero_info(f"the exported model is in {output}")
 
     @override
@@ -379,7 +381,7 @@ class Fp32Export(Callback):
         self._stop_listening(trainer)
 
     def _stop_listening(self, trainer: Trainer) -> None:
-        listeners = getattr(trainer.strategy, "save_listeners", [])
+        listeners = trainer.strategy.saves.listeners if isinstance(trainer.strategy, ZeroStrategy) else []
         if self._after_save in listeners:
             listeners.remove(self._after_save)
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import shutil
 import socket
-import time
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -29,34 +27,28 @@ from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_zero.checkpoint.commit import remove_tag, validate_tag
+from lightning_zero.checkpoint.commit import validate_tag
 from lightning_zero.checkpoint.content import CLIENT_STATE, RankContent, SharedContent
-from lightning_zero.checkpoint.integrity import Depth
-from lightning_zero.checkpoint.load import Checkpoint
-from lightning_zero.checkpoint.nodes import Place
 from lightning_zero.checkpoint.origins import advice
 from lightning_zero.checkpoint.plan import TagValidation
-from lightning_zero.checkpoint.save import holds_model
-from lightning_zero.checkpoint.storage import Location, absolute, is_remote, locate, require_writable
+from lightning_zero.checkpoint.storage import locate
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import (
     CheckpointNotFoundError,
     CheckpointWriteError,
     UnsupportedModelError,
-    ZeroError,
 )
 from lightning_zero.memory import keep_freed_memory
 from lightning_zero.plugin.alike import module_lines, optimizer_lines
 from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown, require_instance
-from lightning_zero.plugin.checkpoint_io import PREPARED, LoadedCheckpoint, PreparedSave, ZeroCheckpointIO
+from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ZeroCheckpointIO
 from lightning_zero.plugin.choice import Choice, choose
 from lightning_zero.plugin.contents import contents
 from lightning_zero.plugin.loading import fits_module, load_module, restore_optimizer_states
@@ -67,10 +59,9 @@ from lightning_zero.plugin.overlap import GatherOverlap
 from lightning_zero.plugin.precision import route_clipping, unroute_clipping
 from lightning_zero.plugin.ranks import Ranks, stay_at_exit
 from lightning_zero.plugin.resume import Resume
+from lightning_zero.plugin.saves import Saves
 from lightning_zero.plugin.signals import SharedSignals
-from lightning_zero.plugin.telemetry import SaveTelemetry
 from lightning_zero.plugin.training_data import TrainingData
-from lightning_zero.plugin.wrapped_io import unwrapped, wait_for_threads
 
 _T = TypeVar("_T")
 _BROKEN_OFF = (
@@ -180,16 +171,11 @@ class ZeroStrategy(DDPStrategy):
         self._overlap_gather = overlap_gather
         self._master_device = torch.device("cpu") if offload_optimizer else None
         self._buffers_due = True
-        self._tag_validation: TagValidation = tag_validation
-        self._behind: bool | None = None
-        self._telemetry = SaveTelemetry()
-        self.save_listeners: list[Callable[[Location], object]] = []
-        """Told of every checkpoint that is saved, when it is there: perhaps by another thread."""
-        self._last_saved: Location | None = None
         self._met = False
-        self._reserve_due = False
         self._partition: Partition | None = None
         self._ranks = Ranks(timeout)
+        self.saves = Saves(self, self._ranks, tag_validation)
+        """What callbacks ask about saves, and have done around them."""
         self._data = TrainingData()
         self._signals: SharedSignals | None = None
 
@@ -207,36 +193,6 @@ class ZeroStrategy(DDPStrategy):
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
         self._checkpoint_io = io
-
-    @property
-    def _sharded_io(self) -> CheckpointIO:
-        """What writes and reads directories, whatever the user's own writes."""
-        return self.checkpoint_io if self._own_io is not None else ZeroCheckpointIO()
-
-    @property
-    def _own_io(self) -> ZeroCheckpointIO | None:
-        """The one that writes directories, whatever is wrapped around it; None if the user's own writes files."""
-        return unwrapped(self.checkpoint_io)
-
-    @property
-    def _node_local(self) -> bool:
-        """Whether every node has a save directory of its own."""
-        return self._own_io is not None and self._own_io.node_local
-
-    @property
-    def writes_directories(self) -> bool:
-        """Whether checkpoints are directories, and not whole files by a CheckpointIO of the user's."""
-        return self._own_io is not None
-
-    @property
-    def tends_directory(self) -> bool:
-        """Whether this rank removes and renames what is in its node's save directory."""
-        return self.is_global_zero or (self._node_local and self.local_rank == 0)
-
-    @property
-    def _verify(self) -> Depth:
-        """How sound a checkpoint has to be to be loaded."""
-        return self._own_io.verify if self._own_io is not None else "sizes"
 
     @property
     @override
@@ -274,7 +230,7 @@ class ZeroStrategy(DDPStrategy):
 
     def _require_same_start(self) -> None:
         """Each rank has looked for itself whether there is a checkpoint to resume from: they have to see the same."""
-        trainer = self._trainer_if_any
+        trainer = self.trainer_if_any
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or self.world_size == 1:
             return
         path = trainer.ckpt_path
@@ -323,7 +279,7 @@ class ZeroStrategy(DDPStrategy):
                 bucket_bytes=self._bucket_bytes,
                 reduce_dtype=self._reduce_dtype,
                 find_unused_parameters=self._find_unused_parameters,
-                before_change=self._before_step,
+                before_change=self.saves.before_step,
                 master_device=self._master_device,
                 state_bytes_to_load=self._data.resume.state_bytes if self._data.resume is not None else 0,
             )
@@ -361,7 +317,7 @@ class ZeroStrategy(DDPStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        self._join_quietly()
+        self.saves.join_quietly()
         if not self.stopped_together:
             stay_at_exit()
         super().on_exception(exception)
@@ -374,7 +330,7 @@ class ZeroStrategy(DDPStrategy):
         if self._signals is not None:
             self._signals.restore()
         unroute_clipping(self.precision_plugin)
-        if self._trainer_if_any is not None:
+        if self.trainer_if_any is not None:
             self._data.leave(self._trainer)
         super().teardown()
         if self._partition is not None:
@@ -417,7 +373,7 @@ class ZeroStrategy(DDPStrategy):
     @property
     def _interrupted(self) -> bool:
         """An exception is under way: the other ranks may not know of it."""
-        trainer = self._trainer_if_any
+        trainer = self.trainer_if_any
         return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED and self.world_size > 1
 
     @property
@@ -429,14 +385,14 @@ class ZeroStrategy(DDPStrategy):
         """Whether the ranks can do something together: after an exception only if every rank had one."""
         if not self._interrupted or self.stopped_together:
             return True
-        self._join_quietly()  # all ranks' savers end together, and with them this wait
+        self.saves.join_quietly()  # all ranks' savers end together, and with them this wait
         return self._ranks.all_are_here()
 
     # --- a step ---
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        self._log_saves()
+        self.saves.log()
         self._before_forward()
         self._partitioned.arrivals.before_forward()
         result = super().training_step(*args, **kwargs)
@@ -500,7 +456,7 @@ class ZeroStrategy(DDPStrategy):
             optimizer steps on) and `.state` (its optimizer state by name). They may be written to until the next save
             or batch: what a save behind training has to copy of them is copied first.
         """
-        self._before_step()
+        self.saves.before_step()
         return self._partitioned.segments(optimizer)
 
     def full_state(self, parameter: Parameter) -> dict[str, Any]:
@@ -542,11 +498,6 @@ class ZeroStrategy(DDPStrategy):
         storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}
         return {"parameters": sum(storages.values()), **self._partitioned.memory_bytes()}
 
-    @property
-    def save_history(self) -> Sequence[Mapping[str, float]]:
-        """On rank 0: what each of the newest saves of this process cost, as it was logged: see `SaveTelemetry`."""
-        return self._telemetry.history
-
     # --- checkpoints ---
 
     @override
@@ -570,77 +521,31 @@ class ZeroStrategy(DDPStrategy):
             return
         passing = locate(filepath).name.startswith(".")  # `lr_find` saves one, and removes it
         full = "optimizer_states" in checkpoint and self._partition is not None
+        if not self.saves.writes_directories:
+            self._save_by_rank_zero(checkpoint, filepath, storage_options)
+            return
         try:
-            self._save(
+            self.saves.save(
                 checkpoint,
                 filepath,
                 storage_options,
                 update_latest=full and not passing,
-                tag_validation="warn" if self._tag_validation == "fail" else self._tag_validation,
+                tag_validation="warn" if self.saves.tag_validation == "fail" else self.saves.tag_validation,
             )
         except CheckpointWriteError as error:
             if not self._interrupted:
                 raise
             warnings.warn(f"while training was interrupted: {error}", stacklevel=2)
-        self._met = self.writes_directories
+        self._met = True
 
-    def _save(
-        self,
-        checkpoint: dict[str, Any] | Callable[[], dict[str, Any]],
-        path: _PATH,
-        storage_options: Any | None,
-        *,
-        update_latest: bool,
-        io: CheckpointIO | None = None,
-        behind: bool | None = None,
-        tag_validation: TagValidation | None = None,
-    ) -> None:
-        began = time.perf_counter()
-        if behind is None:
-            behind = self._saves_behind and "hpc_ckpt_" not in os.fspath(path)  # the job is requeued right after it
-        # After a fit in spawned processes, the one that is left has the weights, and no process group.
-        group = self._ranks.control if dist.is_initialized() else None
-        if io is None and self._own_io is None:
-            assert not callable(checkpoint)
-            self._save_by_rank_zero(checkpoint, path, storage_options)
-            return
-        dumped: dict[str, Any] = {}
-
-        content: RankContent | Exception
-        try:
-            dumped.update(checkpoint() if callable(checkpoint) else checkpoint)
-            content, shared = self._contents(dumped, path)
-        except Exception as error:  # of this rank alone, perhaps: the others learn of it when they meet
-            content, shared = error, None
-        prepared = PreparedSave(
-            content,
-            shared,
-            group,
-            update_latest=update_latest,
-            behind=behind,
-            group_behind=self._ranks.behind if behind and group is not None else None,
-            tag_validation=tag_validation or self._tag_validation,
-            place=Place(self.node_rank, self.local_rank == 0) if group is not None else None,
-            began=began,
-        )
-        io = io or self.checkpoint_io
-        io.save_checkpoint({**dumped, PREPARED: prepared}, path, storage_options=storage_options)
-        wait_for_threads(self.checkpoint_io)
-        self._log_saves()
-        saved = absolute(locate(path))
-        if not saved.name.startswith("."):
-            self._last_saved = saved
-            for listener in self.save_listeners:
-                self.after_commit(partial(listener, saved))
-
-    def _contents(self, checkpoint: Mapping[str, Any], path: _PATH) -> tuple[RankContent, SharedContent]:
+    def contents(self, checkpoint: Mapping[str, Any], path: _PATH) -> tuple[RankContent, SharedContent]:
         """What this rank puts into a checkpoint, and what the ranks share. Not a collective."""
         module, partition = self._module, self._partition
         if partition is not None:
             if partition.is_stepping:
                 raise CheckpointWriteError(_BROKEN_OFF.format(os.fspath(path)))
             partition.take_in_new_parameters()
-            self._before_step()
+            self.saves.before_step()
             partition.take_over_outside_writes()
         loops = checkpoint.get("loops", {})
         metrics = get_metric_states(module, without=finished_metrics(module, loops)) if partition else {}
@@ -656,82 +561,10 @@ class ZeroStrategy(DDPStrategy):
             logged=get_logged(self._trainer) if partition else None,
         )
 
-    @property
-    def _saves_behind(self) -> bool:
-        """Whether a save is to go on behind training: only while there is training."""
-        asked = self._behind if self._behind is not None else self._own_io is not None and self._own_io.async_save
-        trainer = self._trainer_if_any
-        if not asked or trainer is None:
-            return False
-        return trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
-
-    @contextmanager
-    def saving_behind(self, behind: bool | None) -> Generator[None]:
-        """Have the saves within go on behind training, or not, whatever the CheckpointIO's own setting (None: that)."""
-        before, self._behind = self._behind, behind
-        try:
-            yield
-        finally:
-            self._behind = before
-
-    def after_commit(self, action: Callable[[], object]) -> None:
-        """Do something when the checkpoint that is being saved is there; at once, if none is; not, if it fails."""
-        if self._own_io is not None:
-            self._own_io.after_commit(action)
-        else:
-            action()
-
-    def _before_step(self) -> None:
-        """Before anything changes what a snapshot may still be copying: see `Snapshot.fence`."""
-        if self._own_io is not None:
-            self._own_io.before_step()
-
-    def wait_for_saves(self) -> None:
-        """Wait until the save that is under way is committed. Called on every rank.
-
-        Raises:
-            CheckpointWriteError: it failed.
-        """
-        self._ranks.all_or_none(self._join_save)
-
-    def require_writable(self, directory: Location) -> None:
-        """A fit that has nowhere to save to is to end when it begins. Called on every rank.
-
-        Raises:
-            CheckpointWriteError: nothing can be written there.
-        """
-        self._ranks.decided_by_first(partial(require_writable, directory))
-
-    def is_being_saved(self, path: _PATH) -> bool:
-        """Whether a save of this very path is under way behind training."""
-        return self._own_io is not None and self._own_io.is_being_saved(path)
-
-    def _join_save(self) -> None:
-        """Wait for the save that is under way, and raise what went wrong with it."""
-        if self._own_io is not None:
-            try:
-                self._own_io.join()
-            finally:
-                self._log_saves()
-
-    def _join_quietly(self) -> None:
-        """While another exception is on its way: wait, and say what went wrong."""
-        try:
-            self._join_save()
-        except Exception as error:
-            warnings.warn(f"the save that was under way failed too: {error}", stacklevel=2)
-
-    def _log_saves(self) -> None:
-        trainer = self._trainer_if_any
-        for report in self._own_io.take_reports() if self._own_io is not None else ():
-            passing = report.path.name.startswith(".")  # an export's, or `lr_find`'s
-            if self.is_global_zero and trainer is not None and not passing:
-                self._telemetry.log(report, trainer.loggers)
-
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
         """Remove a checkpoint; while a newer one is being saved, after that one's commit."""
-        if self.tends_directory:
+        if self.saves.tends_directory:
             self.checkpoint_io.remove_checkpoint(filepath)
 
     def _save_by_rank_zero(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None) -> None:
@@ -787,13 +620,11 @@ class ZeroStrategy(DDPStrategy):
                 checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
             return checkpoint
 
-        self._save(
+        self.saves.save(
             dump,
             str(locate(save_dir) / str(tag)),
-            None,
             update_latest=save_latest and self._partition is not None,
-            io=self._sharded_io,
-            behind=None if self._own_io is not None else False,
+            io=self.saves.sharded_io,
             tag_validation=tag_validation,
         )
 
@@ -830,14 +661,14 @@ class ZeroStrategy(DDPStrategy):
             CheckpointMismatchError: the checkpoint doesn't fit the module or its optimizers.
         """
         module = self._trainer.lightning_module
-        self._join_save()
+        self.saves.join()
         choice = self._choose(load_dir, None if tag is None else _as_tag(tag))
         if choice is None:
             rank_zero_warn(f"there is no checkpoint in {load_dir}: nothing is loaded{advice(locate(load_dir))}")
             return None, {}
 
         def load() -> dict[str, Any]:
-            checkpoint = self._load_chosen(self._sharded_io, choice, weights_only)
+            checkpoint = self._load_chosen(self.saves.sharded_io, choice, weights_only)
             state_dict = checkpoint["state_dict"]
             if custom_load_fn is not None:
                 custom_load_fn(state_dict, module)
@@ -854,58 +685,10 @@ class ZeroStrategy(DDPStrategy):
 
         return choice.path, self._ranks.all_or_none(load)
 
-    def export(
-        self, checkpoint: Mapping[str, Any], path: Location, write: Callable[[Checkpoint, dict[str, Any]], object]
-    ) -> None:
-        """Have rank 0 write a file of the model as it is now. Called on every rank, which wait for it.
-
-        The way leads over a sharded checkpoint, so that no rank ever holds a second copy of the model: the last one
-        that was saved, if it holds just these bytes; else one of the weights alone, beside the file.
-
-        Args:
-            checkpoint: Lightning's dict.
-            path: of the file.
-            write: gets the checkpoint, and Lightning's dict without its tensors; called on rank 0.
-        """
-        weights = {key: value for key, value in checkpoint.items() if key != "optimizer_states"}
-        rest: dict[str, Any] = {}
-
-        def look() -> list[bool]:
-            self._join_save()
-            content, shared = self._contents(weights, str(path))
-            rest.update(apply_to_collection(shared.trainer, Tensor, Tensor.cpu))
-            return [self._last_save_holds(content, shared)]
-
-        answers: list[bool] = self._ranks.everyones(look)
-        saved = all(answers)
-        shards = path.parent / f".{path.name}.shards" / ".weights"
-        source = self._last_saved if saved and self._last_saved is not None else shards
-
-        def write_first() -> None:
-            write(Checkpoint(source, check_reads=True), rest)
-
-        try:
-            if not saved:
-                self._save(weights, str(shards), None, update_latest=False, io=self._sharded_io, behind=False)
-            self._ranks.decided_by_first(write_first)
-        finally:
-            if not saved and self.tends_directory:
-                _remove_temporary(shards)
-
-    def _last_save_holds(self, content: RankContent, shared: SharedContent) -> bool:
-        """Whether the last checkpoint that was saved holds this rank's part of the model as it is now."""
-        if self._last_saved is None:
-            return False
-        try:
-            manifest = Checkpoint(self._last_saved).manifest
-        except (ZeroError, OSError):  # it has been removed
-            return False
-        return manifest.step == content.step and holds_model(manifest, self._ranks.rank, content, shared)
-
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint directory, or a plain file; every rank the one that rank 0 has chosen."""
-        self._join_save()
+        self.saves.join()
         choice = self._choose(checkpoint_path, required=True)
         if choice is not None and choice.path != str(checkpoint_path):
             rank_zero_info(f"of {checkpoint_path}, {choice.path} is loaded")
@@ -932,15 +715,15 @@ class ZeroStrategy(DDPStrategy):
 
     def _choose(self, path: _PATH, tag: str | None = None, *, required: bool = False) -> Choice | None:
         where, share = f"rank {self._ranks.rank}", (self._ranks.rank, self._ranks.count)
-        if self._node_local:
+        if self.saves.are_node_local:
             where += f" on {socket.gethostname()}, which needs the directory whole (another node has it)"
             share = self.local_rank, self.num_processes
-        return choose(self._ranks, path, tag, verify=self._verify, share=share, where=where, required=required)
+        verify = "sizes" if self.saves.io is None else self.saves.io.verify
+        return choose(self._ranks, path, tag, verify=verify, share=share, where=where, required=required)
 
     def _load_chosen(self, io: CheckpointIO, choice: Choice, weights_only: bool | None) -> dict[str, Any]:
         """All ranks have looked at what is loaded: none has to look at all of it."""
-        own = self._own_io
-        with own.loading_verified(choice.manifest) if own is not None else nullcontext():
+        with nullcontext() if self.saves.io is None else self.saves.io.loading_verified(choice.manifest):
             return io.load_checkpoint(choice.path, weights_only=weights_only)
 
     @override
@@ -964,32 +747,23 @@ class ZeroStrategy(DDPStrategy):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Let the optimizer change what a snapshot may still be copying, once it is copied."""
         result = super().optimizer_step(*args, **kwargs)
-        if self._reserve_due:
-            self._reserve_due = False
-            self._reserve_snapshot()
+        self.saves.after_step()
         return result
 
-    def expect_saves_behind(self) -> None:
-        """Get ready for saves behind training, so that the first needn't wait longer than the others. A collective."""
-        if self._own_io is not None and self._partition is not None:
-            if self.world_size > 1:
-                _ = self._ranks.behind
-            self._reserve_due = True  # when the optimizers have their states
-
-    def _reserve_snapshot(self) -> None:
+    def snapshot_bytes(self) -> int:
+        """About how much this rank's part of a checkpoint takes in memory, when the optimizers have their states."""
         assert self.model is not None
-        assert self._own_io is not None
         frozen = sum(p.nbytes for p in self.model.parameters() if not p.requires_grad)
         buffers = sum(buffer.nbytes for buffer in self.model.buffers())
         owned, tensors = self._partitioned.owned_bytes()
         nbytes = owned + frozen // self.world_size + (buffers if self.is_global_zero else 0) + 128 * tensors
-        self._own_io.reserve(int(1.01 * nbytes) + 2**20, pinned=self.root_device.type == "cuda")
+        return int(1.01 * nbytes) + 2**20
 
     @override
     def on_train_end(self) -> None:
         """Wait for the last commit: what failed is raised before fit says that all went well."""
         super().on_train_end()
-        self.wait_for_saves()
+        self.saves.wait()
         if self._signals is not None:
             self._signals.act_at_the_end()
 
@@ -998,11 +772,9 @@ class ZeroStrategy(DDPStrategy):
         """Called when the iterators are there."""
         super().on_train_start()
         self._partitioned.release_vacated()
-        self._telemetry = SaveTelemetry()
         if self._signals is not None:
             self._signals.watch_interrupts()
-        if self._own_io is not None and self._own_io.async_save:
-            self.expect_saves_behind()
+        self.saves.begin_fit()
         self._data.start(self._trainer)
 
     @override
@@ -1011,16 +783,17 @@ class ZeroStrategy(DDPStrategy):
         self._data.start_batch(self._trainer)
 
     @property
-    def _trainer_if_any(self) -> Trainer | None:
+    def trainer_if_any(self) -> Trainer | None:
+        """Whose strategy this is, once a module is attached."""
         return self.lightning_module._trainer if self.lightning_module is not None else None
 
     @property
     def _trainer(self) -> Trainer:
-        if self._trainer_if_any is None:
+        if self.trainer_if_any is None:
             raise UnsupportedModelError(
                 f"no module is attached to the strategy; call this during fit, or after it{_IN_ITS_PROCESS}"
             )
-        return self._trainer_if_any
+        return self.trainer_if_any
 
     @property
     def _module(self) -> LightningModule:
@@ -1036,13 +809,3 @@ def _require_tag_validation(value: object) -> None:
 def _as_tag(tag: str | int) -> str:
     """DeepSpeed makes a string of it, and its users give it numbers."""
     return str(tag) if isinstance(tag, int) else tag
-
-
-def _remove_temporary(shards: Location) -> None:
-    if not is_remote(shards):
-        shutil.rmtree(shards.parent, ignore_errors=True)
-        return
-    try:
-        remove_tag(shards.parent, shards.name)
-    except Exception as error:  # a store's own kinds too; what these shards were for is written
-        rank_zero_warn(f"{shards.parent} couldn't be removed, and nothing needs it any more: {error}")

@@ -149,7 +149,7 @@ class TrainingReport(Callback):
         if not trainer.is_global_zero:
             return
         if isinstance(trainer.strategy, ZeroStrategy):
-            for save in self._new_saves(trainer.strategy.save_history):
+            for save in self._new_saves(trainer.strategy.saves.history):
                 for name, value in save.items():
                     if name != "step":
                         self._add(f"checkpoint/{name}", int(save["step"]), value)

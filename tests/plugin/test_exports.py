@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning_zero import (
     Fp32Export,
     ZeroCheckpoint,
+    ZeroCheckpointIO,
     ZeroStrategy,
     convert_zero_checkpoint_to_fp32_state_dict,
     load_from_zero_checkpoint,
@@ -153,7 +154,7 @@ class Release(Callback):
 
     def on_train_batch_end(self, trainer, module, *args):
         if trainer.global_step == 7:
-            trainer.strategy._join_save()
+            trainer.strategy.saves.join()
             self.tags = sorted(p.name for p in trainer.checkpoint_callback_directory.iterdir() if p.suffix == ".ckpt")
             self.event.set()
 
@@ -225,7 +226,7 @@ class Damage(Callback):
 
     def setup(self, trainer, module, stage):
         if trainer.is_global_zero:
-            trainer.strategy.save_listeners.append(self.flip)
+            trainer.strategy.saves.listeners.append(self.flip)
 
     def flip(self, directory):
         file = read_manifest(directory).files[0]
@@ -259,16 +260,18 @@ class Change(Callback):
 def fit_and_count_saves(directory, changed):
     saves = []
 
-    class Counting(ZeroStrategy):
-        def _save(self, checkpoint, path, *args, **options):
+    class Counting(ZeroCheckpointIO):
+        def save_checkpoint(self, checkpoint, path, storage_options=None):
             saves.append(locate(path).name)
-            super()._save(checkpoint, path, *args, **options)
+            super().save_checkpoint(checkpoint, path, storage_options)
 
     checkpoint = ZeroCheckpoint(directory / "ckpts", every_n_train_steps=4)
     more = [Change()] if changed else []
     exports = [Fp32Export(directory / "model.ckpt"), Fp32Export(directory / "model.safetensors")]
     model = Model()
-    trainer = quiet_trainer(Counting(), world_size=2, max_steps=4, callbacks=[*more, *exports, checkpoint])
+    trainer = quiet_trainer(
+        ZeroStrategy(checkpoint_io=Counting()), world_size=2, max_steps=4, callbacks=[*more, *exports, checkpoint]
+    )
     trainer.fit(model, datamodule=Data())
     return saves, dict(model.state_dict())
 

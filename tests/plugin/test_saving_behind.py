@@ -61,7 +61,7 @@ class SaveBothWays(Callback):
     def on_train_batch_end(self, trainer, module, *args):
         if trainer.global_step in (2, 3, 5):
             for behind in (False, True):
-                with trainer.strategy.saving_behind(behind):
+                with trainer.strategy.saves.behind(behind):
                     trainer.save_checkpoint(self.directory / f"{'behind' if behind else 'sync'}{trainer.global_step}")
 
 
@@ -120,7 +120,7 @@ def deletions(directory, kind):
         class Look(Callback):
             def on_train_batch_end(self, trainer, module, *args):
                 if trainer.global_step == 3:
-                    trainer.strategy._join_save()
+                    trainer.strategy.saves.join()
                     gate.opened.clear()
                     gate.reached.clear()
                 if trainer.global_step == 5:

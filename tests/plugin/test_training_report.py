@@ -79,12 +79,12 @@ def test_a_run_that_has_saved_thousands_of_times_keeps_the_newest_figures_and_dr
     drawn = []
     page._add = lambda name, step, value: drawn.append(step) if name == "checkpoint/bytes" else None
     for step in range(1, 2501):
-        strategy._telemetry.log(SaveReport(tmp_path / "tag", step, 8, 8, 1.0, 0.5, (0.5,)), ())
+        strategy.saves._telemetry.log(SaveReport(tmp_path / "tag", step, 8, 8, 1.0, 0.5, (0.5,)), ())
         if step % 300 == 0:
             page._write(trainer)
     page._write(trainer)
     assert drawn == list(range(1, 2501))
-    assert [save["step"] for save in strategy.save_history] == list(range(1501, 2501))
+    assert [save["step"] for save in strategy.saves.history] == list(range(1501, 2501))
 
 
 def test_a_path_that_is_no_page_is_refused():
