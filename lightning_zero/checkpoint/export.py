@@ -53,7 +53,7 @@ _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", 
 
 _BESIDE_WEIGHTS = (".json", ".jinja", ".md", ".model", ".txt")
 """What a Hugging Face folder has beside its weights: the configuration, the tokenizer, the model card."""
-_PLAIN_STATE_DICTS = (".bin", ".pt", ".pth")
+PLAIN_STATE_DICTS = (".bin", ".pt", ".pth")
 _OURS = "lightning_zero_"
 """How the keys begin, in Lightning's dict and among an optimizer's states, that only a resume has a use for."""
 
@@ -209,7 +209,7 @@ def export(
             write_safetensors(path, tensors, progress, overflows)
         else:
             content: dict[Any, Any] = dict(tensors)
-            if _is_lightnings(output, max_shard_bytes):
+            if is_lightnings(output, max_shard_bytes):
                 loaded = checkpoint.trainer_content(trainer, weights_only=weights_only)
                 content = _lightning_content(checkpoint, wanted, loaded)
                 content["state_dict"] = tensors | content.get("state_dict", {})
@@ -249,6 +249,7 @@ def require_suitable(output: Location, wanted: Wanted, max_shard_bytes: int | No
 
     Raises:
         ValueError: it can't.
+        FileExistsError: it is a folder that holds something else.
     """
     if not output.name:
         raise ValueError(f"{str(output)!r} names nothing to write; give a file's name, such as 'model.ckpt'")
@@ -257,19 +258,21 @@ def require_suitable(output: Location, wanted: Wanted, max_shard_bytes: int | No
             raise ValueError(f"{output} is a directory; name a file, or give a shard size to have a folder of several")
         if max_shard_bytes is not None and output.is_file():
             raise ValueError(f"{output} is a file; with a shard size, give the name of a folder")
-    if wanted.with_optimizer and not _is_lightnings(output, max_shard_bytes):
+        if max_shard_bytes is not None and output.is_dir():
+            _beside_weights(output)
+    if wanted.with_optimizer and not is_lightnings(output, max_shard_bytes):
         raise ValueError(f"an optimizer's state goes into one .ckpt, and not into {output.name!r}")
 
 
-def _is_lightnings(output: Location, max_shard_bytes: int | None) -> bool:
+def is_lightnings(output: Location, max_shard_bytes: int | None) -> bool:
     """Whether it is a Lightning checkpoint, and not weights alone."""
-    return max_shard_bytes is None and output.suffix not in (".safetensors", *_PLAIN_STATE_DICTS)
+    return max_shard_bytes is None and output.suffix not in (".safetensors", *PLAIN_STATE_DICTS)
 
 
 def exported_bytes(checkpoint: Reader, output: Location, wanted: Wanted, max_shard_bytes: int | None = None) -> int:
     """The bytes of the tensors that an export writes: what `progress` adds up to."""
     tensors: list[object] = [*wanted.of(checkpoint).values()]
-    if _is_lightnings(output, max_shard_bytes):
+    if is_lightnings(output, max_shard_bytes):
         tensors += checkpoint.elsewhere().values()
     if wanted.with_optimizer:
         states = checkpoint.optimizer_states(None)
@@ -359,13 +362,21 @@ def _weights_in(folder: Location) -> list[str]:
     return [name for name in names_in(folder) if name.startswith("model") and "safetensors" in name]
 
 
-def _replace_folder(new: Path, output: Path) -> None:
-    """An earlier export goes, what belongs beside it stays; anything else in the folder is somebody's: an error."""
-    others = sorted(set(os.listdir(output)).difference(_weights_in(output)))
-    foreign = [name for name in others if not name.endswith(_BESIDE_WEIGHTS) or not (output / name).is_file()]
+def _beside_weights(folder: Path) -> list[str]:
+    """What stays in a folder whose earlier export goes; anything else that is there is somebody's.
+
+    Raises:
+        FileExistsError: there is such a thing.
+    """
+    others = sorted(set(os.listdir(folder)).difference(_weights_in(folder)))
+    foreign = [name for name in others if not name.endswith(_BESIDE_WEIGHTS) or not (folder / name).is_file()]
     if foreign:
-        raise FileExistsError(f"{output} exists and holds {foreign[0]!r}; give a new folder, or an empty one")
-    for name in others:
+        raise FileExistsError(f"{folder} exists and holds {foreign[0]!r}; give a new folder, or an empty one")
+    return others
+
+
+def _replace_folder(new: Path, output: Path) -> None:
+    for name in _beside_weights(output):
         shutil.copy2(output / name, new / name)
     if not kernel.exchange(new, output):
         shutil.rmtree(output)

@@ -22,7 +22,15 @@ from typing_extensions import override
 
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.background_export import BackgroundExport
-from lightning_zero.checkpoint.export import Wanted, export, parse_dtype, require_suitable
+from lightning_zero.checkpoint.export import (
+    PLAIN_STATE_DICTS,
+    Wanted,
+    export,
+    is_lightnings,
+    parse_dtype,
+    parse_size,
+    require_suitable,
+)
 from lightning_zero.checkpoint.integrity import read_manifest
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME, Manifest
@@ -273,20 +281,25 @@ class ZeroCheckpoint(ModelCheckpoint):
 
 
 class Fp32Export(Callback):
-    """Writes one file of the model when fit ends: what plain Lightning, or anything that reads safetensors, loads.
+    """Writes the model as a file when fit ends: what plain Lightning, or anything that reads safetensors, loads.
 
     At the end of fit all ranks wait for it. After every N-th checkpoint, rank 0 writes it in a thread, from what was
     committed, while training goes on; what fails is warned of, and raised at the end of fit.
 
     Args:
-        path: a path or a URL: `.ckpt` for `MyModule.load_from_checkpoint`, `.safetensors` for the weights alone;
-            `{step}` and `{epoch}` in it stand for the checkpoint's. Without them, a newer export replaces the older.
+        path: a path or a URL: `.ckpt` for `MyModule.load_from_checkpoint`, `.safetensors` or a plain state dict
+            (`.bin`, `.pt`, `.pth`) for the weights alone; `{step}` and `{epoch}` in it stand for the checkpoint's.
+            Without them, a newer export replaces the older.
         every_n_checkpoints: write one after every N-th checkpoint directory that is saved in the fit, too.
+        exclude_frozen_parameters: leave out the parameters that are not trained.
+        max_shard_size: write a folder in the Hugging Face layout, of files of this size: in bytes, or as `"5GB"`.
+        submodule: write this part of the module alone, under the names that it has by itself, such as `"model"`.
         dtype: of the parameters: `"bf16"` or `"fp16"` for deployment, where buffers keep their own; fp32 by default.
         weights_only: False to export a checkpoint during the fit whose hyper-parameters are objects of any class.
 
     Raises:
         ValueError: the path has another ending or placeholder, or is a directory; a number or dtype has no meaning.
+        FileExistsError: with `max_shard_size`, the path is a folder that holds something else.
     """
 
     def __init__(
@@ -294,19 +307,28 @@ class Fp32Export(Callback):
         path: PathOrUrl,
         *,
         every_n_checkpoints: int | None = None,
+        exclude_frozen_parameters: bool = False,
+        max_shard_size: int | str | None = None,
+        submodule: str = "",
         dtype: str | None = None,
         weights_only: bool = True,
     ) -> None:
         self.path = locate(path)
-        if self.path.suffix not in (".ckpt", ".safetensors"):
-            raise ValueError(f"Fp32Export writes .ckpt or .safetensors files, not {str(path)!r}")
+        self._max_shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
+        endings = (".ckpt", ".safetensors", *PLAIN_STATE_DICTS)
+        if self._max_shard_bytes is None and self.path.suffix not in endings:
+            raise ValueError(
+                f"Fp32Export writes {', '.join(endings)} files, or with max_shard_size a folder, not {str(path)!r}"
+            )
         if every_n_checkpoints is not None and (not isinstance(every_n_checkpoints, int) or every_n_checkpoints < 1):
             raise ValueError(
                 f"every_n_checkpoints must be a whole number, at least 1, or None, not {every_n_checkpoints!r}"
             )
         self.every_n_checkpoints = every_n_checkpoints
         self.weights_only = weights_only
-        self._wanted = Wanted(dtype=parse_dtype(dtype))
+        self._wanted = Wanted(
+            exclude_frozen_parameters=exclude_frozen_parameters, dtype=parse_dtype(dtype), submodule=submodule
+        )
         self._exports: BackgroundExport | None = None  # a process's own
         self._count = 0
         try:
@@ -315,7 +337,7 @@ class Fp32Export(Callback):
             raise ValueError(
                 f"{str(path)!r} can't be filled in: {{step}} and {{epoch}} are all that it may hold ({error!r})"
             ) from None
-        require_suitable(self._output(step=0, epoch=0), self._wanted, None)
+        require_suitable(self._output(step=0, epoch=0), self._wanted, self._max_shard_bytes)
 
     def _output(self, *, step: int, epoch: int) -> Location:
         return absolute(locate(str(self.path).format(step=step, epoch=epoch)))
@@ -335,6 +357,15 @@ class Fp32Export(Callback):
         if stage == "fit" and self.every_n_checkpoints is not None and strategy.is_global_zero:
             strategy.saves.listeners.append(self._after_save)
 
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        part = self._wanted.submodule
+        if part and not any(name.startswith(f"{part}.") for name in pl_module.state_dict()):
+            parts = sorted(name for name, _ in pl_module.named_children())
+            raise UnsupportedModelError(
+                f"Fp32Export(submodule={part!r}): the module has no such part with tensors in it; it has {parts}"
+            )
+
     def _after_save(self, directory: Location) -> None:
         """Called on rank 0 when a checkpoint is there, and before anything can remove it."""
         assert self._exports is not None
@@ -347,7 +378,11 @@ class Fp32Export(Callback):
         return self._output(step=manifest.step, epoch=manifest.epoch)
 
     def _export_saved(self, directory: Location, output: Location) -> None:
-        export(Checkpoint(directory, check_reads=True), output, self._wanted, weights_only=self.weights_only)
+        self._export(Checkpoint(directory, check_reads=True), output, None, weights_only=self.weights_only)
+
+    def _export(self, saved: Checkpoint, output: Location, trainer: bytes | None, *, weights_only: bool) -> None:
+        size = self._max_shard_bytes
+        export(saved, output, self._wanted, max_shard_bytes=size, trainer=trainer, weights_only=weights_only)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -360,9 +395,9 @@ class Fp32Export(Callback):
         def write(saved: Checkpoint, rest: dict[str, Any]) -> None:
             assert self._exports is not None
             self._exports.wait()  # an older one may be on its way to the same file
-            trainer = _saved(rest) if output.suffix == ".ckpt" else None
+            trainer = _saved(rest) if is_lightnings(output, self._max_shard_bytes) else None
             # This process's own objects: there is nobody to mistrust
-            export(saved, output, self._wanted, trainer=trainer, weights_only=False)
+            self._export(saved, output, trainer, weights_only=False)
             self._exports.join()
 
         trainer.strategy.saves.export(checkpoint, output, write)

@@ -18,7 +18,12 @@ from lightning_zero import (
 )
 from lightning_zero.checkpoint.integrity import read_manifest
 from lightning_zero.checkpoint.storage import locate
-from lightning_zero.errors import CheckpointMismatchError, CheckpointWriteError, CorruptCheckpointError
+from lightning_zero.errors import (
+    CheckpointMismatchError,
+    CheckpointWriteError,
+    CorruptCheckpointError,
+    UnsupportedModelError,
+)
 from lightning_zero.plugin import callbacks
 from tests.launch import distributed, run_ranks
 from tests.models import Data, Model, quiet_trainer
@@ -309,6 +314,53 @@ def test_a_module_is_made_out_of_a_directory_as_out_of_a_file(tmp_path):
         load_from_zero_checkpoint(Model, saving.best_model_path)
 
 
+class Wrapped(Model):
+    """As those of the libraries of models are wrapped: what is to be published is a part of the module."""
+
+    def configure_model(self):
+        self.net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8))
+        self.net[0].bias.requires_grad_(False)
+
+
+def fit_and_export_a_part(tmp_path):
+    part = {"submodule": "net"}
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    exports = [
+        Fp32Export(tmp_path / "hf", max_shard_size=300, **part),
+        Fp32Export(tmp_path / "net.bin", exclude_frozen_parameters=True, **part),
+        Fp32Export(tmp_path / "whole-{step}.pt", every_n_checkpoints=1),
+    ]
+    model = Wrapped()
+    saving = ZeroCheckpoint(tmp_path / "ckpts", every_n_train_steps=2)
+    quiet_trainer(world_size=1, max_steps=3, callbacks=[*exports, saving]).fit(model, datamodule=Data())
+    trainer = quiet_trainer(world_size=1, callbacks=[Fp32Export(tmp_path / "x.bin", submodule="nett")])
+    with pytest.raises(UnsupportedModelError, match=r"no such part.*'net'"):
+        trainer.fit(Wrapped(), datamodule=Data())
+    return dict(model.net.state_dict()), dict(model.state_dict())
+
+
+def test_a_part_of_the_module_is_exported_under_its_own_names_as_a_folder_or_a_plain_state_dict(tmp_path):
+    from safetensors.torch import load_file
+
+    net, whole = run_ranks(fit_and_export_a_part, 1, tmp_path, process_group=False)[0]
+    folder = sorted(path.name for path in (tmp_path / "hf").iterdir())
+    assert folder[:1] == ["config.json"]
+    assert "model.safetensors.index.json" in folder
+    shards = [load_file(path) for path in (tmp_path / "hf").glob("*.safetensors")]
+    together = {name: tensor for shard in shards for name, tensor in shard.items()}
+    assert len(shards) > 1
+    plain = torch.load(tmp_path / "net.bin", weights_only=True)
+    assert together.keys() == net.keys()
+    assert plain.keys() == net.keys() - {"0.bias"}
+    assert all(torch.equal(tensor, net[name]) for found in (together, plain) for name, tensor in found.items())
+    assert torch.load(tmp_path / "whole-3.pt", weights_only=True).keys() == whole.keys()
+    assert sorted(path.name for path in tmp_path.glob("whole*")) == ["whole-2.pt", "whole-3.pt"]
+    (tmp_path / "hf" / "mine.py").touch()
+    with pytest.raises(FileExistsError, match=r"mine\.py"):
+        Fp32Export(tmp_path / "hf", max_shard_size=300)
+
+
 def nowhere(tmp_path):
     for callback in (Fp32Export(tmp_path / "file" / "a" / "model.ckpt"), ZeroCheckpoint(tmp_path / "file")):
         model = Model()
@@ -325,12 +377,14 @@ def test_a_fit_that_has_nowhere_to_write_to_ends_when_it_begins(tmp_path):
 def test_what_an_export_is_told_has_a_meaning(tmp_path):
     (tmp_path / "a directory.ckpt").mkdir()
     for path, options in (
-        ("model.bin", {}),
+        ("model.onnx", {}),
+        ("model", {}),
+        ("model", {"max_shard_size": "huge"}),
         ("model-{loss}.ckpt", {}),
         ("a directory.ckpt", {}),
         ("model-{}.ckpt", {}),
         ("model.ckpt", {"every_n_checkpoints": 0}),
         ("model.ckpt", {"dtype": "int8"}),
     ):
-        with pytest.raises(ValueError, match=r"model|at least 1|dtype|is a directory"):
+        with pytest.raises(ValueError, match=r"model|at least 1|dtype|is a directory|is not a size"):
             Fp32Export(tmp_path / path, **options)

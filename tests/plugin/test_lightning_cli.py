@@ -150,7 +150,7 @@ def test_what_is_no_plugin_is_refused_at_once(arguments, message):
         lambda: ZeroCheckpoint(keep_last=0),
         lambda: ZeroCheckpoint(filename="a/b"),
         lambda: ZeroCheckpoint(filename=".hidden"),
-        lambda: Fp32Export("model.bin"),
+        lambda: Fp32Export("model.onnx"),
         lambda: Fp32Export("model.ckpt", every_n_checkpoints="2"),
         lambda: Fp32Export("model.ckpt", every_n_checkpoints=0),
         lambda: TrainingReport("report.txt"),
