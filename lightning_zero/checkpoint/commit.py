@@ -67,7 +67,7 @@ _TRASH = ".trash-"
 _TAG_BYTES = 200
 _IDLE_SECONDS = 24 * 3600
 _TRIES = 500
-"""To make a staging directory that nobody is just cleaning away."""
+"""To make something that no other run's save is just cleaning away."""
 
 
 class InvalidTagError(ZeroError, ValueError):
@@ -154,6 +154,17 @@ def write_latest(save_dir: Location, tag: str, *, fsync: bool = True) -> None:
     if is_remote(save_dir):
         remote.write_whole(save_dir / LATEST, tag.encode())
         return
+    for left in reversed(range(_TRIES)):
+        try:
+            _replace_latest(save_dir, tag, fsync)
+            break
+        except FileNotFoundError:  # another run's save has just taken the new one for a dead save's
+            if not left or not save_dir.is_dir():
+                raise
+    _sync_directory(save_dir, fsync)
+
+
+def _replace_latest(save_dir: Path, tag: str, fsync: bool) -> None:
     new = save_dir / f"{_TRASH}{LATEST}-{secrets.token_hex(4)}"
     try:
         with open(new, "x", encoding="utf-8") as file:
@@ -165,7 +176,6 @@ def write_latest(save_dir: Location, tag: str, *, fsync: bool = True) -> None:
     except BaseException:
         new.unlink(missing_ok=True)
         raise
-    _sync_directory(save_dir, fsync)
 
 
 # ----------------------------------------------------------------------------------------------------- commit

@@ -147,6 +147,23 @@ def test_a_save_whose_staging_directory_was_cleaned_away_before_its_lock_makes_i
     assert Checkpoint(resolve(tmp_path), verify="full").manifest.step == 4
 
 
+def test_latest_is_written_whatever_another_runs_save_cleans_away_meanwhile(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from lightning_zero.checkpoint import commit\nprint('up', flush=True)\n"
+        "while True: commit.clean_leftovers(Path(sys.argv[1]))"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        try:
+            for number in range(1000):
+                commit.write_latest(tmp_path, f"step={number}", fsync=False)
+                assert commit.read_latest(tmp_path) == f"step={number}"
+        finally:
+            process.kill()
+    assert os.listdir(tmp_path) == ["latest"]
+
+
 def test_without_locks_a_staging_directory_is_stale_after_a_day(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
