@@ -11,7 +11,7 @@ elsewhere in the dict go into rank 0's shard too: see `placeholders`.
 from __future__ import annotations
 
 import io
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,70 +56,13 @@ def contents(
         loaders: what the order of this rank's data was drawn from: see `data_order`.
         logged: what this rank has logged: see `logged_metrics`.
     """
-    state_dict: Mapping[str, Any] = checkpoint["state_dict"]
-    live = {_memory(parameter): parameter for parameter in module.parameters()}
-    owned = {slot.parameter for bucket in partition.buckets for slot in bucket.slots} if partition else set()
-    buffers = {_memory(buffer) for buffer in module.buffers()}
-
-    entries: list[Entry] = []
-    aliases: dict[str, str] = {}
-    stored_names: dict[Parameter, str] = {}
-    frozen: list[tuple[str, Tensor]] = []
-    untrained: list[tuple[str, Tensor]] = []
-    tensors: list[TensorToSave] = []
-    unchanging: list[TensorToSave] = []
-    for name, value in state_dict.items():
-        if not isinstance(value, Tensor):
-            continue
-        parameter = live.get(_memory(value)) if value.numel() else None
-        if parameter in stored_names:
-            aliases[name] = stored_names[parameter]
-            continue
-        role: Role = "given"
-        if parameter is not None:
-            stored_names[parameter] = name
-            role = "parameter" if parameter in owned else "given" if parameter.requires_grad else "frozen"
-        elif _memory(value) in buffers:
-            role = "buffer"
-        entries.append(Entry(name, tuple(value.shape), str(value.dtype).removeprefix("torch."), role))
-        if role == "frozen":
-            frozen.append((name, value))
-        elif role == "given" and parameter is not None:
-            untrained.append((name, value))
-        elif role != "parameter" and rank == 0 and value.numel():
-            flat = value.detach().reshape(-1)
-            tensors.append(TensorToSave("model", name, 0, value.numel(), flat))
-    tensors += _share_of(untrained, rank, world_size)
-    unchanging += _share_of(frozen, rank, world_size)
-
-    values: list[StoredValue] = []
-    optimizers: list[OptimizerEntry] = []
-    rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-    rest, elsewhere = take_out(rest, _is_large, state_dict.keys())
-    for name, value in elsewhere.items():
-        entries.append(Entry(name, tuple(value.shape), str(value.dtype).removeprefix("torch."), "elsewhere"))
-        if rank == 0 and value.numel():
-            tensors.append(TensorToSave("model", name, 0, value.numel(), value.view(-1)))
-    trainer = {**checkpoint, **rest}
-    trainer["state_dict"] = {name: value for name, value in state_dict.items() if not isinstance(value, Tensor)}
+    division = _Division(checkpoint, module, partition, rank, world_size)
+    division.add_state_dict()
+    trainer = division.add_elsewhere()
     if partition is not None:
-        names = {
-            slot.parameter: stored_names.get(slot.parameter, slot.name)
-            for bucket in partition.buckets
-            for slot in bucket.slots
-        }
-        for bucket in partition.buckets:
-            for piece in bucket.pieces:
-                parameter, segment = piece.slot.parameter, piece.segment
-                if parameter in stored_names and segment.numel:
-                    # One that an optimizer holds, and that isn't trained, has a master too: it may be trained later
-                    place = tensors if parameter.requires_grad else unchanging
-                    flat, steady = piece.master.reshape(-1), piece.master.dtype != parameter.dtype
-                    place.append(
-                        TensorToSave("model", names[parameter], segment.start, segment.stop, flat, steady=steady)
-                    )
+        division.add_masters(partition)
         if "optimizer_states" in checkpoint:
-            _add_optimizer_states(partition, names, stored_names, tensors, values, optimizers, world_size)
+            division.add_optimizer_states(partition)
             trainer["optimizer_states"] = [
                 {**state, "state": _unsegmented(state["state"], alone=world_size == 1)}
                 for state in checkpoint["optimizer_states"]
@@ -135,14 +78,134 @@ def contents(
     torch.serialization.save(own, rank_state)
     return (
         RankContent(
-            tensors,
-            values,
+            division.tensors,
+            division.values,
             rank_state.getvalue(),
             step=checkpoint["global_step"],
-            unchanging=unchanging,
+            unchanging=division.unchanging,
         ),
-        SharedContent(checkpoint["epoch"], stage, entries, aliases, optimizers, trainer),
+        SharedContent(checkpoint["epoch"], stage, division.entries, division.aliases, division.optimizers, trainer),
     )
+
+
+class _Division:
+    """Lightning's dict on its way into segments. What is added first comes first in the shard.
+
+    Attributes:
+        tensors: what this rank writes, and what it writes once, as long as it doesn't change (`unchanging`).
+        values: the optimizer's states of this rank's segments that are no tensors.
+        entries: what there is in all, with the other names of tied tensors (`aliases`).
+        optimizers: whose states they are.
+    """
+
+    def __init__(
+        self, checkpoint: Mapping[str, Any], module: Module, partition: Partition | None, rank: int, world_size: int
+    ) -> None:
+        self.tensors: list[TensorToSave] = []
+        self.unchanging: list[TensorToSave] = []
+        self.values: list[StoredValue] = []
+        self.entries: list[Entry] = []
+        self.aliases: dict[str, str] = {}
+        self.optimizers: list[OptimizerEntry] = []
+        self._checkpoint = checkpoint
+        self._state_dict: Mapping[str, Any] = checkpoint["state_dict"]
+        self._rank = rank
+        self._world_size = world_size
+        self._live = {_memory(parameter): parameter for parameter in module.parameters()}
+        self._buffers = {_memory(buffer) for buffer in module.buffers()}
+        buckets = partition.buckets if partition is not None else ()
+        self._slots = {slot.parameter: slot for bucket in buckets for slot in bucket.slots}
+        self._stored_names: dict[Parameter, str] = {}
+        """Of the parameters that the state dict holds."""
+
+    def add_state_dict(self) -> None:
+        """What the module's state dict holds, but for the parameters that have masters."""
+        untrained: list[tuple[str, Tensor]] = []
+        frozen: list[tuple[str, Tensor]] = []
+        for name, value in self._state_dict.items():
+            if not isinstance(value, Tensor):
+                continue
+            parameter = self._live.get(_memory(value)) if value.numel() else None
+            if parameter in self._stored_names:
+                self.aliases[name] = self._stored_names[parameter]
+                continue
+            role = self._role(parameter, value)
+            if parameter is not None:
+                self._stored_names[parameter] = name
+            self._add_entry(name, value, role)
+            if role == "frozen":
+                frozen.append((name, value))
+            elif role == "given" and parameter is not None:
+                untrained.append((name, value))
+            elif role != "parameter":
+                self._add_by_first(name, value.detach())
+        self.tensors += _share_of(untrained, self._rank, self._world_size)
+        self.unchanging += _share_of(frozen, self._rank, self._world_size)
+
+    def _role(self, parameter: Parameter | None, value: Tensor) -> Role:
+        if parameter is None:
+            return "buffer" if _memory(value) in self._buffers else "given"
+        if parameter in self._slots:
+            return "parameter"
+        return "given" if parameter.requires_grad else "frozen"
+
+    def _add_entry(self, name: str, value: Tensor, role: Role) -> None:
+        self.entries.append(Entry(name, tuple(value.shape), str(value.dtype).removeprefix("torch."), role))
+
+    def _add_by_first(self, name: str, value: Tensor) -> None:
+        if self._rank == 0 and value.numel():
+            self.tensors.append(TensorToSave("model", name, 0, value.numel(), value.reshape(-1)))
+
+    def add_elsewhere(self) -> dict[str, Any]:
+        """Large tensors elsewhere in the dict; what is left of it, for `trainer.pt`."""
+        rest = {key: self._checkpoint[key] for key in self._checkpoint if key not in ("state_dict", "optimizer_states")}
+        rest, elsewhere = take_out(rest, _is_large, self._state_dict.keys())
+        for name, value in elsewhere.items():
+            self._add_entry(name, value, "elsewhere")
+            self._add_by_first(name, value)
+        state_dict = {name: value for name, value in self._state_dict.items() if not isinstance(value, Tensor)}
+        return {**self._checkpoint, **rest, "state_dict": state_dict}
+
+    def add_masters(self, partition: Partition) -> None:
+        """This rank's segments of the parameters that the state dict holds."""
+        for bucket in partition.buckets:
+            for piece in bucket.pieces:
+                parameter, segment = piece.slot.parameter, piece.segment
+                if parameter not in self._stored_names or not segment.numel:
+                    continue
+                # One that an optimizer holds, and that isn't trained, has a master too: it may be trained later
+                place = self.tensors if parameter.requires_grad else self.unchanging
+                flat, steady = piece.master.reshape(-1), piece.master.dtype != parameter.dtype
+                name, start, stop = self._stored_names[parameter], segment.start, segment.stop
+                place.append(TensorToSave("model", name, start, stop, flat, steady=steady))
+
+    def add_optimizer_states(self, partition: Partition) -> None:
+        """This rank's part of every optimizer's state.
+
+        Raises:
+            UnsupportedModelError: one that no checkpoint can hold in parts.
+        """
+        names = {parameter: self._stored_names.get(parameter, slot.name) for parameter, slot in self._slots.items()}
+        for index, segmented in enumerate(partition.segmented):
+            optimizer = segmented.optimizer
+            groups = tuple(tuple(names[p] for p in group["params"]) for group in optimizer.param_groups)
+            self.optimizers.append(OptimizerEntry(type(optimizer).__name__, groups))
+            for piece in segmented.pieces:
+                name, start, stop = names[piece.slot.parameter], piece.segment.start, piece.segment.stop
+                state = dict(optimizer.state.get(piece.master, {}))
+                if piece.slot.parameter not in self._stored_names and piece.master.dtype != piece.slot.parameter.dtype:
+                    state[MASTER] = piece.master.detach()
+                for key, value in state.items() if piece.segment.numel else ():
+                    if isinstance(value, Tensor):
+                        flat = value.reshape(-1) if value.shape == piece.master.shape else value
+                        self.tensors.append(TensorToSave("optimizer", name, start, stop, flat, index, key, steady=True))
+                    elif isinstance(value, PLAIN):
+                        self.values.append(StoredValue(index, name, start, stop, key, value))
+                    elif self._world_size > 1:
+                        raise UnsupportedModelError(
+                            f"{type(optimizer).__name__} keeps a {type(value).__name__} as the state {key!r} of "
+                            f"{name!r}; a checkpoint holds tensors, numbers, strings and None"
+                        )
 
 
 def _is_large(value: Any) -> bool:
@@ -174,37 +237,6 @@ def _share_of(whole: list[tuple[str, Tensor]], rank: int, world_size: int) -> li
                 part = flat[segment.name][segment.start : segment.stop]
                 shares.append(TensorToSave("model", segment.name, segment.start, segment.stop, part))
     return shares
-
-
-def _add_optimizer_states(
-    partition: Partition,
-    names: Mapping[Parameter, str],
-    names_in_state_dict: Container[Parameter],
-    tensors: list[TensorToSave],
-    values: list[StoredValue],
-    optimizers: list[OptimizerEntry],
-    world_size: int,
-) -> None:
-    for index, segmented in enumerate(partition.segmented):
-        optimizer = segmented.optimizer
-        groups = [tuple(names[p] for p in group["params"]) for group in optimizer.param_groups]
-        optimizers.append(OptimizerEntry(type(optimizer).__name__, tuple(groups)))
-        for piece in segmented.pieces:
-            name, start, stop = names[piece.slot.parameter], piece.segment.start, piece.segment.stop
-            state = dict(optimizer.state.get(piece.master, {}))
-            if piece.slot.parameter not in names_in_state_dict and piece.master.dtype != piece.slot.parameter.dtype:
-                state[MASTER] = piece.master.detach()
-            for key, value in state.items() if piece.segment.numel else ():
-                if isinstance(value, Tensor):
-                    flat = value.reshape(-1) if value.shape == piece.master.shape else value
-                    tensors.append(TensorToSave("optimizer", name, start, stop, flat, index, key, steady=True))
-                elif isinstance(value, PLAIN):
-                    values.append(StoredValue(index, name, start, stop, key, value))
-                elif world_size > 1:
-                    raise UnsupportedModelError(
-                        f"{type(optimizer).__name__} keeps a {type(value).__name__} as the state {key!r} of {name!r}; "
-                        "a checkpoint holds tensors, numbers, strings and None"
-                    )
 
 
 def _unsegmented(state: Mapping[Any, Any], *, alone: bool) -> dict[Any, Any]:
