@@ -44,7 +44,8 @@ _PART_BYTES = 4 << 20
 """Read by one request, where a file is behind a URL."""
 _REQUESTS = 16
 """At once, for all that a process reads."""
-_CACHED_PARTS = 4
+_SMALL_BYTES, _BLOCK_OF_SMALL_BYTES, _CACHED_BLOCKS = 256 << 10, 1 << 20, 16
+"""What is small comes with its neighbours, which is waste where those are large and come by themselves."""
 DIRECT_ALIGNMENT = 4096
 """Of a file's offsets and of the memory, where a write goes past the page cache."""
 _LEAST_WITHOUT_COPY = 256 << 10
@@ -220,7 +221,7 @@ class _MountedFile:
 
 
 class _RemoteFile:
-    """What is small comes with its neighbours, by one request for a block; what is large by several at once."""
+    """What is small comes with its neighbours, by one request for a block; what is large by several, at once."""
 
     def __init__(self, url: UPath) -> None:
         self._url = url
@@ -229,9 +230,9 @@ class _RemoteFile:
             self._file: Any = url.fs.open(
                 url.path,
                 "rb",
-                block_size=_PART_BYTES,
+                block_size=_BLOCK_OF_SMALL_BYTES,
                 cache_type="blockcache",
-                cache_options={"maxblocks": _CACHED_PARTS},
+                cache_options={"maxblocks": _CACHED_BLOCKS},
             )
             self.nbytes = int(url.fs.size(url.path))
         except OSError as error:
@@ -248,7 +249,7 @@ class _RemoteFile:
             raise IncompleteCheckpointError(f"{self._url} can't be read: {error}") from error
 
     def _read_into(self, offset: int, target: memoryview) -> None:
-        if len(target) <= _PART_BYTES:
+        if len(target) <= _SMALL_BYTES:
             with self._lock:
                 self._file.seek(offset)
                 self._fill(offset, target, self._file.read(len(target)))

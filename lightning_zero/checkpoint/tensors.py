@@ -129,6 +129,11 @@ class LazyTensor(Tensor):
         lazy._kept = None
         return lazy
 
+    @property
+    def is_unread(self) -> bool:
+        """Whether its values are those in the checkpoint still: nobody has changed them, or taken a view of them."""
+        return self._kept is None
+
     def read_range(self, start: int, stop: int, out: Tensor) -> None:
         """Read the flattened elements `[start, stop)` into `out`.
 

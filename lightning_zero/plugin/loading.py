@@ -9,17 +9,23 @@ from typing import Any, TypeVar
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.saving import _load_state
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.checkpoint.storage import PathOrUrl
+from lightning_zero.checkpoint.tensors import LazyTensor
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import CheckpointMismatchError
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint
+from lightning_zero.plugin.ranks import Ranks
 
 _Module = TypeVar("_Module", bound=LightningModule)
+
+_PIECE_NUMEL = 16 << 20
+"""As much as is read by one rank at a time: enough for many requests at once."""
 
 
 @contextmanager
@@ -45,6 +51,47 @@ def load_module(module: Module, state_dict: Mapping[str, Any], path: str, *, str
         missing, unexpected = module.load_state_dict(state_dict, strict=strict)
     if missing or unexpected:
         rank_zero_warn(f"{path} was loaded in part: missing {list(missing)}, unexpected {list(unexpected)}")
+
+
+def read_together(module: Module, state_dict: Mapping[str, Any], ranks: Ranks) -> Mapping[str, Any]:
+    """Read a state dict into a module, each piece of it by one rank, which gives it to the others. A collective.
+
+    For a checkpoint behind a URL, where else every rank would fetch all of the model for itself.
+
+    Returns:
+        The state dict, with the module's own tensors in the place of those that were read: `load_state_dict` does what
+        is left, and says what doesn't fit.
+
+    Raises:
+        UnsupportedModelError: the ranks' modules differ.
+        ZeroError: a rank couldn't read; the same on all.
+    """
+    own, together = module.state_dict(), dict(state_dict)
+    targets: dict[int, tuple[LazyTensor, Tensor]] = {}
+    for name, value in state_dict.items():
+        if isinstance(value, LazyTensor) and value.is_unread:
+            _, target = targets.get(id(value), (value, own.get(name)))
+            if isinstance(target, Tensor) and target.shape == value.shape and target.is_contiguous():
+                targets[id(value)], together[name] = (value, target), target
+    pieces: list[list[tuple[LazyTensor, int, Tensor]]] = [[] for _ in range(ranks.count)]
+    nbytes, done = sum(target.nbytes for _, target in targets.values()), 0
+    for value, target in targets.values():
+        flat = target.view(-1)
+        for start in range(0, len(flat), _PIECE_NUMEL):
+            part = flat[start : start + _PIECE_NUMEL]
+            pieces[done * ranks.count // nbytes].append((value, start, part))  # what is one rank's lies side by side
+            done += part.nbytes
+    tensors = [target for _, target in targets.values()]
+    ranks.require_same("modules", lambda: [f"{tuple(t.shape)}, {t.dtype}, {t.device.type}" for t in tensors])
+
+    def read() -> None:
+        for value, start, part in pieces[ranks.rank]:
+            value.read_range(start, start + len(part), part)
+
+    ranks.all_or_none(read)
+    for reader, read_there in enumerate(pieces):
+        ranks.give([part for _, _, part in read_there], reader)
+    return together
 
 
 def load_from_zero_checkpoint(

@@ -13,7 +13,7 @@ import itertools
 import pickle
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import xxhash
+from torch import Tensor
 
 from lightning_zero.engine.collectives import Collectives, collectives_for
 from lightning_zero.errors import UnreachableRankError, UnsupportedModelError, ZeroError
@@ -34,6 +35,8 @@ _ARRIVAL_SECONDS = 10
 _LEFT = -(10**6)
 
 _SHORT_BYTES, _LENGTH_BYTES = 4096, 8
+_MESSAGE_BYTES = 16 << 20
+"""Small tensors are sent together, up to so many bytes; a larger one goes as it is, and isn't copied."""
 
 
 @dataclass
@@ -174,6 +177,20 @@ class Ranks:
         outcomes = self._told(own)
         _raise_first([error for error, _ in outcomes], own[0])
         return [item for _, items in outcomes for item in items]
+
+    def give(self, tensors: Sequence[Tensor], giver: int) -> None:
+        """Give every rank one rank's tensors, of whatever dtypes, in place. Called on every rank.
+
+        Args:
+            tensors: on the CPU, or on this rank's device.
+            giver: whose they are.
+        """
+        on_host = [tensor for tensor in tensors if tensor.is_cpu]
+        on_device = [tensor for tensor in tensors if not tensor.is_cpu]
+        for alike, group in ((on_host, self._own.control), (on_device, self._own.data)):
+            if alike:
+                with self.reaching_all():
+                    dist._broadcast_coalesced(group, alike, _MESSAGE_BYTES, giver)  # type: ignore[attr-defined]
 
     def require_same(self, what: str, say: Callable[[], list[str]]) -> None:
         """Make sure that all ranks have the same of something that they are going to count on. Called on every rank.

@@ -37,7 +37,7 @@ from lightning_zero.checkpoint.commit import validate_tag
 from lightning_zero.checkpoint.content import CLIENT_STATE, RankContent, SharedContent
 from lightning_zero.checkpoint.origins import advice
 from lightning_zero.checkpoint.plan import TagValidation
-from lightning_zero.checkpoint.storage import locate
+from lightning_zero.checkpoint.storage import is_remote, locate
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import (
@@ -51,7 +51,7 @@ from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown, requ
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ZeroCheckpointIO
 from lightning_zero.plugin.choice import Choice, choose
 from lightning_zero.plugin.contents import contents
-from lightning_zero.plugin.loading import fits_module, load_module, restore_optimizer_states
+from lightning_zero.plugin.loading import fits_module, load_module, read_together, restore_optimizer_states
 from lightning_zero.plugin.logged_metrics import get_logged
 from lightning_zero.plugin.materialize import materialize, require_values
 from lightning_zero.plugin.metric_state import finished_metrics, get_metric_states
@@ -309,11 +309,19 @@ class ZeroStrategy(DDPStrategy):
         if isinstance(self.precision_plugin, DoublePrecision):
             self.precision_plugin.convert_module(self._module)  # `setup` would, when fp32 has rounded what is loaded
         ours = checkpoint.source.directory if isinstance(checkpoint, LoadedCheckpoint) else None
+        state_dict = self._read_together(checkpoint)
         with nullcontext() if ours is None else fits_module(ours):
-            super().load_model_state_dict(checkpoint, strict=strict)
+            super().load_model_state_dict({**checkpoint, "state_dict": state_dict}, strict=strict)
         self._uninitialized -= checkpoint["state_dict"].keys()
         if self._data.resume is not None:
             self._data.resume.restore_metrics(self._module)
+
+    def _read_together(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The module's state dict; from behind a URL it is in the module already."""
+        state_dict: Mapping[str, Any] = checkpoint["state_dict"]
+        if not isinstance(checkpoint, LoadedCheckpoint) or not is_remote(checkpoint.source.directory):
+            return state_dict
+        return state_dict if self._ranks.count == 1 else read_together(self._module, state_dict, self._ranks)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -667,14 +675,16 @@ class ZeroStrategy(DDPStrategy):
             rank_zero_warn(f"there is no checkpoint in {load_dir}: nothing is loaded{advice(locate(load_dir))}")
             return None, {}
 
+        io = self.saves.sharded_io
+        checkpoint = self._ranks.all_or_none(lambda: self._load_chosen(io, choice, weights_only))
+        state_dict = {} if custom_load_fn is not None else self._read_together(checkpoint)
+
         def load() -> dict[str, Any]:
-            checkpoint = self._load_chosen(self.saves.sharded_io, choice, weights_only)
-            state_dict = checkpoint["state_dict"]
             if custom_load_fn is not None:
-                custom_load_fn(state_dict, module)
+                custom_load_fn(checkpoint["state_dict"], module)
             else:
                 load_module(module, state_dict, choice.path, strict=load_module_strict)
-            self._partitioned.load_masters(state_dict)
+            self._partitioned.load_masters(checkpoint["state_dict"])
             if load_optimizer_states and not load_module_only:
                 restore_optimizer_states(checkpoint, module, self.optimizers, self._partitioned)
             if load_lr_scheduler_states and not load_module_only:

@@ -25,6 +25,7 @@ from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.checkpoint.storage import locate
 from lightning_zero.cli import main
 from lightning_zero.errors import CheckpointNotFoundError, CheckpointWriteError, IncompleteCheckpointError
+from lightning_zero.plugin import loading
 from tests.checkpoint.sample import Sample
 from tests.launch import distributed, free_port, run_ranks
 from tests.models import fit
@@ -358,3 +359,70 @@ def test_frozen_parameters_are_copied_by_the_store_itself():
     assert len([name for name in written if name.startswith("frozen-")]) == 1
     for step in (1, 2, 3):
         Checkpoint(f"{url}/step={step}.ckpt", verify="full")
+
+
+class Fetched(Callback):
+    """How many bytes of the model this rank reads from where they are stored: to resume, and to load into the fit."""
+
+    def setup(self, trainer, module, stage):
+        self.nbytes, read = [0], Checkpoint.read
+
+        def counting(reader, stored, offset_bytes, target):
+            self.nbytes[-1] += len(target) * (stored[1].kind == "model")
+            read(reader, stored, offset_bytes, target)
+
+        Checkpoint.read = counting
+
+    def on_train_start(self, trainer, module):
+        self.resumed = {name: value.clone() for name, value in module.state_dict().items()}
+        with torch.no_grad():
+            for value in module.state_dict().values():
+                value.zero_()
+        self.nbytes.append(0)
+        trainer.strategy.load_zero_checkpoint(trainer.ckpt_path)
+        self.loaded = {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def resume_and_count(environment, url, precision):
+    os.environ |= environment
+    loading._PIECE_NUMEL = 100
+    fetched, options = Fetched(), {"strategy": "zero_stage_2", "world_size": 2, "precision": precision}
+    saved, _ = fit(max_steps=2, callbacks=[ZeroCheckpoint(url, every_n_train_steps=2)], **options)
+    _, trainer = fit(max_steps=3, callbacks=[fetched], ckpt_path=url, **options)
+    assert trainer.global_step == 3
+    return fetched.nbytes, dict(saved.state_dict()), fetched.resumed, fetched.loaded
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_of_a_model_behind_a_url_every_byte_is_fetched_by_one_rank(server, url, precision):
+    ranks = run_ranks(resume_and_count, 2, server, url, precision, process_group=False, timeout_seconds=240)
+    manifest = Checkpoint(resolve(url)).manifest
+    stored = [tensor for file in manifest.files for tensor in file.tensors if tensor.kind == "model"]
+    trained = {entry.name for entry in manifest.entries if entry.role == "parameter"}
+    masters = sum(tensor.nbytes for tensor in stored if tensor.name in trained) if precision == "bf16-true" else 0
+    nbytes = [rank[0] for rank in ranks]
+    assert [sum(both) for both in zip(*nbytes, strict=True)] == [sum(t.nbytes for t in stored) + masters] * 2
+    assert all(min(of_rank) > masters // 2 for of_rank in nbytes)
+    for _, _, resumed, loaded in ranks:
+        assert_same(ranks[0][1], resumed)
+        assert_same(ranks[0][1], loaded)
+
+
+def test_ranks_of_which_one_cannot_fetch_fail_together(server, url):
+    run_ranks(fail_to_fetch, 2, server, url, process_group=False, timeout_seconds=240)
+
+
+def fail_to_fetch(environment, url):
+    os.environ |= environment
+    fit(strategy=ZeroStrategy(), world_size=2, max_steps=1, callbacks=[ZeroCheckpoint(url, every_n_train_steps=1)])
+
+    class Unplugged(Callback):
+        def setup(self, trainer, module, stage):
+            if trainer.global_rank == 1:
+                Checkpoint.read = self.read
+
+        def read(self, *args):
+            raise IncompleteCheckpointError("the network is gone")
+
+    with pytest.raises(IncompleteCheckpointError, match=r"rank 1: the network is gone"):
+        fit(strategy=ZeroStrategy(), world_size=2, max_steps=2, callbacks=[Unplugged()], ckpt_path=url)
