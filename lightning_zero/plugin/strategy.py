@@ -21,7 +21,6 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
@@ -46,7 +45,7 @@ from lightning_zero.errors import (
     UnsupportedModelError,
 )
 from lightning_zero.memory import keep_freed_memory
-from lightning_zero.plugin.alike import module_lines, optimizer_lines
+from lightning_zero.plugin.alike import give_first_ranks_values, module_lines, optimizer_lines
 from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown, require_instance
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ZeroCheckpointIO
 from lightning_zero.plugin.choice import Choice, choose
@@ -257,7 +256,8 @@ class ZeroStrategy(DDPStrategy):
         route_clipping(self.precision_plugin, self._clip_by_norm, self._clip_by_value)
         self.model_to_device()
         self._ranks.require_same("modules", partial(module_lines, self.model))
-        _sync_module_states(self.model)
+        if self._ranks.count > 1:
+            give_first_ranks_values(self.model, self._ranks)
         if fitting:
             self._data.enter()
             self._partition = None

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_zero import ZeroStrategy
 from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError
+from lightning_zero.plugin.alike import give_first_ranks_values
 from lightning_zero.plugin.ranks import Ranks
 from tests.launch import distributed, run_ranks
 from tests.models import Model, fit
@@ -88,6 +89,33 @@ def differs(what, message):
     stage, size = 2 if second or what != "stage" else 1, 1 if second and what == "bucket" else 25
     with pytest.raises(UnsupportedModelError, match=message):
         fit(Own(what), ZeroStrategy(stage=stage, bucket_size_mb=size), world_size=2, max_steps=2)
+
+
+@distributed(world_size=2)
+def test_training_begins_with_the_first_ranks_values_and_what_is_alike_isnt_sent():
+    rank, sent = dist.get_rank(), []
+    torch.manual_seed(5)
+    module = nn.ModuleList([nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2), nn.Linear(2, 2)])
+    module[2].weight = nn.Parameter(torch.randn(4, 2).t())
+    module._ddp_params_and_buffers_to_ignore = ["3.weight", "1.running_var"]
+    expected = {name: value.clone() for name, value in module.state_dict().items()}
+    if rank == 1:
+        with torch.no_grad():
+            for name in ("0.bias", "1.running_mean", "1.running_var", "3.weight"):
+                module.state_dict()[name].add_(1)
+
+    class Noting(Ranks):
+        def give(self, tensors, giver):
+            sent.extend(tensors)
+            super().give(tensors, giver)
+
+    noting = Noting(None)
+    give_first_ranks_values(module, noting)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, expected[name]) == (rank == 0 or name not in module._ddp_params_and_buffers_to_ignore)
+    different = [module[0].bias, module[2].weight, module[1].running_mean]  # one of them isn't contiguous
+    assert [tensor.data_ptr() for tensor in sent] == [tensor.data_ptr() for tensor in different]
+    noting.release()
 
 
 @distributed(world_size=2, process_group=False)
