@@ -84,7 +84,6 @@ class Ranks:
         """Where this rank's parameters are."""
         self._groups: _Groups | None = None
         self._abandon: weakref.finalize[..., Ranks] | None = None
-        self._renewals = 0
         self._all_arrived: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,7 +137,6 @@ class Ranks:
         groups = self._let_go()
         if groups is not None:
             groups.destroy()
-        self._renewals += 1
         self._all_arrived = None
 
     def release(self) -> None:
@@ -247,13 +245,14 @@ class Ranks:
 
         Each tells the store that it is here, and looks for the others for a while. One that leaves makes the count
         negative, so that nobody who comes later takes it for waiting. Those who are complete begin anew, in groups in
-        which nothing is under way.
+        which nothing is under way. Every Trainer of the process has the same store, and groups of other names.
         """
-        if not dist.is_initialized():
-            return False
         if self._all_arrived is None:
+            groups = self._groups
+            if groups is None or groups.world is not dist.group.WORLD:
+                return False
             store = dist.distributed_c10d._get_default_store()
-            key, deadline = f"lightning_zero/{self._renewals}", time.monotonic() + _ARRIVAL_SECONDS
+            key, deadline = f"lightning_zero/{groups.control.group_name}", time.monotonic() + _ARRIVAL_SECONDS
             arrived = store.add(key, 1)
             while 0 < arrived < self.count and time.monotonic() < deadline:
                 time.sleep(0.05)

@@ -262,6 +262,15 @@ def test_an_exception_on_every_rank_saves_what_all_have(tmp_path):
     assert steps.seen == list(range(5, 16))
 
 
+@distributed(world_size=2, process_group=False)
+def test_an_exception_is_saved_after_another_fits_too(tmp_path):
+    for name in ("first", "second"):
+        make = lambda name=name: OnExceptionCheckpoint(tmp_path / name)  # noqa: E731
+        with pytest.raises(RuntimeError, match="something broke"):
+            fit(Normed, ZeroStrategy(), callbacks=[make, lambda: Breaks(0, 1)])
+        assert tags(tmp_path / name) == ["on_exception.ckpt"]
+
+
 @distributed(world_size=1, process_group=False)
 def test_saving_on_exception_works_under_other_strategies_too(tmp_path):
     for name, strategy in (("ddp", "ddp"), ("zero", ZeroStrategy())):
