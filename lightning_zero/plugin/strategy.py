@@ -382,11 +382,13 @@ class ZeroStrategy(DDPStrategy):
         return self._signals is not None and self._signals.all_stopped
 
     def all_ranks_are_here(self) -> bool:
-        """Whether the ranks can do something together: after an exception only if every rank had one."""
+        """Whether the ranks can do something together: after an exception only if every rank had one at its step."""
         if not self._interrupted or self.stopped_together:
             return True
         self.saves.join_quietly()  # all ranks' savers end together, and with them this wait
-        return self._ranks.all_are_here()
+        stepping = self._partition is not None and self._partition.is_stepping
+        where = f"step {self._trainer.global_step}{', in its middle' if stepping else ''}"
+        return self._ranks.all_are_here(where, self.wait_for_parameters)
 
     # --- a step ---
 
@@ -512,7 +514,7 @@ class ZeroStrategy(DDPStrategy):
         if not self.all_ranks_are_here():
             warnings.warn(
                 f"{filepath} is not saved: training was interrupted on rank {self.global_rank}, and a sharded "
-                "checkpoint needs every rank. `latest` still names the last one that was committed.",
+                "checkpoint needs every rank, at the same step. `latest` still names the last one that was committed.",
                 stacklevel=2,
             )
             return
