@@ -337,6 +337,10 @@ class Partition:
         self.reducer.forget_norms()
         norms.clip_values_(gradients, clip_value)
 
+    def meet_again(self, collectives: Collectives) -> None:
+        """After an exception, put parts together in groups in which nothing is under way. No gradient travels again."""
+        self._collectives = collectives
+
     def full_state(self, parameter: Parameter, owner: SegmentedOptimizer | None = None) -> dict[str, Any]:
         """The whole fp32 parameter, as `"param"`, and its whole optimizer state. A collective.
 

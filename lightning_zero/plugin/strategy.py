@@ -573,6 +573,8 @@ class ZeroStrategy(DDPStrategy):
         """Save as DDP does, by a `CheckpointIO` that knows no shards: put together, and written by one rank."""
         self.wait_for_parameters()
         if self._partition is not None and "optimizer_states" in checkpoint:
+            if self._interrupted:
+                self._partition.meet_again(self._ranks.collectives)
             self._partition.take_in_new_parameters()
             states = [self._partition.whole_state_dict(optimizer) for optimizer in self.optimizers]
             checkpoint = {**checkpoint, "optimizer_states": states}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
@@ -231,6 +232,24 @@ def other_io(directory, precision):
         resumed, _ = fit(Plain, make(), ckpt_path=path)
         resumed.losses = whole.losses
         assert_same_modules(resumed, whole)
+
+
+class Breaks(Callback):
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 5:
+            raise RuntimeError("something broke")
+
+
+@distributed(world_size=2, process_group=False)
+def test_another_checkpoint_io_saves_after_an_exception_what_it_saves_without_one(tmp_path):
+    io = lambda: ZeroStrategy(checkpoint_io=TorchCheckpointIO())  # noqa: E731
+    with pytest.raises(RuntimeError, match="something broke"):
+        fit(Plain, io(), callbacks=[Breaks, lambda: OnExceptionCheckpoint(tmp_path)])
+    _, trainer = fit(Plain, io(), max_steps=5)
+    trainer.save_checkpoint(tmp_path / "without.ckpt")
+    files = [torch.load(tmp_path / name, weights_only=True) for name in ("on_exception.ckpt", "without.ckpt")]
+    for part in (lambda saved: saved["state_dict"], lambda saved: saved["optimizer_states"]):
+        torch.testing.assert_close(*map(part, files), rtol=0, atol=0)
 
 
 @distributed(world_size=2, process_group=False)
