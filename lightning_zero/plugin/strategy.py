@@ -672,7 +672,7 @@ class ZeroStrategy(DDPStrategy):
             return None, {}
 
         def load() -> dict[str, Any]:
-            checkpoint = self._load_chosen(self.saves.sharded_io, choice, weights_only)
+            checkpoint = self._load_chosen(choice, weights_only)
             state_dict = checkpoint["state_dict"]
             if custom_load_fn is not None:
                 custom_load_fn(state_dict, module)
@@ -700,7 +700,7 @@ class ZeroStrategy(DDPStrategy):
         def load() -> dict[str, Any]:
             if choice is None:
                 return self.checkpoint_io.load_checkpoint(os.fspath(checkpoint_path), weights_only=weights_only)
-            return self._load_chosen(self.checkpoint_io, choice, weights_only)
+            return self._load_chosen(choice, weights_only)
 
         checkpoint = self._ranks.all_or_none(load)
         if isinstance(checkpoint, LoadedCheckpoint) and self.lightning_module is not None:
@@ -725,10 +725,10 @@ class ZeroStrategy(DDPStrategy):
         verify = "sizes" if self.saves.io is None else self.saves.io.verify
         return choose(self._ranks, path, tag, verify=verify, share=share, where=where, required=required)
 
-    def _load_chosen(self, io: CheckpointIO, choice: Choice, weights_only: bool | None) -> dict[str, Any]:
+    def _load_chosen(self, choice: Choice, weights_only: bool | None) -> dict[str, Any]:
         """All ranks have looked at what is loaded: none has to look at all of it."""
         with nullcontext() if self.saves.io is None else self.saves.io.loading_verified(choice.manifest):
-            return io.load_checkpoint(choice.path, weights_only=weights_only)
+            return self.saves.sharded_io.load_checkpoint(choice.path, weights_only=weights_only)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -269,6 +269,14 @@ def test_tags_and_exports_are_directories_and_files_whatever_the_users_own_io_wr
     assert all(torch.equal(exported[name], value) for name, value in model.state_dict().items())
 
 
+@distributed(world_size=2, process_group=False)
+def test_a_directory_is_resumed_from_whatever_the_users_own_io_reads(tmp_path):
+    whole, _ = fit(Plain, ZeroStrategy(), callbacks=[lambda: ZeroCheckpoint(tmp_path)], max_steps=3)
+    resumed, trainer = fit(Plain, ZeroStrategy(checkpoint_io=TorchCheckpointIO()), ckpt_path=tmp_path, max_steps=3)
+    assert trainer.global_step == 3
+    assert all(torch.equal(resumed.state_dict()[name], value) for name, value in whole.state_dict().items())
+
+
 @distributed(world_size=1, process_group=False)
 def test_a_directory_that_holds_no_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointNotFoundError, match=str(tmp_path)):
