@@ -215,6 +215,7 @@ class Partition:
 
         The parameters have been loaded from it already, rounded to their own dtype.
         """
+        self.take_in_new_parameters()  # as of layers that a resumed fit's callback has given an optimizer again
         for bucket in self.buckets:
             for piece in bucket.pieces:
                 value = state_dict.get(piece.slot.name)
