@@ -201,6 +201,20 @@ def test_a_loader_is_its_owners_when_the_fit_is_over_and_a_copy_of_it_at_any_tim
 
 
 @distributed(world_size=1, process_group=False)
+def test_what_is_set_on_a_loaders_batch_sampler_in_mid_fit_is_set():
+    class Larger(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            trainer.train_dataloader.batch_sampler.batch_size = 4 * (trainer.current_epoch + 1)
+
+    seen = fit(lambda: DataLoader(ROWS, batch_size=4), 1, callbacks=[Larger()])
+    assert [[len(rows[0]) for epoch, _, rows, _ in seen if epoch == each] for each in range(3)] == [
+        [4] * 6,
+        [8] * 3,
+        [12] * 2,
+    ]
+
+
+@distributed(world_size=1, process_group=False)
 def test_a_sampler_that_goes_on_by_itself_is_left_to_it(tmp_path):
     options = {"use_distributed_sampler": False}
     sampler = Consumed()
