@@ -43,7 +43,6 @@ class Resume:
         checkpoint: as it was loaded; its `loops` become this rank's.
         rank: this rank.
         world_size: of how many.
-        fitting: whether training will go on, or the module alone is wanted.
         by_steps: whether `max_steps` is set.
         weights_only: refuse whatever would run code.
     """
@@ -54,7 +53,6 @@ class Resume:
         *,
         rank: int,
         world_size: int,
-        fitting: bool,
         by_steps: bool,
         weights_only: bool,
     ) -> None:
@@ -71,15 +69,10 @@ class Resume:
         own, saved_by = of(rank), manifest.world_size
         if own and saved_by == world_size and own.get("loops") is not None:
             checkpoint["loops"] = own["loops"]
-        self._random_state: dict[str, Any] | None = own.get("random") if fitting else None
-        self._metrics: list[dict[str, MetricState]] = []
-        self._metric_names: set[str] = set()
-        self._epoch: int | None = None
-        self._begins_an_epoch = False
-        self._iterators: Iterators = "one"
-        alike = fitting and saved_by == world_size
+        self._random_state: dict[str, Any] | None = own.get("random")
+        alike = saved_by == world_size
         self._loaders: list[dict[str, Any]] = own.get("loaders", []) if alike else []
-        logged = (own or of(0)).get("logged", {}) if fitting else {}
+        logged = (own or of(0)).get("logged", {})
         self.logged: dict[str, Any] = {key: logged[key] for key in logged if alike or key != "sums"}
         """What was logged: see `logged_metrics`."""
         self._begun = 0
@@ -88,20 +81,19 @@ class Resume:
         self._batches: int = progress.get("current", {}).get("processed", 0)
         epoch = loops.get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
         begun = progress.get("current", {}).get("ready", 0) > 0 or epoch.get("started", 0) > epoch.get("processed", 0)
-        self.in_mid_epoch: bool = fitting and begun and not progress.get("is_last_batch")
+        self.in_mid_epoch: bool = begun and not progress.get("is_last_batch")
         """The checkpoint's epoch was begun, and isn't over."""
-        if fitting:
-            others = [of(other) for other in range(rank + world_size, saved_by, world_size)]
-            self._metrics = [state.get("metrics", {}) for state in (own, *others) if state]
-            self._metric_names = set((own if rank == 0 else of(0)).get("metrics", {}))
-            loaders = (own or of(0)).get("loaders", [])
-            with_states = bool(loops.get("fit_loop", {}).get("state_dict", {}).get("combined_loader"))
-            in_the_fit = epoch.get("completed", 0) < epoch.get("processed", 0)  # behind it, states are others by now
-            if loaders and ((with_states and in_the_fit) or all("drawn_from" in loader for loader in loaders)):
-                reopen_epoch(loops)
-            self._begins_an_epoch = is_over(loops)
-            self._iterators = finish_epochs(loops, by_steps=by_steps and not self._begins_an_epoch)
-            self._epoch = next_epoch(loops)
+        others = [of(other) for other in range(rank + world_size, saved_by, world_size)]
+        self._metrics: list[dict[str, MetricState]] = [state.get("metrics", {}) for state in (own, *others) if state]
+        self._metric_names: set[str] = set((own if rank == 0 else of(0)).get("metrics", {}))
+        loaders = (own or of(0)).get("loaders", [])
+        with_states = bool(loops.get("fit_loop", {}).get("state_dict", {}).get("combined_loader"))
+        in_the_fit = epoch.get("completed", 0) < epoch.get("processed", 0)  # behind it, states are others by now
+        if loaders and ((with_states and in_the_fit) or all("drawn_from" in loader for loader in loaders)):
+            reopen_epoch(loops)
+        self._begins_an_epoch = is_over(loops)
+        self._iterators: Iterators = finish_epochs(loops, by_steps=by_steps and not self._begins_an_epoch)
+        self._epoch = next_epoch(loops)
 
     def restore_metrics(self, module: Module) -> None:
         """Let the module's metrics go on, when the module's own state has been loaded."""
@@ -114,8 +106,7 @@ class Resume:
 
     def between(self, loader: object) -> None:
         """A training loader is there, and its iterator isn't."""
-        if self._epoch is not None:
-            _set_sampler_epoch(loader, self._epoch)
+        _set_sampler_epoch(loader, self._epoch)
         state = self._loaders[self._begun % len(self._loaders)] if self._loaders else None
         self._begun += 1
         if not self.in_mid_epoch:

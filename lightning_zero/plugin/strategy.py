@@ -700,22 +700,21 @@ class ZeroStrategy(DDPStrategy):
         def load() -> dict[str, Any]:
             if choice is None:
                 return self.checkpoint_io.load_checkpoint(os.fspath(checkpoint_path), weights_only=weights_only)
-            return self._load_chosen(choice, weights_only)
+            checkpoint = self._load_chosen(choice, weights_only)
+            trainer = self.trainer_if_any
+            fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+            if fitting and isinstance(checkpoint, LoadedCheckpoint):
+                self._data.resume = Resume(
+                    checkpoint,
+                    rank=self._ranks.rank,
+                    world_size=self._ranks.count,
+                    by_steps=self._trainer.max_steps != -1,
+                    weights_only=weights_only is not False,
+                )
+            return checkpoint
 
-        checkpoint = self._ranks.all_or_none(load)
-        if isinstance(checkpoint, LoadedCheckpoint) and self.lightning_module is not None:
-            trainer = self._trainer
-            fitting = trainer.state.fn == TrainerFn.FITTING
-            resume = Resume(
-                checkpoint,
-                rank=self._ranks.rank,
-                world_size=self._ranks.count,
-                fitting=fitting,
-                by_steps=trainer.max_steps != -1,
-                weights_only=weights_only is not False,
-            )
-            self._data.resume = resume if fitting else None
-        return checkpoint
+        self._data.resume = None
+        return self._ranks.all_or_none(load)
 
     def _choose(self, path: _PATH, tag: str | None = None, *, required: bool = False) -> Choice | None:
         where, share = f"rank {self._ranks.rank}", (self._ranks.rank, self._ranks.count)

@@ -470,6 +470,21 @@ class OwnMetric(Model):
         return super().training_step(batch, batch_idx)
 
 
+def test_one_ranks_state_that_is_damaged_is_an_error_on_all_and_keeps_nobody_from_validating(tmp_path):
+    run_ranks(fit_with_retention, 2, tmp_path, process_group=False)
+    shard = tmp_path / "step=12.ckpt" / "rank-00001-of-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"PK")] ^= 1
+    shard.write_bytes(content)
+    run_ranks(use_damaged, 2, tmp_path, process_group=False)
+
+
+def use_damaged(directory):
+    with pytest.raises(CorruptCheckpointError, match=r"rank 1: .*rank/state"):
+        fit(strategy=ZeroStrategy(), world_size=2, max_steps=14, ckpt_path=directory)
+    quiet_trainer(ZeroStrategy(), world_size=2).validate(Model(), datamodule=Data(), ckpt_path=directory)
+
+
 @distributed(world_size=2, process_group=False)
 def test_of_file_names_with_a_ranks_own_metric_the_first_ones_is_taken(tmp_path):
     saving = ModelCheckpoint(tmp_path, "{step}-{mine:.0f}", monitor="mine", every_n_train_steps=2)
