@@ -578,8 +578,11 @@ class ZeroStrategy(DDPStrategy):
             self._partition.take_in_new_parameters()
             states = [self._partition.whole_state_dict(optimizer) for optimizer in self.optimizers]
             checkpoint = {**checkpoint, "optimizer_states": states}
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        write = partial(self.checkpoint_io.save_checkpoint, checkpoint, path, storage_options=storage_options)
+        if dist.is_initialized():
+            self._ranks.decided_by_first(write)
+        else:  # after a fit in spawned processes
+            write()
 
     def save_zero_checkpoint(
         self,

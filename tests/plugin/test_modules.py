@@ -253,6 +253,14 @@ def test_another_checkpoint_io_saves_after_an_exception_what_it_saves_without_on
 
 
 @distributed(world_size=2, process_group=False)
+def test_another_checkpoint_io_that_fails_on_the_first_rank_fails_on_all(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    _, trainer = fit(Plain, ZeroStrategy(checkpoint_io=TorchCheckpointIO()), max_steps=1)
+    with pytest.raises(FileExistsError):
+        trainer.save_checkpoint(tmp_path / "file" / "plain.ckpt")
+
+
+@distributed(world_size=2, process_group=False)
 def test_tags_and_exports_are_directories_and_files_whatever_the_users_own_io_writes(tmp_path):
     class Tags(Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
