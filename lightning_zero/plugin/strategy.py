@@ -655,7 +655,7 @@ class ZeroStrategy(DDPStrategy):
             load_module_strict: if False, names that only one side has are warned of and passed over.
             load_optimizer_states: the optimizers' states and hyper-parameters too.
             load_lr_scheduler_states: the schedulers' too.
-            load_module_only: neither of both.
+            load_module_only: neither of both; so it can be called without a fit, in a validation, say.
             custom_load_fn: called with the state dict and the module, instead of `module.load_state_dict`.
             weights_only: False to load a client state with objects of any class: it runs what the file says.
 
@@ -675,13 +675,15 @@ class ZeroStrategy(DDPStrategy):
             return None, {}
 
         def load() -> dict[str, Any]:
+            partition = self._partition if load_module_only else self._partitioned  # without a fit there is none
             checkpoint = self._load_chosen(choice, weights_only)
             state_dict = checkpoint["state_dict"]
             if custom_load_fn is not None:
                 custom_load_fn(state_dict, module)
             else:
                 load_module(module, state_dict, choice.path, strict=load_module_strict)
-            self._partitioned.load_masters(state_dict)
+            if partition is not None:
+                partition.load_masters(state_dict)
             if load_optimizer_states and not load_module_only:
                 restore_optimizer_states(checkpoint, module, self.optimizers, self._partitioned)
             if load_lr_scheduler_states and not load_module_only:
