@@ -668,6 +668,7 @@ class ZeroStrategy(DDPStrategy):
             CheckpointMismatchError: the checkpoint doesn't fit the module or its optimizers.
         """
         module = self._trainer.lightning_module
+        self.wait_for_parameters()  # what arrived later would take the place of what was loaded
         self.saves.join()
         choice = self._choose(load_dir, None if tag is None else _as_tag(tag))
         if choice is None:

@@ -239,3 +239,27 @@ def test_what_a_step_has_made_is_saved_where_an_exception_comes_before_the_gathe
     saved = get_fp32_state_dict_from_zero_checkpoint(tmp_path)
     expected, _ = fit(Plain, ZeroStrategy(), max_steps=3)
     assert all(torch.equal(saved[name], value) for name, value in expected.state_dict().items())
+
+
+class Loads(Plain):
+    """Loads where a step's gather is under way."""
+
+    def __init__(self, directory):
+        super().__init__()
+        self.directory = directory
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == 4:
+            self.trainer.strategy.load_zero_checkpoint(self.directory)
+        loss = super().training_step(batch, batch_idx)
+        self.used = [parameter.detach().clone() for parameter in self.parameters()]
+        return loss
+
+
+@distributed(world_size=2, process_group=False)
+def test_what_is_loaded_before_the_gather_is_over_stays(tmp_path):
+    saved, trainer = fit(Plain, ZeroStrategy(), max_steps=2)
+    trainer.strategy.save_zero_checkpoint(tmp_path)
+    arrive_late()
+    loaded, _ = fit(lambda: Loads(tmp_path), ZeroStrategy(**options()), max_steps=5)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.used, saved.parameters(), strict=True))
