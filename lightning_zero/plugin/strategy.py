@@ -309,11 +309,15 @@ class ZeroStrategy(DDPStrategy):
         if isinstance(self.precision_plugin, DoublePrecision):
             self.precision_plugin.convert_module(self._module)  # `setup` would, when fp32 has rounded what is loaded
         ours = checkpoint.source.directory if isinstance(checkpoint, LoadedCheckpoint) else None
-        with nullcontext() if ours is None else fits_module(ours):
-            super().load_model_state_dict(checkpoint, strict=strict)
-        self._uninitialized -= checkpoint["state_dict"].keys()
-        if self._data.resume is not None:
-            self._data.resume.restore_metrics(self._module)
+
+        def load() -> None:
+            with nullcontext() if ours is None else fits_module(ours):
+                super(ZeroStrategy, self).load_model_state_dict(checkpoint, strict=strict)
+            self._uninitialized -= checkpoint["state_dict"].keys()
+            if self._data.resume is not None:
+                self._data.resume.restore_metrics(self._module)
+
+        self._ranks.all_or_none(load)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
