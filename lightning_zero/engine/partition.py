@@ -140,6 +140,12 @@ class Partition:
                     f"the parameters {memory[parameter.data_ptr()]!r} and {name!r} share memory but are two objects; "
                     "tie them by assigning one Parameter to both modules"
                 )
+        for name, buffer in self._module.named_buffers():
+            if buffer.numel() and buffer.data_ptr() in memory:
+                raise UnsupportedModelError(
+                    f"the buffer {name!r} is the memory of the parameter {memory[buffer.data_ptr()]!r}, which moves "
+                    "into a bucket and would leave it behind; give it a copy, or use the parameter where it is used"
+                )
         return names
 
     def _add_buckets(
