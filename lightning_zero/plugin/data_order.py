@@ -36,7 +36,8 @@ _WHERE = ("batch_sampler", "sampler")
 class RedrawnOrder:
     """Stands in a loader for what gives it its indices, and notes what their order is drawn from.
 
-    Whoever looks at its attributes, or sets one (another `batch_size` for the next epoch), means what it stands for.
+    Whoever looks at its class or its attributes, or sets one (another `batch_size` for the next epoch), means what it
+    stands for. So Lightning finds a distributed sampler in it, and puts no other around it.
 
     Args:
         loader: whose it is, until `put_back`.
@@ -55,6 +56,10 @@ class RedrawnOrder:
         self._given = 0
         self._first = ""
         self._resumed: tuple[dict[str, Any], int] | None = None
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        return type(self._source)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)

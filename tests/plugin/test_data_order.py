@@ -1,6 +1,7 @@
 """A resumed run sees the batches, and draws the numbers, that the uninterrupted one does: whatever its loaders."""
 
 import dataclasses
+import os
 import pickle
 import random
 import warnings
@@ -9,7 +10,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_zero import ZeroCheckpoint, ZeroStrategy
@@ -204,7 +213,9 @@ def test_a_loader_is_its_owners_when_the_fit_is_over_and_a_copy_of_it_at_any_tim
 def test_what_is_set_on_a_loaders_batch_sampler_in_mid_fit_is_set():
     class Larger(Callback):
         def on_train_epoch_start(self, trainer, module):
-            trainer.train_dataloader.batch_sampler.batch_size = 4 * (trainer.current_epoch + 1)
+            sampler = trainer.train_dataloader.batch_sampler
+            assert isinstance(sampler, BatchSampler)
+            sampler.batch_size = 4 * (trainer.current_epoch + 1)
 
     seen = fit(lambda: DataLoader(ROWS, batch_size=4), 1, callbacks=[Larger()])
     assert [[len(rows[0]) for epoch, _, rows, _ in seen if epoch == each] for each in range(3)] == [
@@ -212,6 +223,13 @@ def test_what_is_set_on_a_loaders_batch_sampler_in_mid_fit_is_set():
         [8] * 3,
         [12] * 2,
     ]
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_loader_that_is_loaded_again_keeps_its_distributed_sampler():
+    loader = DataLoader(ROWS, batch_size=None, sampler=DistributedSampler(ROWS, 2, int(os.environ["RANK"])))
+    seen = fit(lambda: loader, 2, reload_dataloaders_every_n_epochs=1)
+    assert len(seen) == 3 * len(ROWS) // 2
 
 
 @distributed(world_size=1, process_group=False)
