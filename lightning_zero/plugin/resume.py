@@ -104,9 +104,13 @@ class Resume:
         if self._begins_an_epoch:
             dont_restart(fit_loop)
 
+    def set_epoch(self, loader: object) -> None:
+        """Let samplers know which epoch comes, before a loader's workers have drawn its first batches."""
+        _set_sampler_epoch(loader, self._epoch)
+
     def between(self, loader: object) -> None:
         """A training loader is there, and its iterator isn't."""
-        _set_sampler_epoch(loader, self._epoch)
+        self.set_epoch(loader)
         state = self._loaders[self._begun % len(self._loaders)] if self._loaders else None
         self._begun += 1
         if not self.in_mid_epoch:

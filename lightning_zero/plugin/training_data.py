@@ -43,6 +43,8 @@ class TrainingData:
             note_order(loader, lambda: trainer.training)
             if self.resume is not None:
                 self.resume.between(loader)
+            elif self._resumed is not None:  # one that is loaded again with each epoch
+                self._resumed.set_epoch(loader)
 
     def load_states(self, trainer: Trainer) -> None:
         """The loops know where they were: loaders that were made early, for an estimate of the steps, learn it now."""

@@ -226,6 +226,14 @@ def test_what_is_set_on_a_loaders_batch_sampler_in_mid_fit_is_set():
 
 
 @distributed(world_size=2, process_group=False)
+def test_loaders_that_are_loaded_again_with_each_epoch_go_on_too(tmp_path):
+    make = LOADERS["with a worker"]
+    options = {"validate": True, "reload_dataloaders_every_n_epochs": 1}
+    whole = fit(make, 2, **options)
+    assert cut(make, 2, tmp_path, 3, **options) + fit(make, 2, ckpt_path=tmp_path, **options) == whole
+
+
+@distributed(world_size=2, process_group=False)
 def test_a_loader_that_is_loaded_again_keeps_its_distributed_sampler():
     loader = DataLoader(ROWS, batch_size=None, sampler=DistributedSampler(ROWS, 2, int(os.environ["RANK"])))
     seen = fit(lambda: loader, 2, reload_dataloaders_every_n_epochs=1)
