@@ -14,10 +14,12 @@ iterators anew on the way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loops.loop import _Loop
 from torch.nn import Module
 
@@ -28,12 +30,18 @@ from lightning_zero.plugin.loader_state import (
     Iterators,
     dont_restart,
     finish_epochs,
+    is_at_epochs_end,
     is_over,
     next_epoch,
     reopen_epoch,
 )
 from lightning_zero.plugin.metric_state import MetricState, set_metric_states
 from lightning_zero.plugin.random_state import set_random_state
+
+
+def let_lightning_decide(loop: _Loop) -> None:
+    """Whether to validate: see `Resume.pass_over_validation`."""
+    loop.__dict__.pop("_should_check_val_fx", None)
 
 
 class Resume:
@@ -94,6 +102,9 @@ class Resume:
         self._begins_an_epoch = is_over(loops)
         self._iterators: Iterators = finish_epochs(loops, by_steps=by_steps and not self._begins_an_epoch)
         self._epoch = next_epoch(loops)
+        hooks_are_left = progress.get("current", {}).get("completed", 0) < self._batches
+        self._at_last_batch = is_at_epochs_end(loops) and hooks_are_left
+        self._all_batches: int = progress.get("total", {}).get("ready", 0)
 
     def restore_metrics(self, module: Module) -> None:
         """Let the module's metrics go on, when the module's own state has been loaded."""
@@ -129,6 +140,25 @@ class Resume:
             self._set_generators(loaders)
             if again and self._random_state is not None:
                 make_again()
+
+    def pass_over_validation(self, trainer: Trainer) -> None:
+        """Let Lightning pass over the validation that came after an epoch's last batch, if one did.
+
+        It makes an iterator for it, which draws a number, but asks the epoch that comes whether there is one.
+        """
+        loop, every_epoch, every = trainer.fit_loop.epoch_loop, trainer.check_val_every_n_epoch, trainer.val_check_batch
+        by_time = getattr(trainer, "_val_check_time_interval", None) is not None
+        if not self._at_last_batch or not loop.restarting or by_time or every is None:
+            return
+        done = self._batches if every_epoch is not None else self._all_batches
+        in_this_epoch = trainer.enable_validation and (every_epoch is None or self._epoch % every_epoch == 0)
+        due = in_this_epoch and (math.isinf(every) or done % every == 0)
+
+        def was_due(_: object) -> bool:
+            let_lightning_decide(loop)
+            return due
+
+        loop.__dict__["_should_check_val_fx"] = was_due
 
     def when_first_batch_is_there(self, loaders: Sequence[Any]) -> None:
         """Loaders with a state have drawn their order."""

@@ -225,6 +225,17 @@ def test_what_is_set_on_a_loaders_batch_sampler_in_mid_fit_is_set():
     ]
 
 
+@distributed(world_size=1, process_group=False)
+def test_what_was_saved_at_an_epochs_last_batch_goes_on_whether_a_validation_comes_then_or_not(tmp_path):
+    make = LOADERS["shuffled"]
+    for often in ({"check_val_every_n_epoch": 2}, {"val_check_interval": 4}):
+        whole = fit(make, 1, validate=True, **often)
+        for steps in (6, 12):
+            path = tmp_path / f"{often} {steps}"
+            before = cut(make, 1, path, steps, validate=True, **often)
+            assert before + fit(make, 1, ckpt_path=path, validate=True, **often) == whole, (often, steps)
+
+
 @distributed(world_size=2, process_group=False)
 def test_loaders_that_are_loaded_again_with_each_epoch_go_on_too(tmp_path):
     make = LOADERS["with a worker"]
