@@ -140,6 +140,12 @@ class Partition:
                     f"the parameters {memory[parameter.data_ptr()]!r} and {name!r} share memory but are two objects; "
                     "tie them by assigning one Parameter to both modules"
                 )
+        for name, buffer in self._module.named_buffers():
+            if buffer.numel() and buffer.data_ptr() in memory:
+                raise UnsupportedModelError(
+                    f"the buffer {name!r} is the memory of the parameter {memory[buffer.data_ptr()]!r}, which moves "
+                    "into a bucket and would leave it behind; give it a copy, or use the parameter where it is used"
+                )
         return names
 
     def _add_buckets(
@@ -215,6 +221,7 @@ class Partition:
 
         The parameters have been loaded from it already, rounded to their own dtype.
         """
+        self.take_in_new_parameters()  # as of layers that a resumed fit's callback has given an optimizer again
         for bucket in self.buckets:
             for piece in bucket.pieces:
                 value = state_dict.get(piece.slot.name)
@@ -336,6 +343,10 @@ class Partition:
         gradients = self.gradients(optimizer)
         self.reducer.forget_norms()
         norms.clip_values_(gradients, clip_value)
+
+    def meet_again(self, collectives: Collectives) -> None:
+        """After an exception, put parts together in groups in which nothing is under way. No gradient travels again."""
+        self._collectives = collectives
 
     def full_state(self, parameter: Parameter, owner: SegmentedOptimizer | None = None) -> dict[str, Any]:
         """The whole fp32 parameter, as `"param"`, and its whole optimizer state. A collective.

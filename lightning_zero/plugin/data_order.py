@@ -36,10 +36,15 @@ _WHERE = ("batch_sampler", "sampler")
 class RedrawnOrder:
     """Stands in a loader for what gives it its indices, and notes what their order is drawn from.
 
+    Whoever looks at its class or its attributes, or sets one (another `batch_size` for the next epoch), means what it
+    stands for. So Lightning finds a distributed sampler in it, and puts no other around it.
+
     Args:
         loader: whose it is, until `put_back`.
         is_training: whether an iterator that is asked for is one to train with: the loader may have other uses too.
     """
+
+    __slots__ = ("_drawn_from", "_first", "_given", "_is_training", "_loader", "_resumed", "_source", "_where")
 
     def __init__(self, loader: DataLoader[Any], is_training: Callable[[], bool]) -> None:
         self._loader = loader
@@ -52,8 +57,18 @@ class RedrawnOrder:
         self._first = ""
         self._resumed: tuple[dict[str, Any], int] | None = None
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        return type(self._source)
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_source"], name)
+        return getattr(self._source, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in RedrawnOrder.__slots__:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._source, name, value)
 
     def __len__(self) -> int:
         return len(self._source)

@@ -49,7 +49,7 @@ def set_logged(trainer: Trainer, logged: Mapping[str, Any], *, in_mid_epoch: boo
 
 
 class _GoingOn(_ResultCollection):
-    """Lets a metric begin with what was gathered before, when it is logged for the first time."""
+    """Lets a metric begin with what was gathered before, when it is logged for the first time in the resumed epoch."""
 
     def __init__(self, before: _ResultCollection, sums: Mapping[str, Mapping[str, Tensor]]) -> None:
         super().__init__(training=True)
@@ -62,6 +62,12 @@ class _GoingOn(_ResultCollection):
         for name, value in self._sums.pop(key, {}).items():
             if metric.is_tensor and hasattr(metric, name):
                 setattr(metric, name, value)
+
+    @override
+    def reset(self, metrics: bool | None = None, fx: str | None = None) -> None:
+        super().reset(metrics, fx)
+        if metrics is None and fx is None:  # the epoch is over
+            self._sums.clear()
 
 
 def _is_plain(value: object) -> bool:

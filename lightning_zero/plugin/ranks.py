@@ -87,7 +87,6 @@ class Ranks:
         """Where this rank's parameters are."""
         self._groups: _Groups | None = None
         self._abandon: weakref.finalize[..., Ranks] | None = None
-        self._renewals = 0
         self._all_arrived: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -141,7 +140,6 @@ class Ranks:
         groups = self._let_go()
         if groups is not None:
             groups.destroy()
-        self._renewals += 1
         self._all_arrived = None
 
     def release(self) -> None:
@@ -259,18 +257,24 @@ class Ranks:
                 f"rank (not under `if rank == 0`), at the same place; or one of them has died ({error})"
             ) from error
 
-    def all_are_here(self) -> bool:
-        """After an exception: whether it is every rank's, so that they can still do something together.
+    def all_are_here(self, where: object, settle: Callable[[], object]) -> bool:
+        """After an exception: whether it is every rank's, at one place, so that they can still do something together.
 
         Each tells the store that it is here, and looks for the others for a while. One that leaves makes the count
         negative, so that nobody who comes later takes it for waiting. Those who are complete begin anew, in groups in
-        which nothing is under way.
+        which nothing is under way. Every Trainer of the process has the same store, and groups of other names.
+
+        Args:
+            where: this rank is, in words that are the same on every rank at this place.
+            settle: waits, in the old groups, for what every rank has begun that is there.
         """
-        if not dist.is_initialized():
-            return False
         if self._all_arrived is None:
+            groups = self._groups
+            if groups is None or groups.world is not dist.group.WORLD:
+                return False
             store = dist.distributed_c10d._get_default_store()
-            key, deadline = f"lightning_zero/{self._renewals}", time.monotonic() + _ARRIVAL_SECONDS
+            key = f"lightning_zero/{groups.control.group_name}/{where}"
+            deadline = time.monotonic() + _ARRIVAL_SECONDS
             arrived = store.add(key, 1)
             while 0 < arrived < self.count and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -279,6 +283,7 @@ class Ranks:
                 arrived = store.add(key, _LEFT) - _LEFT
             all_arrived = arrived == self.count
             if all_arrived:
+                settle()
                 self.renew()
             self._all_arrived = all_arrived
         return self._all_arrived

@@ -14,10 +14,12 @@ iterators anew on the way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loops.loop import _Loop
 from torch.nn import Module
 
@@ -28,12 +30,18 @@ from lightning_zero.plugin.loader_state import (
     Iterators,
     dont_restart,
     finish_epochs,
+    is_at_epochs_end,
     is_over,
     next_epoch,
     reopen_epoch,
 )
 from lightning_zero.plugin.metric_state import MetricState, set_metric_states
 from lightning_zero.plugin.random_state import set_random_state
+
+
+def let_lightning_decide(loop: _Loop) -> None:
+    """Whether to validate: see `Resume.pass_over_validation`."""
+    loop.__dict__.pop("_should_check_val_fx", None)
 
 
 class Resume:
@@ -43,7 +51,6 @@ class Resume:
         checkpoint: as it was loaded; its `loops` become this rank's.
         rank: this rank.
         world_size: of how many.
-        fitting: whether training will go on, or the module alone is wanted.
         by_steps: whether `max_steps` is set.
         weights_only: refuse whatever would run code.
     """
@@ -54,7 +61,6 @@ class Resume:
         *,
         rank: int,
         world_size: int,
-        fitting: bool,
         by_steps: bool,
         weights_only: bool,
     ) -> None:
@@ -71,15 +77,10 @@ class Resume:
         own, saved_by = of(rank), manifest.world_size
         if own and saved_by == world_size and own.get("loops") is not None:
             checkpoint["loops"] = own["loops"]
-        self._random_state: dict[str, Any] | None = own.get("random") if fitting else None
-        self._metrics: list[dict[str, MetricState]] = []
-        self._metric_names: set[str] = set()
-        self._epoch: int | None = None
-        self._begins_an_epoch = False
-        self._iterators: Iterators = "one"
-        alike = fitting and saved_by == world_size
+        self._random_state: dict[str, Any] | None = own.get("random")
+        alike = saved_by == world_size
         self._loaders: list[dict[str, Any]] = own.get("loaders", []) if alike else []
-        logged = (own or of(0)).get("logged", {}) if fitting else {}
+        logged = (own or of(0)).get("logged", {})
         self.logged: dict[str, Any] = {key: logged[key] for key in logged if alike or key != "sums"}
         """What was logged: see `logged_metrics`."""
         self._begun = 0
@@ -88,20 +89,22 @@ class Resume:
         self._batches: int = progress.get("current", {}).get("processed", 0)
         epoch = loops.get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
         begun = progress.get("current", {}).get("ready", 0) > 0 or epoch.get("started", 0) > epoch.get("processed", 0)
-        self.in_mid_epoch: bool = fitting and begun and not progress.get("is_last_batch")
+        self.in_mid_epoch: bool = begun and not progress.get("is_last_batch")
         """The checkpoint's epoch was begun, and isn't over."""
-        if fitting:
-            others = [of(other) for other in range(rank + world_size, saved_by, world_size)]
-            self._metrics = [state.get("metrics", {}) for state in (own, *others) if state]
-            self._metric_names = set((own if rank == 0 else of(0)).get("metrics", {}))
-            loaders = (own or of(0)).get("loaders", [])
-            with_states = bool(loops.get("fit_loop", {}).get("state_dict", {}).get("combined_loader"))
-            in_the_fit = epoch.get("completed", 0) < epoch.get("processed", 0)  # behind it, states are others by now
-            if loaders and ((with_states and in_the_fit) or all("drawn_from" in loader for loader in loaders)):
-                reopen_epoch(loops)
-            self._begins_an_epoch = is_over(loops)
-            self._iterators = finish_epochs(loops, by_steps=by_steps and not self._begins_an_epoch)
-            self._epoch = next_epoch(loops)
+        others = [of(other) for other in range(rank + world_size, saved_by, world_size)]
+        self._metrics: list[dict[str, MetricState]] = [state.get("metrics", {}) for state in (own, *others) if state]
+        self._metric_names: set[str] = set((own if rank == 0 else of(0)).get("metrics", {}))
+        loaders = (own or of(0)).get("loaders", [])
+        with_states = bool(loops.get("fit_loop", {}).get("state_dict", {}).get("combined_loader"))
+        in_the_fit = epoch.get("completed", 0) < epoch.get("processed", 0)  # behind it, states are others by now
+        if loaders and ((with_states and in_the_fit) or all("drawn_from" in loader for loader in loaders)):
+            reopen_epoch(loops)
+        self._begins_an_epoch = is_over(loops)
+        self._iterators: Iterators = finish_epochs(loops, by_steps=by_steps and not self._begins_an_epoch)
+        self._epoch = next_epoch(loops)
+        hooks_are_left = progress.get("current", {}).get("completed", 0) < self._batches
+        self._at_last_batch = is_at_epochs_end(loops) and hooks_are_left
+        self._all_batches: int = progress.get("total", {}).get("ready", 0)
 
     def restore_metrics(self, module: Module) -> None:
         """Let the module's metrics go on, when the module's own state has been loaded."""
@@ -112,10 +115,13 @@ class Resume:
         if self._begins_an_epoch:
             dont_restart(fit_loop)
 
+    def set_epoch(self, loader: object) -> None:
+        """Let samplers know which epoch comes, before a loader's workers have drawn its first batches."""
+        _set_sampler_epoch(loader, self._epoch)
+
     def between(self, loader: object) -> None:
         """A training loader is there, and its iterator isn't."""
-        if self._epoch is not None:
-            _set_sampler_epoch(loader, self._epoch)
+        self.set_epoch(loader)
         state = self._loaders[self._begun % len(self._loaders)] if self._loaders else None
         self._begun += 1
         if not self.in_mid_epoch:
@@ -134,6 +140,25 @@ class Resume:
             self._set_generators(loaders)
             if again and self._random_state is not None:
                 make_again()
+
+    def pass_over_validation(self, trainer: Trainer) -> None:
+        """Let Lightning pass over the validation that came after an epoch's last batch, if one did.
+
+        It makes an iterator for it, which draws a number, but asks the epoch that comes whether there is one.
+        """
+        loop, every_epoch, every = trainer.fit_loop.epoch_loop, trainer.check_val_every_n_epoch, trainer.val_check_batch
+        by_time = getattr(trainer, "_val_check_time_interval", None) is not None
+        if not self._at_last_batch or not loop.restarting or by_time or every is None:
+            return
+        done = self._batches if every_epoch is not None else self._all_batches
+        in_this_epoch = trainer.enable_validation and (every_epoch is None or self._epoch % every_epoch == 0)
+        due = in_this_epoch and (math.isinf(every) or done % every == 0)
+
+        def was_due(_: object) -> bool:
+            let_lightning_decide(loop)
+            return due
+
+        loop.__dict__["_should_check_val_fx"] = was_due
 
     def when_first_batch_is_there(self, loaders: Sequence[Any]) -> None:
         """Loaders with a state have drawn their order."""

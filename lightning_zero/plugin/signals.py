@@ -124,6 +124,7 @@ class SharedSignals:
         noted = self._noted.clone()
         if self._shared:
             dist.all_reduce(noted, op=dist.ReduceOp.MAX, group=self._group)
+        self.all_stopped = bool(noted[0] or noted[2])
         if noted[0] and self._shared:
             self._trainer._signal_connector.received_sigterm = True
             raise SIGTERMException

@@ -310,11 +310,16 @@ class ZeroStrategy(DDPStrategy):
             self.precision_plugin.convert_module(self._module)  # `setup` would, when fp32 has rounded what is loaded
         ours = checkpoint.source.directory if isinstance(checkpoint, LoadedCheckpoint) else None
         state_dict = self._read_together(checkpoint)
-        with nullcontext() if ours is None else fits_module(ours):
-            super().load_model_state_dict({**checkpoint, "state_dict": state_dict}, strict=strict)
-        self._uninitialized -= checkpoint["state_dict"].keys()
-        if self._data.resume is not None:
-            self._data.resume.restore_metrics(self._module)
+
+        def load() -> None:
+            with nullcontext() if ours is None else fits_module(ours):
+                whole = {**checkpoint, "state_dict": state_dict}
+                super(ZeroStrategy, self).load_model_state_dict(whole, strict=strict)
+            self._uninitialized -= checkpoint["state_dict"].keys()
+            if self._data.resume is not None:
+                self._data.resume.restore_metrics(self._module)
+
+        self._ranks.all_or_none(load)
 
     def _read_together(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         """The module's state dict; from behind a URL it is in the module already."""
@@ -390,11 +395,13 @@ class ZeroStrategy(DDPStrategy):
         return self._signals is not None and self._signals.all_stopped
 
     def all_ranks_are_here(self) -> bool:
-        """Whether the ranks can do something together: after an exception only if every rank had one."""
+        """Whether the ranks can do something together: after an exception only if every rank had one at its step."""
         if not self._interrupted or self.stopped_together:
             return True
         self.saves.join_quietly()  # all ranks' savers end together, and with them this wait
-        return self._ranks.all_are_here()
+        stepping = self._partition is not None and self._partition.is_stepping
+        where = f"step {self._trainer.global_step}{', in its middle' if stepping else ''}"
+        return self._ranks.all_are_here(where, self.wait_for_parameters)
 
     # --- a step ---
 
@@ -520,7 +527,7 @@ class ZeroStrategy(DDPStrategy):
         if not self.all_ranks_are_here():
             warnings.warn(
                 f"{filepath} is not saved: training was interrupted on rank {self.global_rank}, and a sharded "
-                "checkpoint needs every rank. `latest` still names the last one that was committed.",
+                "checkpoint needs every rank, at the same step. `latest` still names the last one that was committed.",
                 stacklevel=2,
             )
             return
@@ -579,11 +586,16 @@ class ZeroStrategy(DDPStrategy):
         """Save as DDP does, by a `CheckpointIO` that knows no shards: put together, and written by one rank."""
         self.wait_for_parameters()
         if self._partition is not None and "optimizer_states" in checkpoint:
+            if self._interrupted:
+                self._partition.meet_again(self._ranks.collectives)
             self._partition.take_in_new_parameters()
             states = [self._partition.whole_state_dict(optimizer) for optimizer in self.optimizers]
             checkpoint = {**checkpoint, "optimizer_states": states}
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        write = partial(self.checkpoint_io.save_checkpoint, checkpoint, path, storage_options=storage_options)
+        if dist.is_initialized():
+            self._ranks.decided_by_first(write)
+        else:  # after a fit in spawned processes
+            write()
 
     def save_zero_checkpoint(
         self,
@@ -656,7 +668,7 @@ class ZeroStrategy(DDPStrategy):
             load_module_strict: if False, names that only one side has are warned of and passed over.
             load_optimizer_states: the optimizers' states and hyper-parameters too.
             load_lr_scheduler_states: the schedulers' too.
-            load_module_only: neither of both.
+            load_module_only: neither of both; so it can be called without a fit, in a validation, say.
             custom_load_fn: called with the state dict and the module, instead of `module.load_state_dict`.
             weights_only: False to load a client state with objects of any class: it runs what the file says.
 
@@ -669,14 +681,15 @@ class ZeroStrategy(DDPStrategy):
             CheckpointMismatchError: the checkpoint doesn't fit the module or its optimizers.
         """
         module = self._trainer.lightning_module
+        self.wait_for_parameters()  # what arrived later would take the place of what was loaded
         self.saves.join()
         choice = self._choose(load_dir, None if tag is None else _as_tag(tag))
         if choice is None:
             rank_zero_warn(f"there is no checkpoint in {load_dir}: nothing is loaded{advice(locate(load_dir))}")
             return None, {}
 
-        io = self.saves.sharded_io
-        checkpoint = self._ranks.all_or_none(lambda: self._load_chosen(io, choice, weights_only))
+        partition = self._partition if load_module_only else self._partitioned  # without a fit there is none
+        checkpoint = self._ranks.all_or_none(partial(self._load_chosen, choice, weights_only))
         state_dict = {} if custom_load_fn is not None else self._read_together(checkpoint)
 
         def load() -> dict[str, Any]:
@@ -684,7 +697,8 @@ class ZeroStrategy(DDPStrategy):
                 custom_load_fn(checkpoint["state_dict"], module)
             else:
                 load_module(module, state_dict, choice.path, strict=load_module_strict)
-            self._partitioned.load_masters(checkpoint["state_dict"])
+            if partition is not None:
+                partition.load_masters(checkpoint["state_dict"])
             if load_optimizer_states and not load_module_only:
                 restore_optimizer_states(checkpoint, module, self.optimizers, self._partitioned)
             if load_lr_scheduler_states and not load_module_only:
@@ -706,22 +720,21 @@ class ZeroStrategy(DDPStrategy):
         def load() -> dict[str, Any]:
             if choice is None:
                 return self.checkpoint_io.load_checkpoint(os.fspath(checkpoint_path), weights_only=weights_only)
-            return self._load_chosen(self.checkpoint_io, choice, weights_only)
+            checkpoint = self._load_chosen(choice, weights_only)
+            trainer = self.trainer_if_any
+            fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+            if fitting and isinstance(checkpoint, LoadedCheckpoint):
+                self._data.resume = Resume(
+                    checkpoint,
+                    rank=self._ranks.rank,
+                    world_size=self._ranks.count,
+                    by_steps=self._trainer.max_steps != -1,
+                    weights_only=weights_only is not False,
+                )
+            return checkpoint
 
-        checkpoint = self._ranks.all_or_none(load)
-        if isinstance(checkpoint, LoadedCheckpoint) and self.lightning_module is not None:
-            trainer = self._trainer
-            fitting = trainer.state.fn == TrainerFn.FITTING
-            resume = Resume(
-                checkpoint,
-                rank=self._ranks.rank,
-                world_size=self._ranks.count,
-                fitting=fitting,
-                by_steps=trainer.max_steps != -1,
-                weights_only=weights_only is not False,
-            )
-            self._data.resume = resume if fitting else None
-        return checkpoint
+        self._data.resume = None
+        return self._ranks.all_or_none(load)
 
     def _choose(self, path: _PATH, tag: str | None = None, *, required: bool = False) -> Choice | None:
         where, share = f"rank {self._ranks.rank}", (self._ranks.rank, self._ranks.count)
@@ -731,10 +744,10 @@ class ZeroStrategy(DDPStrategy):
         verify = "sizes" if self.saves.io is None else self.saves.io.verify
         return choose(self._ranks, path, tag, verify=verify, share=share, where=where, required=required)
 
-    def _load_chosen(self, io: CheckpointIO, choice: Choice, weights_only: bool | None) -> dict[str, Any]:
+    def _load_chosen(self, choice: Choice, weights_only: bool | None) -> dict[str, Any]:
         """All ranks have looked at what is loaded: none has to look at all of it."""
         with nullcontext() if self.saves.io is None else self.saves.io.loading_verified(choice.manifest):
-            return io.load_checkpoint(choice.path, weights_only=weights_only)
+            return self.saves.sharded_io.load_checkpoint(choice.path, weights_only=weights_only)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

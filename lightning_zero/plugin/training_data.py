@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning_zero.plugin.data_order import generator_states, goes_on, note_order, order_of
 from lightning_zero.plugin.loader_state import make_resumable
 from lightning_zero.plugin.logged_metrics import set_logged
-from lightning_zero.plugin.resume import Resume
+from lightning_zero.plugin.resume import Resume, let_lightning_decide
 
 
 class TrainingData:
@@ -43,6 +43,8 @@ class TrainingData:
             note_order(loader, lambda: trainer.training)
             if self.resume is not None:
                 self.resume.between(loader)
+            elif self._resumed is not None:  # one that is loaded again with each epoch
+                self._resumed.set_epoch(loader)
 
     def load_states(self, trainer: Trainer) -> None:
         """The loops know where they were: loaders that were made early, for an estimate of the steps, learn it now."""
@@ -69,6 +71,7 @@ class TrainingData:
         set_logged(trainer, self._resumed.logged, in_mid_epoch=self._resumed.in_mid_epoch)
         loaders = _training_loaders(trainer)
         self._resumed.when_all_are_made(loaders, partial(iter, trainer.fit_loop._data_fetcher))
+        self._resumed.pass_over_validation(trainer)
         if self._resumed.in_mid_epoch and all(map(goes_on, loaders)):
             # Lightning looks for loaders with a state, and finds none
             warnings.filterwarnings("ignore", ".*your dataloader is not resumable", PossibleUserWarning)
@@ -97,6 +100,7 @@ class TrainingData:
     def leave(self, trainer: Trainer) -> None:
         """The fit is over: a save that comes still finds where it was, and the user's loaders are as they were."""
         self._left = self.where(trainer)
+        let_lightning_decide(trainer.fit_loop.epoch_loop)
         for order in map(order_of, _training_loaders(trainer)):
             if order is not None:
                 order.put_back()

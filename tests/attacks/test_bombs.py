@@ -101,7 +101,7 @@ def test_a_bomb_in_a_ranks_own_state_does_not_go_off(where: str, tag: Path, tmp_
     assert isinstance(checkpoint, LoadedCheckpoint)
     for world_size in (1, 2, 3):
         with pytest.raises((UntrustedContentError, CorruptCheckpointError), match="the state of rank 0"):
-            Resume(checkpoint, rank=0, world_size=world_size, fitting=True, by_steps=True, weights_only=True)
+            Resume(checkpoint, rank=0, world_size=world_size, by_steps=True, weights_only=True)
     assert not sign.exists()
 
 
@@ -292,7 +292,7 @@ def test_a_ranks_own_state_is_refused_or_a_dict_that_holds(what: str, tag: Path)
     checkpoint = ZeroCheckpointIO().load_checkpoint(tag)
     assert isinstance(checkpoint, LoadedCheckpoint)
     with contextlib.suppress(ZeroError):
-        Resume(checkpoint, rank=0, world_size=2, fitting=True, by_steps=True, weights_only=True)
+        Resume(checkpoint, rank=0, world_size=2, by_steps=True, weights_only=True)
 
 
 WEARING: dict[str, Callable[[], bytes]] = {

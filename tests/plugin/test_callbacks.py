@@ -70,8 +70,13 @@ class Masters(Callback):
 
 
 class Interrupt(Callback):
+    """Ctrl+C, which the first rank hears first, after a step."""
+
+    def __init__(self, after=5):
+        self.after = after
+
     def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == 5:
+        if trainer.global_step == self.after and trainer.is_global_zero:
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -84,6 +89,19 @@ def test_an_interrupt_of_a_rank_that_is_alone_stops_it_with_a_checkpoint(tmp_pat
     assert tags(tmp_path) == ["step=5.ckpt"]
     _, trainer = fit(Normed, ZeroStrategy(), callbacks=[checkpoint], ckpt_path="last")
     assert trainer.global_step == 32
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_interrupt_after_the_last_batch_leaves_a_checkpoint_too(tmp_path, world_size):
+    run_ranks(interrupted_at_the_end, world_size, tmp_path, process_group=False)
+    assert tags(tmp_path) == ["step=3.ckpt"]
+
+
+def interrupted_at_the_end(directory):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    callbacks = [lambda: Interrupt(3), lambda: ZeroCheckpoint(directory, every_n_train_steps=100)]
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(Plain, ZeroStrategy(), callbacks=callbacks, max_steps=3)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
@@ -260,6 +278,15 @@ def test_an_exception_on_every_rank_saves_what_all_have(tmp_path):
     steps = Steps()
     fit(Normed, ZeroStrategy(), callbacks=[make, lambda: steps], ckpt_path="last")
     assert steps.seen == list(range(5, 16))
+
+
+@distributed(world_size=2, process_group=False)
+def test_an_exception_is_saved_after_another_fits_too(tmp_path):
+    for name in ("first", "second"):
+        make = lambda name=name: OnExceptionCheckpoint(tmp_path / name)  # noqa: E731
+        with pytest.raises(RuntimeError, match="something broke"):
+            fit(Normed, ZeroStrategy(), callbacks=[make, lambda: Breaks(0, 1)])
+        assert tags(tmp_path / name) == ["on_exception.ckpt"]
 
 
 @distributed(world_size=1, process_group=False)

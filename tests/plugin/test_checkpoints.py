@@ -25,6 +25,7 @@ from lightning_zero.errors import (
     CorruptCheckpointError,
     TagMismatchError,
     UnreachableRankError,
+    UnsupportedModelError,
 )
 from lightning_zero.plugin.random_state import get_random_state, set_random_state
 from tests.engine.long_rounds import cut_in_long_rounds_of_small_buckets
@@ -408,6 +409,29 @@ def test_checkpoints_are_saved_and_loaded_by_tags_as_deepspeed_users_know_it(tmp
         assert (directory / "latest").read_text() == "global_step2"
 
 
+class LoadsWeights(Callback):
+    """Loads when there is no fit."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def on_validation_start(self, trainer, module):
+        before = module.into.weight.clone()
+        with pytest.raises(UnsupportedModelError, match="nothing is partitioned"):
+            trainer.strategy.load_zero_checkpoint(self.directory)
+        assert torch.equal(module.into.weight, before)
+        trainer.strategy.load_zero_checkpoint(self.directory, load_module_only=True)
+
+
+@distributed(world_size=2, process_group=False)
+def test_weights_alone_are_loaded_without_a_fit_too_and_nothing_else(tmp_path):
+    trained, trainer = fit(strategy=ZeroStrategy(), world_size=2, max_steps=2)
+    trainer.strategy.save_zero_checkpoint(tmp_path)
+    loaded = Model()
+    quiet_trainer(ZeroStrategy(), world_size=2, callbacks=[LoadsWeights(tmp_path)]).validate(loaded, datamodule=Data())
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), trained.parameters(), strict=True))
+
+
 @distributed(world_size=2, process_group=False)
 def test_the_learning_rate_finder_leaves_the_run_as_it_was(tmp_path):
     from lightning.pytorch.tuner import Tuner
@@ -468,6 +492,21 @@ class OwnMetric(Model):
     def training_step(self, batch, batch_idx):
         self.log("mine", float(self.global_rank))
         return super().training_step(batch, batch_idx)
+
+
+def test_one_ranks_state_that_is_damaged_is_an_error_on_all_and_keeps_nobody_from_validating(tmp_path):
+    run_ranks(fit_with_retention, 2, tmp_path, process_group=False)
+    shard = tmp_path / "step=12.ckpt" / "rank-00001-of-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"PK")] ^= 1
+    shard.write_bytes(content)
+    run_ranks(use_damaged, 2, tmp_path, process_group=False)
+
+
+def use_damaged(directory):
+    with pytest.raises(CorruptCheckpointError, match=r"rank 1: .*rank/state"):
+        fit(strategy=ZeroStrategy(), world_size=2, max_steps=14, ckpt_path=directory)
+    quiet_trainer(ZeroStrategy(), world_size=2).validate(Model(), datamodule=Data(), ckpt_path=directory)
 
 
 @distributed(world_size=2, process_group=False)

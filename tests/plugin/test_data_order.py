@@ -1,6 +1,7 @@
 """A resumed run sees the batches, and draws the numbers, that the uninterrupted one does: whatever its loaders."""
 
 import dataclasses
+import os
 import pickle
 import random
 import warnings
@@ -9,7 +10,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_zero import ZeroCheckpoint, ZeroStrategy
@@ -198,6 +207,48 @@ def test_a_loader_is_its_owners_when_the_fit_is_over_and_a_copy_of_it_at_any_tim
     for each in (loader, *copied):
         assert type(each.batch_sampler) is BatchSampler
         assert sorted(row for (batch,) in each for row in batch.tolist()) == [*range(24)]
+
+
+@distributed(world_size=1, process_group=False)
+def test_what_is_set_on_a_loaders_batch_sampler_in_mid_fit_is_set():
+    class Larger(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            sampler = trainer.train_dataloader.batch_sampler
+            assert isinstance(sampler, BatchSampler)
+            sampler.batch_size = 4 * (trainer.current_epoch + 1)
+
+    seen = fit(lambda: DataLoader(ROWS, batch_size=4), 1, callbacks=[Larger()])
+    assert [[len(rows[0]) for epoch, _, rows, _ in seen if epoch == each] for each in range(3)] == [
+        [4] * 6,
+        [8] * 3,
+        [12] * 2,
+    ]
+
+
+@distributed(world_size=1, process_group=False)
+def test_what_was_saved_at_an_epochs_last_batch_goes_on_whether_a_validation_comes_then_or_not(tmp_path):
+    make = LOADERS["shuffled"]
+    for often in ({"check_val_every_n_epoch": 2}, {"val_check_interval": 4}):
+        whole = fit(make, 1, validate=True, **often)
+        for steps in (6, 12):
+            path = tmp_path / f"{often} {steps}"
+            before = cut(make, 1, path, steps, validate=True, **often)
+            assert before + fit(make, 1, ckpt_path=path, validate=True, **often) == whole, (often, steps)
+
+
+@distributed(world_size=2, process_group=False)
+def test_loaders_that_are_loaded_again_with_each_epoch_go_on_too(tmp_path):
+    make = LOADERS["with a worker"]
+    options = {"validate": True, "reload_dataloaders_every_n_epochs": 1}
+    whole = fit(make, 2, **options)
+    assert cut(make, 2, tmp_path, 3, **options) + fit(make, 2, ckpt_path=tmp_path, **options) == whole
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_loader_that_is_loaded_again_keeps_its_distributed_sampler():
+    loader = DataLoader(ROWS, batch_size=None, sampler=DistributedSampler(ROWS, 2, int(os.environ["RANK"])))
+    seen = fit(lambda: loader, 2, reload_dataloaders_every_n_epochs=1)
+    assert len(seen) == 3 * len(ROWS) // 2
 
 
 @distributed(world_size=1, process_group=False)

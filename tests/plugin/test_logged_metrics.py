@@ -48,9 +48,9 @@ class Seen(Callback):
         self.epochs.append({**self._of(trainer), "lr": lr})
 
 
-def run(ckpt_path=None, callbacks=(), **options):
+def run(ckpt_path=None, callbacks=(), module=None, **options):
     seed_everything(3, verbose=False)
-    model, seen = Logging(), Seen()
+    model, seen = module or Logging(), Seen()
     trainer = quiet_trainer(
         ZeroStrategy(), world_size=int(options.pop("world_size")), callbacks=[seen, *callbacks], max_epochs=4, **options
     )
@@ -84,3 +84,21 @@ def monitored(directory):
 
 def test_what_is_monitored_is_there_before_it_is_logged_again(tmp_path):
     run_ranks(monitored, 1, tmp_path, process_group=False)
+
+
+class Seldom(Logging):
+    """Logs something with the first batch of an epoch alone."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 0:
+            self.log("first", float(self.current_epoch), on_step=False, on_epoch=True)
+
+
+def logged_before(directory):
+    run(callbacks=[ZeroCheckpoint(directory, every_n_train_steps=3)], max_steps=3, world_size=1, module=Seldom())
+    _, seen = run(directory, world_size=1, module=Seldom())
+    assert [epoch["first"] for epoch in seen.epochs[1:]] == [1, 2, 3]
+
+
+def test_what_was_logged_before_and_not_again_in_its_epoch_is_no_part_of_the_next_ones(tmp_path):
+    run_ranks(logged_before, 1, tmp_path, process_group=False)

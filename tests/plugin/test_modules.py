@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
@@ -233,6 +234,32 @@ def other_io(directory, precision):
         assert_same_modules(resumed, whole)
 
 
+class Breaks(Callback):
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 5:
+            raise RuntimeError("something broke")
+
+
+@distributed(world_size=2, process_group=False)
+def test_another_checkpoint_io_saves_after_an_exception_what_it_saves_without_one(tmp_path):
+    io = lambda: ZeroStrategy(checkpoint_io=TorchCheckpointIO())  # noqa: E731
+    with pytest.raises(RuntimeError, match="something broke"):
+        fit(Plain, io(), callbacks=[Breaks, lambda: OnExceptionCheckpoint(tmp_path)])
+    _, trainer = fit(Plain, io(), max_steps=5)
+    trainer.save_checkpoint(tmp_path / "without.ckpt")
+    files = [torch.load(tmp_path / name, weights_only=True) for name in ("on_exception.ckpt", "without.ckpt")]
+    for part in (lambda saved: saved["state_dict"], lambda saved: saved["optimizer_states"]):
+        torch.testing.assert_close(*map(part, files), rtol=0, atol=0)
+
+
+@distributed(world_size=2, process_group=False)
+def test_another_checkpoint_io_that_fails_on_the_first_rank_fails_on_all(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    _, trainer = fit(Plain, ZeroStrategy(checkpoint_io=TorchCheckpointIO()), max_steps=1)
+    with pytest.raises(FileExistsError):
+        trainer.save_checkpoint(tmp_path / "file" / "plain.ckpt")
+
+
 @distributed(world_size=2, process_group=False)
 def test_tags_and_exports_are_directories_and_files_whatever_the_users_own_io_writes(tmp_path):
     class Tags(Callback):
@@ -248,6 +275,14 @@ def test_tags_and_exports_are_directories_and_files_whatever_the_users_own_io_wr
     assert tags.loaded == (str(tmp_path / "tags" / "global_step2"), {"a": 1})
     exported = torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(exported[name], value) for name, value in model.state_dict().items())
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_directory_is_resumed_from_whatever_the_users_own_io_reads(tmp_path):
+    whole, _ = fit(Plain, ZeroStrategy(), callbacks=[lambda: ZeroCheckpoint(tmp_path)], max_steps=3)
+    resumed, trainer = fit(Plain, ZeroStrategy(checkpoint_io=TorchCheckpointIO()), ckpt_path=tmp_path, max_steps=3)
+    assert trainer.global_step == 3
+    assert all(torch.equal(resumed.state_dict()[name], value) for name, value in whole.state_dict().items())
 
 
 @distributed(world_size=1, process_group=False)

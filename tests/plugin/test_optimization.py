@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_zero import ZeroCheckpoint, ZeroStrategy
 from tests.launch import distributed, run_ranks
-from tests.models import quiet_trainer
 from tests.plugin.parity import ROUNDED, Plain, assert_equals_ddp, assert_same_modules, fit
 
 
@@ -339,14 +338,17 @@ def test_layers_that_are_unfrozen_in_mid_fit_equal_ddp():
     assert_same_modules(first, late)
 
 
-@distributed(world_size=2, process_group=False)
-def test_a_fit_with_unfrozen_layers_is_resumed(tmp_path):
-    whole, _ = fit(Trained, ZeroStrategy(), callbacks=[UnfreezeAgain], max_epochs=3)
-    _, trainer = fit(Trained, ZeroStrategy(), callbacks=[UnfreezeAgain], max_epochs=2)
-    trainer.save_checkpoint(tmp_path / "tag")
-    resumed = Trained()
-    trainer = quiet_trainer(world_size=2, callbacks=[UnfreezeAgain()], max_epochs=3)
-    trainer.fit(resumed, ckpt_path=tmp_path / "tag")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_fit_with_unfrozen_layers_is_resumed(tmp_path, precision):
+    run_ranks(unfrozen_again, 2, tmp_path, precision, process_group=False)
+
+
+def unfrozen_again(directory, precision):
+    options = {"callbacks": [UnfreezeAgain], "precision": precision}
+    whole, _ = fit(Trained, ZeroStrategy(), max_epochs=3, **options)
+    _, trainer = fit(Trained, ZeroStrategy(), max_epochs=2, **options)
+    trainer.save_checkpoint(directory / "tag")
+    resumed, _ = fit(Trained, ZeroStrategy(), ckpt_path=directory / "tag", max_epochs=3, **options)
     resumed.losses = whole.losses
     assert_same_modules(resumed, whole)
 

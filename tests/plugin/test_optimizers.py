@@ -183,6 +183,14 @@ class Aliased(Plain):
         self.alias = nn.Parameter(self.net[0].weight.detach())
 
 
+class Viewed(Plain):
+    """A parameter's memory as a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("view", self.net[0].weight.detach(), persistent=False)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -193,8 +201,9 @@ class Aliased(Plain):
         (Lazy, "'net.weight' has no shape yet; run a batch through"),
         (Complex, "'phase' is torch.complex64.*view_as_real"),
         (Aliased, "share memory but are two objects; tie them by assigning"),
+        (Viewed, "the buffer 'view' is the memory of the parameter 'net.0.weight'.* give it a copy"),
     ],
-    ids=["LBFGS", "SparseAdam", "SAM", "asks twice", "lazy", "complex", "aliased"],
+    ids=["LBFGS", "SparseAdam", "SAM", "asks twice", "lazy", "complex", "aliased", "viewed"],
 )
 def test_what_cannot_be_partitioned_is_refused_with_a_reason_and_a_way_out(make, message, request):
     run_ranks(refusals, 2, request.node.callspec.id, process_group=False)

@@ -7,12 +7,13 @@ import pickle
 import tempfile
 from functools import partial
 
+import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LambdaCallback, StochasticWeightAveraging
+from lightning.pytorch.callbacks import LambdaCallback, OnExceptionCheckpoint, StochasticWeightAveraging
 from torch import nn
 
-from lightning_zero import ZeroCheckpoint, ZeroStrategy
+from lightning_zero import ZeroCheckpoint, ZeroStrategy, get_fp32_state_dict_from_zero_checkpoint
 from lightning_zero.engine.collectives import ExchangeCollectives
 from tests.launch import distributed
 from tests.models import Rows, quiet_trainer
@@ -220,3 +221,45 @@ def test_a_second_fit_without_it_has_none():
         assert any("Overlap" in type(callback).__name__ for callback in trainer.callbacks) == overlap
     theirs, _ = fit(Plain, ZeroStrategy())
     assert_same_modules(theirs, fit(Plain, ZeroStrategy(**options()))[0])
+
+
+class Breaks(Plain):
+    """Fails on every rank when a step's gather is under way."""
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == 3:
+            raise RuntimeError("something broke")
+        return super().training_step(batch, batch_idx)
+
+
+@distributed(world_size=2, process_group=False)
+def test_what_a_step_has_made_is_saved_where_an_exception_comes_before_the_gather_is_over(tmp_path):
+    with pytest.raises(RuntimeError, match="something broke"):
+        fit(Breaks, ZeroStrategy(**options()), callbacks=[lambda: OnExceptionCheckpoint(tmp_path)])
+    saved = get_fp32_state_dict_from_zero_checkpoint(tmp_path)
+    expected, _ = fit(Plain, ZeroStrategy(), max_steps=3)
+    assert all(torch.equal(saved[name], value) for name, value in expected.state_dict().items())
+
+
+class Loads(Plain):
+    """Loads where a step's gather is under way."""
+
+    def __init__(self, directory):
+        super().__init__()
+        self.directory = directory
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == 4:
+            self.trainer.strategy.load_zero_checkpoint(self.directory)
+        loss = super().training_step(batch, batch_idx)
+        self.used = [parameter.detach().clone() for parameter in self.parameters()]
+        return loss
+
+
+@distributed(world_size=2, process_group=False)
+def test_what_is_loaded_before_the_gather_is_over_stays(tmp_path):
+    saved, trainer = fit(Plain, ZeroStrategy(), max_steps=2)
+    trainer.strategy.save_zero_checkpoint(tmp_path)
+    arrive_late()
+    loaded, _ = fit(lambda: Loads(tmp_path), ZeroStrategy(**options()), max_steps=5)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.used, saved.parameters(), strict=True))

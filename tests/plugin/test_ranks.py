@@ -119,6 +119,14 @@ def test_training_begins_with_the_first_ranks_values_and_what_is_alike_isnt_sent
 
 
 @distributed(world_size=2, process_group=False)
+def test_a_checkpoint_that_does_not_fit_one_ranks_module_is_an_error_on_all(tmp_path):
+    _, trainer = fit(Model(), ZeroStrategy(), world_size=2, max_steps=1)
+    trainer.save_checkpoint(tmp_path / "tag")
+    with pytest.raises(CheckpointMismatchError, match=r"rank 1: .* doesn't fit the module"):
+        fit(Own("layer"), ZeroStrategy(), world_size=2, max_steps=2, ckpt_path=tmp_path / "tag")
+
+
+@distributed(world_size=2, process_group=False)
 def test_the_groups_of_fits_that_nobody_looks_at_any_more_are_let_go_of():
     count = lambda: len(os.listdir("/proc/self/fd"))  # noqa: E731
     fit(strategy=ZeroStrategy(), world_size=2, max_steps=1)
