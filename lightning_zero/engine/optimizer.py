@@ -204,6 +204,7 @@ class SegmentedOptimizer:
         self._pieces: dict[Parameter, tuple[ParameterBucket, Piece]] = {}
         self._turns: list[list[ParameterBucket]] = []  # the buckets of the step under way
         self._users_params: list[list[Parameter]] = []
+        self._stand_ins: dict[int, Parameter] = {}  # by the group's place: see `_placeholders`
         self.buckets: list[ParameterBucket] = []
         self._held: set[ParameterBucket] = set()  # the same; asked for each parameter in each step
         # An optimizer that is used for a second fit goes on with the state that it has by the first one's masters.
@@ -519,18 +520,24 @@ class SegmentedOptimizer:
     def _let_groups_hold(self, buckets: Sequence[ParameterBucket]) -> None:
         """Let the param groups hold the masters of some buckets, in the order of the user's parameters."""
         held = set(buckets)
-        for group, parameters in zip(self.optimizer.param_groups, self._users_params, strict=True):
+        for index, (group, parameters) in enumerate(zip(self.optimizer.param_groups, self._users_params, strict=True)):
             owned = (self._pieces[parameter] for parameter in parameters if parameter in self._pieces)
             masters: list[Parameter] = [piece.master for bucket, piece in owned if bucket in held]
-            group["params"] = masters or self._placeholders(parameters)
+            group["params"] = masters or self._placeholders(index, parameters)
 
-    def _placeholders(self, parameters: Sequence[Parameter]) -> list[Parameter]:
-        """For a group of which this rank owns nothing: torch's optimizers take an empty one, others stumble over it."""
+    def _placeholders(self, index: int, parameters: Sequence[Parameter]) -> list[Parameter]:
+        """For a group of which this rank owns nothing: torch's optimizers take an empty one, others stumble over it.
+
+        They divide by sizes, too, and keep a state of whatever they are given. So it is one element, always the same
+        one, whose gradient is zero: what every optimizer has to cope with, and what adds nothing to any sum.
+        """
         if not parameters or type(self.optimizer).__module__.startswith("torch.optim"):
             return []
-        like = parameters[0]
-        placeholder = Parameter(like.new_empty((0,) * max(like.dim(), 1), dtype=torch.float32))
-        placeholder.grad = torch.empty_like(placeholder)
+        if index not in self._stand_ins:
+            like = parameters[0]
+            self._stand_ins[index] = Parameter(like.new_zeros((1,) * max(like.dim(), 1), dtype=torch.float32))
+        placeholder = self._stand_ins[index]
+        placeholder.grad = torch.zeros_like(placeholder)
         return [placeholder]
 
     def _to_parameters(self) -> None:
