@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -615,12 +615,25 @@ class SegmentedOptimizer:
 
     def _require_cuttable(self, value: Any, key: str, piece: Piece) -> None:
         shape, in_part = piece.slot.parameter.shape, piece.segment.numel != piece.slot.parameter.numel()
-        if isinstance(value, Tensor) and value.numel() > 1 and value.shape != shape and in_part:
-            raise CheckpointMismatchError(
-                f"{type(self.optimizer).__name__}'s state {key!r} of {piece.slot.name!r} has the shape "
-                f"{tuple(value.shape)}, not the parameter's {tuple(shape)}, and can't be cut; use "
-                'ZeroStrategy(partition="parameter")'
-            )
+        for tensor in _tensors_in(value) if in_part else ():
+            if tensor.numel() > 1 and tensor.shape != shape:
+                raise CheckpointMismatchError(
+                    f"{type(self.optimizer).__name__}'s state {key!r} of {piece.slot.name!r} has the shape "
+                    f"{tuple(tensor.shape)}, not the parameter's {tuple(shape)}, and can't be cut; use "
+                    'ZeroStrategy(partition="parameter")'
+                )
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of a state, which may be a container of them, as SOAP's are."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif isinstance(value, (list, tuple, deque)):
+        for item in value:
+            yield from _tensors_in(item)
 
 
 def _cut_into_turns(buckets: Sequence[ParameterBucket]) -> list[list[ParameterBucket]]:
@@ -657,6 +670,12 @@ def _taken_over(state: dict[str, Any], former: Piece, piece: Piece, optimizer: O
 
 def _part_of(value: Any, key: str, piece: Piece, room: Callable[..., Tensor]) -> Any:
     """The part of one state of a whole parameter that belongs to a piece of it, in the room that there is for it."""
+    if type(value) is dict:
+        return {name: _part_of(item, key, piece, room) for name, item in value.items()}
+    if type(value) is deque:
+        return deque((_part_of(item, key, piece, room) for item in value), value.maxlen)
+    if type(value) in (list, tuple):
+        return type(value)(_part_of(item, key, piece, room) for item in value)
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
     shape, master = piece.slot.parameter.shape, piece.master.detach()

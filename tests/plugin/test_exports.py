@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from lightning_zero import (
     convert_zero_checkpoint_to_fp32_state_dict,
     load_from_zero_checkpoint,
 )
+from lightning_zero.checkpoint.export import Wanted, exported_bytes
 from lightning_zero.checkpoint.integrity import read_manifest
+from lightning_zero.checkpoint.reader import Reader
 from lightning_zero.checkpoint.storage import locate
 from lightning_zero.errors import CheckpointMismatchError, CheckpointWriteError, CorruptCheckpointError
 from lightning_zero.plugin import callbacks
@@ -77,15 +80,95 @@ def zero_and_then_ddp(directory, make, world_size, where, sampler):
     )
     tag = sorted(directory.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)[0]
     if trainer.global_rank == 0:
-        convert_zero_checkpoint_to_fp32_state_dict(tag, directory / "whole.ckpt", with_optimizer=True)
+        written = []
+        convert_zero_checkpoint_to_fp32_state_dict(
+            tag, directory / "whole.ckpt", with_optimizer=True, progress=written.append
+        )
+        assert sum(written) == exported_bytes(Reader(tag), Path("x.ckpt"), Wanted(with_optimizer=True))
     trainer.strategy.barrier()
-    ddp, _ = fit_from(make, "ddp", directory / "whole.ckpt", **options)
+    with torch.serialization.safe_globals([deque]):
+        ddp, _ = fit_from(make, "ddp", directory / "whole.ckpt", **options)
     return zero.losses, ddp.losses, dict(zero.state_dict()), dict(ddp.state_dict())
+
+
+class InContainers(torch.optim.Optimizer):
+    """Keeps lists, dicts and deques of tensors, as SOAP, AggMo and AdaShift do, and row factors without their shape."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["sides"] = [torch.zeros(n, n) for n in p.shape]
+                    state["averages"] = {0.5: torch.zeros_like(p), 0.9: torch.zeros_like(p)}
+                    state["steps"], state["flat"] = (0, [None]), torch.zeros(p.numel())
+                    state["queue"] = deque(
+                        [p.grad.clone()]
+                    )  # without maxlen, which Lightning loses on its way to a device
+                for beta, average in state["averages"].items():
+                    average.lerp_(p.grad, 1 - beta)
+                for dim, side in enumerate(state["sides"]):
+                    matrix = p.grad.movedim(dim, 0).flatten(1) if p.dim() > 1 else p.grad[:, None]
+                    side.addmm_(matrix, matrix.mT)
+                state["flat"] += p.grad.view(-1)
+                assert state["flat"].shape == (p.numel(),)
+                state["queue"].append(p.grad.clone())
+                if len(state["queue"]) > 2:
+                    state["queue"].popleft()
+                state["steps"] = (state["steps"][0] + 1, [None])
+                by = sum(state["averages"].values()) + sum(state["queue"]) + state["flat"].view(p.shape)
+                p.sub_(by, alpha=group["lr"] / (1 + state["steps"][0] + sum(side.norm() for side in state["sides"])))
+        return loss
+
+
+class WithContainers(Model):
+    def configure_optimizers(self):
+        return InContainers([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+
+def resumed_with_containers(directory, world_size):
+    options = {"world_size": world_size, "max_epochs": 2}
+    every = ZeroCheckpoint(directory, save_top_k=-1, every_n_epochs=1)
+    whole, _ = fit_from(WithContainers, ZeroStrategy(), callbacks=[every], **options)
+    first = min(directory.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    half, _ = fit_from(WithContainers, ZeroStrategy(), first, **options)
+    assert len(half.losses) == len(whole.losses) // 2
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in half.state_dict().items())
+
+
+def states_with_containers(directory, world_size):
+    """Every optimizer state as this number of ranks has it, saved or loaded."""
+    saved = directory if world_size == 1 else None
+    every = [] if saved else [ZeroCheckpoint(directory, every_n_epochs=1)]
+    model, trainer = fit_from(
+        WithContainers, ZeroStrategy(), saved, world_size=world_size, callbacks=every, max_epochs=1
+    )
+    return {name: trainer.strategy.full_state(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_states_in_lists_dicts_and_deques_are_the_same_on_another_number_of_ranks(tmp_path):
+    (expected, _), (got,) = (run_ranks(states_with_containers, n, tmp_path, n, process_group=False) for n in (2, 1))
+    torch.testing.assert_close(got, expected, rtol=0.0, atol=0.0)
+    assert all(state["flat"].dim() == 1 for state in got.values())
+
+
+@distributed(world_size=2, process_group=False)
+def test_states_in_lists_dicts_and_deques_are_resumed_bit_for_bit(tmp_path):
+    resumed_with_containers(tmp_path, 2)
 
 
 @pytest.mark.parametrize(
     ("make", "world_size", "where", "sampler"),
     [
+        (WithContainers, 2, "epoch", "own"),
         (Model, 1, 5, "own"),
         (Model, 1, 16, "own"),  # an epoch's last batch
         (Model, 2, "epoch", "own"),
