@@ -56,15 +56,36 @@ WHOLE_PARAMETERS: tuple[type[Optimizer], ...] = tuple(
 
 _ALL_AT_ONCE = {
     "LBFGS": "each of its steps needs dot products over all parameters, and calls the closure several times",
-    "SAM": "it evaluates the closure twice a step, and scales by the norm of all gradients together",
+    **dict.fromkeys(
+        ("SAM", "ASAM", "GSAM", "WSAM", "BSAM", "LookSAM", "FriendlySAM"),
+        "it evaluates the closure twice a step, and scales by the norm of all gradients together",
+    ),
     **dict.fromkeys(
         ("Prodigy", "DAdaptAdam", "DAdaptSGD", "DAdaptAdaGrad", "DAdaptLion", "DAdaptAdan"),
         "its step size comes from sums over all parameters together",
+    ),
+    **dict.fromkeys(
+        ("Adai", "AdamS", "AliG", "AvaGrad", "Ranger21", "TRAC"),
+        "it scales its update by a sum over all parameters together",
+    ),
+    "LoRARite": "its update of one factor needs the other's gradient",
+    **dict.fromkeys(
+        ("DeMo", "DistributedMuon"),
+        "it divides the work over the ranks by itself; give the one that is made for a single process",
     ),
     "ZeroRedundancyOptimizer": "it partitions by itself; give the optimizer that is in it",
 }
 """Optimizers that must see every parameter at once, by the name of their class."""
 
+
+_SUMS_OVER_RANKS = "fsdp_in_use"
+"""The argument by which optimizers are told that each rank has a part of the parameters: they sum over the ranks."""
+
+_COMPARED_STEPS = (1, 2, 4, 8, 16)
+"""The steps after which what an optimizer keeps in its param groups is compared: see `_require_same_groups`."""
+
+_SCHEDULED = ("lr", "momentum")
+"""What schedulers write into param groups, on each rank by its own metrics, perhaps."""
 
 MASTER = "lightning_zero_master"
 """The name under which a master stands among an optimizer's states, where a checkpoint's module doesn't hold it."""
@@ -136,10 +157,10 @@ def cut_for(optimizer: Optimizer, requested: str, *, alone: bool) -> Cut:
                 "with max_grad_norm=None, and let Trainer(gradient_clip_val=...) clip"
             )
         for ancestor in kind.__mro__:
-            if ancestor.__name__ in _ALL_AT_ONCE:
+            if ancestor.__name__ in _ALL_AT_ONCE and not optimizer.defaults.get(_SUMS_OVER_RANKS):
                 raise UnsupportedModelError(
                     f"{kind.__name__} can't be partitioned: {_ALL_AT_ONCE[ancestor.__name__]}. "
-                    "Use DDPStrategy for it, or another optimizer."
+                    f"Use DDPStrategy for it, or another optimizer{_way_out(optimizer)}."
                 )
         if isinstance(optimizer, optim.SparseAdam):
             raise UnsupportedModelError(
@@ -159,6 +180,11 @@ def cut_for(optimizer: Optimizer, requested: str, *, alone: bool) -> Cut:
         (f"a subclass of {known} may look" if known else "an optimizer that isn't torch's own may look")
         + ' at more than one element; partition="element" balances better where it looks at none but its own',
     )
+
+
+def _way_out(optimizer: Optimizer) -> str:
+    told = optimizer.defaults.get(_SUMS_OVER_RANKS)
+    return f"; or make it with {_SUMS_OVER_RANKS}=True, so that it sums over the ranks" if told is False else ""
 
 
 _OWNER = "lightning_zero_owner"
@@ -215,6 +241,8 @@ class SegmentedOptimizer:
         # A step that somebody has put in its place may count its calls, or ignore its closure.
         is_torchs_own = _is_torchs_own(self._user_step)
         self._takes_turns = reducer.is_distributed and is_torchs_own and type(optimizer) in ELEMENT_WISE
+        self._steps = 0
+        self._compares = reducer.is_distributed and not type(optimizer).__module__.startswith("torch.optim")
         self._asks = is_torchs_own and type(optimizer) in (*ELEMENT_WISE, *WHOLE_PARAMETERS)
         """It is known to evaluate a closure that it is given; some never do."""
 
@@ -400,7 +428,32 @@ class SegmentedOptimizer:
                 )
             gathering = self._take_turns()
         self._end(gathering)
+        self._steps += 1
+        if self._compares and self._steps in _COMPARED_STEPS:
+            self._require_same_groups()
         return result
+
+    def _require_same_groups(self) -> None:
+        """Refuse an optimizer that has computed of all parameters together what is now another number on each rank.
+
+        It is one that nobody has told us of, and would go on with a step size, say, of this rank's own. Such a number
+        usually stands in its param groups. Whole numbers may well differ, such as the steps of a group whose gradients
+        were None on this rank. A collective.
+        """
+        mine = [
+            {key: float(value) for key, value in group.items() if key not in _SCHEDULED and _is_real(value)}
+            for group in self.optimizer.param_groups
+        ]
+        for rank, others in enumerate(self._reducer.everyones(mine)):
+            for group, other in zip(mine, others, strict=True):
+                for key in group.keys() & other.keys():
+                    if repr(group[key]) != repr(other[key]):
+                        raise UnsupportedModelError(
+                            f"{type(self.optimizer).__name__} can't be partitioned: it has computed {key!r} of its "
+                            f"parameters, as {group[key]} on this rank and as {other[key]} on rank {rank}, which have "
+                            f"but a part of them each. Use DDPStrategy for it, or another optimizer"
+                            f"{_way_out(self.optimizer)}."
+                        )
 
     def _take_turns(self) -> list[tuple[ParameterBucket, Pending]]:
         """The first turn has been stepped on: gather it, and let the optimizer step on the others."""
@@ -634,6 +687,10 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple, deque)):
         for item in value:
             yield from _tensors_in(item)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point())
 
 
 def _cut_into_turns(buckets: Sequence[ParameterBucket]) -> list[list[ParameterBucket]]:
