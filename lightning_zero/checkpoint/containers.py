@@ -1,4 +1,4 @@
-"""Optimizer states that are lists, tuples, dicts or deques: Shampoo's and SOAP's preconditioners, AggMo's momenta.
+"""Optimizer states that are lists, tuples, dicts, sets or deques: SOAP's preconditioners, AggMo's momenta.
 
 A checkpoint knows tensors and plain values, each by its name. So what is in a container is stored under names of its
 own (`GG[0]`, `GG[1]`), as any other state is, and under the container's own name there is a text, in JSON, that says
@@ -17,6 +17,9 @@ from typing import Any
 
 from lightning_zero.checkpoint.manifest import PLAIN
 from lightning_zero.errors import CorruptCheckpointError
+
+KEYED = "lightning_zero_keyed"
+"""The name of a state whose keys aren't all names: a dict, and what was a parameter's whole state."""
 
 _BEGINNING = "lightning_zero_container "
 """How such a text begins, so that it isn't taken for a value of the optimizer's own."""
@@ -37,6 +40,8 @@ def take_apart(name: str, value: Any, store: Callable[[str, Any], Any]) -> Any:
     if type(value) is dict and all(isinstance(key, PLAIN) for key in value):
         pairs = enumerate(value.items())
         return {"dict": [[key, take_apart(f"{name}[{index}]", item, store)] for index, (key, item) in pairs]}
+    if type(value) is set and all(isinstance(item, PLAIN) for item in value):
+        return {"set": sorted(value, key=repr)}
     return store(name, value)
 
 
@@ -75,6 +80,8 @@ def put_together(
             return leaf(description["tensor"], tuple(map(int, description["shape"])))
         if "dict" in description:
             return {key: build(item) for key, item in description["dict"]}
+        if "set" in description:
+            return {*description["set"]}
         if "deque" in description:
             return deque(map(build, description["deque"]), description["maxlen"])
         return [*map(build, description["list"])] if "list" in description else (*map(build, description["tuple"]),)
@@ -85,9 +92,11 @@ def put_together(
             built[name] = build(json.loads(state[name].removeprefix(_BEGINNING)))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CorruptCheckpointError(f"{where}: {name!r} can't be put together: {error!r:.100}") from error
-    return {
+    whole = {
         name: built[name] if name in texts else make(value, None) for name, value in state.items() if name not in used
     }
+    keyed = whole.pop(KEYED, {})
+    return {**keyed, **whole} if isinstance(keyed, dict) else whole
 
 
 def leaves_of(value: Any) -> Iterator[Any]:

@@ -104,6 +104,9 @@ _TURNS = 4
 
 Each turn costs a GPU some kernel launches, so they are few."""
 
+_TORCHS_ENTRIES = frozenset(("state", "param_groups"))
+"""What torch has in an optimizer's state dict; whatever else there is, is the optimizer's own."""
+
 _Hook = Callable[..., Any]
 
 _BETWEEN_STEPS = ("train", "eval")
@@ -346,7 +349,7 @@ class SegmentedOptimizer:
                         else value
                         for key, value in self.optimizer.state.get(piece.master, {}).items()
                     }
-        return {"state": state, "param_groups": groups}
+        return {"state": state, "param_groups": groups, **(self._own_entries() if self._has_own_entries else {})}
 
     def _owned(self, parameters: Iterable[Parameter]) -> Iterator[Piece]:
         for parameter in parameters:
@@ -612,6 +615,11 @@ class SegmentedOptimizer:
             CheckpointMismatchError: the groups don't match, or the state can't be cut as the partition asks.
         """
         self._take_in_new_parameters()
+        if not state_dict.keys() >= _TORCHS_ENTRIES:
+            raise CheckpointMismatchError(
+                f"the checkpoint's state of {type(self.optimizer).__name__} is none in torch's format, but has "
+                f"{', '.join(map(repr, state_dict))}; load its weights alone (load_module_only=True, or an export)"
+            )
         groups, saved_groups = self.optimizer.param_groups, state_dict["param_groups"]
         members: list[list[Any]] = [group["params"] for group in groups]
         sizes = [len(group) for group in members]
@@ -653,6 +661,42 @@ class SegmentedOptimizer:
                     state[piece.master][key] = _part_of(value, key, piece, room)
         self._place_steps(state)
         self.optimizer.__setstate__({"state": state, "param_groups": groups})
+        if self.optimizer.state is not state:  # one that wraps another, and shows that one's
+            self.optimizer.state.clear()
+            self.optimizer.state.update(state)
+        if self._has_own_entries:
+            self._load_own_entries(state_dict, {"state": state, "param_groups": groups})
+
+    @property
+    def _has_own_entries(self) -> bool:
+        return type(self.optimizer).state_dict is not Optimizer.state_dict
+
+    def _own_entries(self) -> dict[str, Any]:
+        """What the optimizer's own `state_dict` says beside its states and groups, such as how often it was called.
+
+        Raises:
+            UnsupportedModelError: there are tensors in it, of this rank's segments: of an optimizer that it wraps, say.
+        """
+        with self._on_segments():
+            entries = type(self.optimizer).state_dict(self.optimizer)
+        entries = {key: value for key, value in entries.items() if key not in _TORCHS_ENTRIES}
+        for key, value in entries.items() if self._reducer.is_distributed else ():
+            if any(tensor.numel() > 1 for tensor in _tensors_in(value)):
+                raise UnsupportedModelError(
+                    f"{type(self.optimizer).__name__} has states in its state_dict()[{key!r}], and not in its `state`: "
+                    "it isn't known whose they are, and they can't be saved from several ranks. Save weights alone "
+                    "(save_weights_only=True), or use DDPStrategy for it, or another optimizer"
+                )
+        return entries
+
+    def _load_own_entries(self, state_dict: Mapping[str, Any], loaded: dict[str, Any]) -> None:
+        """Bring them back by the optimizer's own method; states and groups stay what they have been loaded to be."""
+        with self._on_segments():
+            own = type(self.optimizer).state_dict(self.optimizer)
+            entries = {key: state_dict[key] for key in own.keys() - _TORCHS_ENTRIES if key in state_dict}
+            if entries:
+                type(self.optimizer).load_state_dict(self.optimizer, {**own, **entries})
+                self.optimizer.__setstate__(loaded)
 
     def _place_steps(self, state: Mapping[Parameter, dict[str, Any]]) -> None:
         """Fused and capturable optimizers count their steps on the device, the others on the host.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from lightning_zero.checkpoint.containers import take_apart, text_of
+from lightning_zero.checkpoint.containers import KEYED, take_apart, text_of
 from lightning_zero.checkpoint.content import RankContent, SharedContent, TensorToSave
 from lightning_zero.checkpoint.manifest import DTYPES, PLAIN, Entry, OptimizerEntry, Role, StoredValue
 from lightning_zero.checkpoint.placeholders import take_out
@@ -194,6 +194,8 @@ def _add_optimizer_states(
         for piece in segmented.pieces:
             name, start, stop = names[piece.slot.parameter], piece.segment.start, piece.segment.stop
             state = dict(optimizer.state.get(piece.master, {}))
+            if not all(isinstance(key, str) for key in state):
+                state = {KEYED: state}
             if piece.slot.parameter not in names_in_state_dict and piece.master.dtype != piece.slot.parameter.dtype:
                 state[MASTER] = piece.master.detach()
             for key, value in state.items() if piece.segment.numel else ():
@@ -204,8 +206,8 @@ def _add_optimizer_states(
                         continue
                     raise UnsupportedModelError(
                         f"{type(optimizer).__name__} keeps a {error} in the state {key!r} of {name!r}; a checkpoint "
-                        "holds tensors, numbers, strings and None, and lists, tuples, deques and dicts of these. Save "
-                        "weights alone (save_weights_only=True), or use DDPStrategy for it, or another optimizer"
+                        "holds tensors, numbers, strings and None, and lists, tuples, deques, dicts and sets of these. "
+                        "Save weights alone (save_weights_only=True), or use DDPStrategy for it, or another optimizer"
                     ) from None
                 for of, leaf in stored.items():
                     if isinstance(leaf, Tensor):

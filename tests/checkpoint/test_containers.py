@@ -5,7 +5,7 @@ from collections import deque
 
 import pytest
 
-from lightning_zero.checkpoint.containers import put_together, take_apart, text_of
+from lightning_zero.checkpoint.containers import KEYED, put_together, take_apart, text_of
 from lightning_zero.errors import CorruptCheckpointError
 
 
@@ -27,11 +27,22 @@ def round_trip(value):
     return put_together({**stored, **texts, "other": 5}, make, "here")
 
 
-@pytest.mark.parametrize(
-    "value",
-    [3, [1, [2, 3]], [], (), {}, (1, "a"), {0.9: 1, "b": [2], None: 3, True: 4}, deque([1, 2], 2), deque([(1,)]), [{}]],
-    ids=repr,
-)
+VALUES = [
+    0,
+    [1, [2, 3]],
+    [],
+    (),
+    {},
+    [{}],
+    (1, "a"),
+    {0.9: 1, "b": [2], None: 3, True: 4},
+    {1, None},
+    deque([1, 2], 2),
+    deque([(1,)]),
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
 def test_a_container_comes_back_as_it_was_and_leaves_nothing_else(value):
     back = round_trip(value)
     assert back == {"state": value, "other": 5}
@@ -39,10 +50,16 @@ def test_a_container_comes_back_as_it_was_and_leaves_nothing_else(value):
     assert getattr(back["state"], "maxlen", None) == getattr(value, "maxlen", None)
 
 
-@pytest.mark.parametrize("value", [[{1, 2}], {(1, 2): 3}, [range(3)], math], ids=["set", "key", "range", "module"])
+@pytest.mark.parametrize("value", [[{(1, 2)}], {(1, 2): 3}, [range(3)], math], ids=["set", "key", "range", "module"])
 def test_what_is_no_container_and_no_leaf_is_left_to_whoever_stores_leaves(value):
     with pytest.raises(TypeError):
         round_trip(value)
+
+
+def test_a_state_with_keys_that_are_no_names_comes_back_with_them():
+    state, keyed = {}, {0: {"ready": {0}}, "b": 2}
+    description = take_apart(KEYED, keyed, lambda name, leaf: state.update({name: leaf}) or name)
+    assert put_together({**state, KEYED: text_of(description)}, make, "here") == keyed
 
 
 def test_a_leaf_gets_the_shape_that_the_text_says():
@@ -55,7 +72,8 @@ def test_a_leaf_gets_the_shape_that_the_text_says():
     [
         {"list": ["gone"]},
         {"list": ["state"]},
-        {"set": []},
+        {"set": [[]]},
+        {"array": []},
         {},
         3,
         {"list": 3},

@@ -21,7 +21,12 @@ from lightning_zero.checkpoint.export import Wanted, exported_bytes
 from lightning_zero.checkpoint.integrity import read_manifest
 from lightning_zero.checkpoint.reader import Reader
 from lightning_zero.checkpoint.storage import locate
-from lightning_zero.errors import CheckpointMismatchError, CheckpointWriteError, CorruptCheckpointError
+from lightning_zero.errors import (
+    CheckpointMismatchError,
+    CheckpointWriteError,
+    CorruptCheckpointError,
+    UnsupportedModelError,
+)
 from lightning_zero.plugin import callbacks
 from tests.launch import distributed, run_ranks
 from tests.models import Data, Model, quiet_trainer
@@ -129,17 +134,72 @@ class InContainers(torch.optim.Optimizer):
         return loss
 
 
+class Counting(torch.optim.SGD):
+    """Has a count in its state dict, and each step depends on it, as StableSPAM does."""
+
+    count = 0
+
+    def step(self, closure=None):
+        self.count += 1
+        for group in self.param_groups:
+            group["lr"] = 0.01 * self.count
+        return super().step(closure)
+
+    def state_dict(self):
+        return {**super().state_dict(), "count": self.count}
+
+    def load_state_dict(self, state_dict):
+        self.count = state_dict["count"]
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "count"})
+
+
+class Wrapping(torch.optim.SGD):
+    """Shows another's groups and states as its own."""
+
+    def __init__(self, params, lr):
+        self.inner = torch.optim.Adam(params, lr=lr)
+        self.defaults = self.inner.defaults
+
+    param_groups = property(lambda self: self.inner.param_groups, lambda self, groups: None)
+    state = property(lambda self: self.inner.state, lambda self, state: None)
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+class Apart(Counting):
+    """Has states under a key of its own."""
+
+    def state_dict(self):
+        return {**super().state_dict(), "slow": {0: torch.zeros(3)}}
+
+
+class WithCount(Model):
+    kind = Counting
+
+    def configure_optimizers(self):
+        return self.kind([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+
+class WithWrapper(WithCount):
+    kind = Wrapping
+
+
+class WithApart(WithCount):
+    kind = Apart
+
+
 class WithContainers(Model):
     def configure_optimizers(self):
         return InContainers([p for p in self.parameters() if p.requires_grad], lr=0.01)
 
 
-def resumed_with_containers(directory, world_size):
+def resumed(make, directory, world_size):
     options = {"world_size": world_size, "max_epochs": 2}
     every = ZeroCheckpoint(directory, save_top_k=-1, every_n_epochs=1)
-    whole, _ = fit_from(WithContainers, ZeroStrategy(), callbacks=[every], **options)
+    whole, _ = fit_from(make, ZeroStrategy(), callbacks=[every], **options)
     first = min(directory.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    half, _ = fit_from(WithContainers, ZeroStrategy(), first, **options)
+    half, _ = fit_from(make, ZeroStrategy(), first, **options)
     assert len(half.losses) == len(whole.losses) // 2
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in half.state_dict().items())
 
@@ -162,13 +222,30 @@ def test_states_in_lists_dicts_and_deques_are_the_same_on_another_number_of_rank
 
 @distributed(world_size=2, process_group=False)
 def test_states_in_lists_dicts_and_deques_are_resumed_bit_for_bit(tmp_path):
-    resumed_with_containers(tmp_path, 2)
+    resumed(WithContainers, tmp_path, 2)
+
+
+@distributed(world_size=2, process_group=False)
+def test_what_an_optimizer_adds_to_its_state_dict_is_resumed(tmp_path):
+    resumed(WithCount, tmp_path, 2)
+
+
+@distributed(world_size=2, process_group=False)
+def test_an_optimizer_that_shows_anothers_states_is_resumed(tmp_path):
+    resumed(WithWrapper, tmp_path, 2)
+
+
+@distributed(world_size=2, process_group=False)
+def test_an_optimizer_with_states_outside_of_its_state_is_not_saved_in_part(tmp_path):
+    with pytest.raises(UnsupportedModelError, match=r"Apart has states in its state_dict\(\)\['slow'\].*weights alone"):
+        resumed(WithApart, tmp_path, 2)
 
 
 @pytest.mark.parametrize(
     ("make", "world_size", "where", "sampler"),
     [
         (WithContainers, 2, "epoch", "own"),
+        (WithCount, 2, "epoch", "own"),
         (Model, 1, 5, "own"),
         (Model, 1, 16, "own"),  # an epoch's last batch
         (Model, 2, "epoch", "own"),
