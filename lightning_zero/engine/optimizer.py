@@ -334,10 +334,12 @@ class SegmentedOptimizer:
         groups, count = [], 0
         # What an optimizer keeps under a key that is no parameter, it keeps for all of them.
         state: dict[Any, Any] = {k: v for k, v in self.optimizer.state.items() if not isinstance(k, Tensor)}
-        for group in self.optimizer.param_groups:
+        own = self._own_state_dict() if self._overrides_state_dict else {}
+        shown = own.pop("param_groups", self.optimizer.param_groups)
+        for group, show in zip(self.optimizer.param_groups, shown, strict=True):
             indices = list(range(count, count + len(group["params"])))
             count += len(indices)
-            groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": indices})
+            groups.append({**{key: value for key, value in show.items() if key != "params"}, "params": indices})
             for index, parameter in zip(indices, group["params"], strict=True):
                 for piece in self._owned([parameter]):
                     if piece.master not in self.optimizer.state:
@@ -349,7 +351,7 @@ class SegmentedOptimizer:
                         else value
                         for key, value in self.optimizer.state.get(piece.master, {}).items()
                     }
-        return {"state": state, "param_groups": groups, **(self._own_entries() if self._has_own_entries else {})}
+        return {"state": state, "param_groups": groups, **own}
 
     def _owned(self, parameters: Iterable[Parameter]) -> Iterator[Piece]:
         for parameter in parameters:
@@ -664,24 +666,24 @@ class SegmentedOptimizer:
         if self.optimizer.state is not state:  # one that wraps another, and shows that one's
             self.optimizer.state.clear()
             self.optimizer.state.update(state)
-        if self._has_own_entries:
+        if self._overrides_state_dict:
             self._load_own_entries(state_dict, {"state": state, "param_groups": groups})
 
     @property
-    def _has_own_entries(self) -> bool:
+    def _overrides_state_dict(self) -> bool:
         return type(self.optimizer).state_dict is not Optimizer.state_dict
 
-    def _own_entries(self) -> dict[str, Any]:
-        """What the optimizer's own `state_dict` says beside its states and groups, such as how often it was called.
+    def _own_state_dict(self) -> dict[str, Any]:
+        """What the optimizer's own `state_dict` says beside its states: its groups, a count of its calls, and the like.
 
         Raises:
             UnsupportedModelError: there are tensors in it, of this rank's segments: of an optimizer that it wraps, say.
         """
         with self._on_segments():
             entries = type(self.optimizer).state_dict(self.optimizer)
-        entries = {key: value for key, value in entries.items() if key not in _TORCHS_ENTRIES}
+        entries.pop("state", None)
         for key, value in entries.items() if self._reducer.is_distributed else ():
-            if any(tensor.numel() > 1 for tensor in _tensors_in(value)):
+            if key != "param_groups" and any(tensor.numel() > 1 for tensor in _tensors_in(value)):
                 raise UnsupportedModelError(
                     f"{type(self.optimizer).__name__} has states in its state_dict()[{key!r}], and not in its `state`: "
                     "it isn't known whose they are, and they can't be saved from several ranks. Save weights alone "

@@ -135,18 +135,21 @@ class InContainers(torch.optim.Optimizer):
 
 
 class Counting(torch.optim.SGD):
-    """Has a count in its state dict, and each step depends on it, as StableSPAM does."""
+    """Has a count in its state dict, on which each step depends, as StableSPAM, and leaves something out of it."""
 
     count = 0
 
     def step(self, closure=None):
         self.count += 1
         for group in self.param_groups:
-            group["lr"] = 0.01 * self.count
+            group["lr"], group["_kind"] = 0.01 * self.count, Counting  # which torch would refuse to load
         return super().step(closure)
 
     def state_dict(self):
-        return {**super().state_dict(), "count": self.count}
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            group.pop("_kind", None)
+        return {**state_dict, "count": self.count}
 
     def load_state_dict(self, state_dict):
         self.count = state_dict["count"]
