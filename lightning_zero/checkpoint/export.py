@@ -33,6 +33,7 @@ from pickle import PicklingError
 from typing import TYPE_CHECKING, Any
 
 from lightning_zero.checkpoint import kernel
+from lightning_zero.checkpoint.containers import leaves_of
 from lightning_zero.checkpoint.elements import FLOATING, NAMES, Elements
 from lightning_zero.checkpoint.hugging_face import write_folder, write_safetensors
 from lightning_zero.checkpoint.manifest import Role
@@ -276,7 +277,7 @@ def exported_bytes(checkpoint: Reader, output: Location, wanted: Wanted, max_sha
         tensors += checkpoint.elsewhere().values()
     if wanted.with_optimizer:
         states = checkpoint.optimizer_states(None)
-        tensors += (value for state in states for of in state["state"].values() for value in of.values())
+        tensors += (leaf for state in states for of in state["state"].values() for leaf in leaves_of(of))
     return sum(elements.nbytes for elements in {tensor for tensor in tensors if isinstance(tensor, Elements)})
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 import xxhash
 
+from lightning_zero.checkpoint.containers import put_together
 from lightning_zero.checkpoint.elements import Elements
 from lightning_zero.checkpoint.integrity import Depth, read_manifest, read_trainer, require_sound
 from lightning_zero.checkpoint.manifest import (
@@ -163,11 +165,14 @@ class Reader:
         return states
 
     def _state_of(self, labels: Iterable[str], give: Give) -> dict[str, Any]:
+        """One parameter's states, by their names."""
         state: dict[str, Any] = {}
+        name = ""
         for of in labels:
             pieces = self.manifest.index.payloads(of)
             form = self.manifest.forms[of]
             _, first = pieces[0]
+            name = first.name
             if isinstance(first, StoredValue):
                 state[first.state] = first.value
                 continue
@@ -176,10 +181,18 @@ class Reader:
                 # [Note: whole and element-wise tensors]: the first piece's copy stands for all
                 index, shape = SegmentIndex([(Segment(of, 0, math.prod(first.shape)), pieces[0])]), first.shape
             source = _Pieces(self, index, of, first.dtype)
-            state[cast("str", first.state)] = give(
-                Elements(source, shape, first.dtype, first.dtype, self.worth_reading), form == "whole"
-            )
-        return state
+            elements = Elements(source, shape, first.dtype, first.dtype, self.worth_reading)
+            state[cast("str", first.state)] = elements, form == "whole"
+
+        def make(value: Any, shape: tuple[int, ...] | None) -> Any:
+            if not isinstance(value, tuple):
+                return value
+            elements, whole = value
+            if shape is not None and math.prod(shape) != elements.numel:
+                raise ValueError(f"{elements.numel} elements don't make the shape {shape}")
+            return give(elements if shape is None else replace(elements, shape=shape), whole)
+
+        return put_together(state, make, f"{self.directory}: the optimizer's states of {name!r}")
 
     @functools.cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

@@ -20,6 +20,7 @@ import io
 import math
 import sys
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -399,7 +400,9 @@ def _chunks(
 
 
 def _rebuilt(value: object) -> Object:
-    """How torch pickles a tensor."""
+    """How torch pickles a tensor, and Python a deque, as some optimizers keep them."""
+    if isinstance(value, deque):
+        return Object(REDUCE, Global("collections", "deque"), ([*value], value.maxlen))
     if not isinstance(value, Elements):
         raise TypeError(f"{type(value).__name__} is nothing that a checkpoint holds")
     code, place = value.shown, (0, value.shape, _strides(value.shape), False, Ordered())

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,8 @@ from lightning_zero.engine.buffers import BufferPool, is_unshared
 from lightning_zero.engine.collectives import Collectives
 from lightning_zero.engine.stand_in import PartitionedGradient
 from lightning_zero.engine.transport import Pending
+
+_T = TypeVar("_T")
 
 _IN_FLIGHT = 2
 """Buckets whose reduction may be under way; one more waits for the oldest, which bounds the memory."""
@@ -373,6 +376,10 @@ class GradientReducer:
         tensor = torch.tensor(flags, dtype=torch.uint8).to(device or self._buckets[0].device)
         self._collectives.all_reduce(tensor, dist.ReduceOp.MAX)
         return [bool(flag) for flag in tensor.tolist()]
+
+    def everyones(self, value: _T) -> list[_T]:
+        """Every rank's value, in the order of the ranks. A collective."""
+        return self._collectives.all_gather_object(value)
 
     def _learn_order(self) -> None:
         self._order_is_learned = True

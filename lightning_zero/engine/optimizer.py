@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,15 +56,36 @@ WHOLE_PARAMETERS: tuple[type[Optimizer], ...] = tuple(
 
 _ALL_AT_ONCE = {
     "LBFGS": "each of its steps needs dot products over all parameters, and calls the closure several times",
-    "SAM": "it evaluates the closure twice a step, and scales by the norm of all gradients together",
+    **dict.fromkeys(
+        ("SAM", "ASAM", "GSAM", "WSAM", "BSAM", "LookSAM", "FriendlySAM"),
+        "it evaluates the closure twice a step, and scales by the norm of all gradients together",
+    ),
     **dict.fromkeys(
         ("Prodigy", "DAdaptAdam", "DAdaptSGD", "DAdaptAdaGrad", "DAdaptLion", "DAdaptAdan"),
         "its step size comes from sums over all parameters together",
+    ),
+    **dict.fromkeys(
+        ("Adai", "AdamS", "AliG", "AvaGrad", "Ranger21", "TRAC"),
+        "it scales its update by a sum over all parameters together",
+    ),
+    "LoRARite": "its update of one factor needs the other's gradient",
+    **dict.fromkeys(
+        ("DeMo", "DistributedMuon"),
+        "it divides the work over the ranks by itself; give the one that is made for a single process",
     ),
     "ZeroRedundancyOptimizer": "it partitions by itself; give the optimizer that is in it",
 }
 """Optimizers that must see every parameter at once, by the name of their class."""
 
+
+_SUMS_OVER_RANKS = "fsdp_in_use"
+"""The argument by which optimizers are told that each rank has a part of the parameters: they sum over the ranks."""
+
+_COMPARED_STEPS = (1, 2, 4, 8, 16)
+"""The steps after which what an optimizer keeps in its param groups is compared: see `_require_same_groups`."""
+
+_SCHEDULED = ("lr", "momentum")
+"""What schedulers write into param groups, on each rank by its own metrics, perhaps."""
 
 MASTER = "lightning_zero_master"
 """The name under which a master stands among an optimizer's states, where a checkpoint's module doesn't hold it."""
@@ -82,6 +103,9 @@ _TURNS = 4
 """An element-wise optimizer steps in so many turns: what one has stepped on is gathered beside the next one's step.
 
 Each turn costs a GPU some kernel launches, so they are few."""
+
+_TORCHS_ENTRIES = frozenset(("state", "param_groups"))
+"""What torch has in an optimizer's state dict; whatever else there is, is the optimizer's own."""
 
 _Hook = Callable[..., Any]
 
@@ -136,10 +160,10 @@ def cut_for(optimizer: Optimizer, requested: str, *, alone: bool) -> Cut:
                 "with max_grad_norm=None, and let Trainer(gradient_clip_val=...) clip"
             )
         for ancestor in kind.__mro__:
-            if ancestor.__name__ in _ALL_AT_ONCE:
+            if ancestor.__name__ in _ALL_AT_ONCE and not optimizer.defaults.get(_SUMS_OVER_RANKS):
                 raise UnsupportedModelError(
                     f"{kind.__name__} can't be partitioned: {_ALL_AT_ONCE[ancestor.__name__]}. "
-                    "Use DDPStrategy for it, or another optimizer."
+                    f"Use DDPStrategy for it, or another optimizer{_way_out(optimizer)}."
                 )
         if isinstance(optimizer, optim.SparseAdam):
             raise UnsupportedModelError(
@@ -159,6 +183,11 @@ def cut_for(optimizer: Optimizer, requested: str, *, alone: bool) -> Cut:
         (f"a subclass of {known} may look" if known else "an optimizer that isn't torch's own may look")
         + ' at more than one element; partition="element" balances better where it looks at none but its own',
     )
+
+
+def _way_out(optimizer: Optimizer) -> str:
+    told = optimizer.defaults.get(_SUMS_OVER_RANKS)
+    return f"; or make it with {_SUMS_OVER_RANKS}=True, so that it sums over the ranks" if told is False else ""
 
 
 _OWNER = "lightning_zero_owner"
@@ -204,6 +233,7 @@ class SegmentedOptimizer:
         self._pieces: dict[Parameter, tuple[ParameterBucket, Piece]] = {}
         self._turns: list[list[ParameterBucket]] = []  # the buckets of the step under way
         self._users_params: list[list[Parameter]] = []
+        self._stand_ins: dict[int, Parameter] = {}  # by the group's place: see `_placeholders`
         self.buckets: list[ParameterBucket] = []
         self._held: set[ParameterBucket] = set()  # the same; asked for each parameter in each step
         # An optimizer that is used for a second fit goes on with the state that it has by the first one's masters.
@@ -214,6 +244,8 @@ class SegmentedOptimizer:
         # A step that somebody has put in its place may count its calls, or ignore its closure.
         is_torchs_own = _is_torchs_own(self._user_step)
         self._takes_turns = reducer.is_distributed and is_torchs_own and type(optimizer) in ELEMENT_WISE
+        self._steps = 0
+        self._compares = reducer.is_distributed and not type(optimizer).__module__.startswith("torch.optim")
         self._asks = is_torchs_own and type(optimizer) in (*ELEMENT_WISE, *WHOLE_PARAMETERS)
         """It is known to evaluate a closure that it is given; some never do."""
 
@@ -302,10 +334,12 @@ class SegmentedOptimizer:
         groups, count = [], 0
         # What an optimizer keeps under a key that is no parameter, it keeps for all of them.
         state: dict[Any, Any] = {k: v for k, v in self.optimizer.state.items() if not isinstance(k, Tensor)}
-        for group in self.optimizer.param_groups:
+        own = self._own_state_dict() if self._overrides_state_dict else {}
+        shown = own.pop("param_groups", self.optimizer.param_groups)
+        for group, show in zip(self.optimizer.param_groups, shown, strict=True):
             indices = list(range(count, count + len(group["params"])))
             count += len(indices)
-            groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": indices})
+            groups.append({**{key: value for key, value in show.items() if key != "params"}, "params": indices})
             for index, parameter in zip(indices, group["params"], strict=True):
                 for piece in self._owned([parameter]):
                     if piece.master not in self.optimizer.state:
@@ -317,7 +351,7 @@ class SegmentedOptimizer:
                         else value
                         for key, value in self.optimizer.state.get(piece.master, {}).items()
                     }
-        return {"state": state, "param_groups": groups}
+        return {"state": state, "param_groups": groups, **own}
 
     def _owned(self, parameters: Iterable[Parameter]) -> Iterator[Piece]:
         for parameter in parameters:
@@ -399,7 +433,32 @@ class SegmentedOptimizer:
                 )
             gathering = self._take_turns()
         self._end(gathering)
+        self._steps += 1
+        if self._compares and self._steps in _COMPARED_STEPS:
+            self._require_same_groups()
         return result
+
+    def _require_same_groups(self) -> None:
+        """Refuse an optimizer that has computed of all parameters together what is now another number on each rank.
+
+        It is one that nobody has told us of, and would go on with a step size, say, of this rank's own. Such a number
+        usually stands in its param groups. Whole numbers may well differ, such as the steps of a group whose gradients
+        were None on this rank. A collective.
+        """
+        mine = [
+            {key: float(value) for key, value in group.items() if key not in _SCHEDULED and _is_real(value)}
+            for group in self.optimizer.param_groups
+        ]
+        for rank, others in enumerate(self._reducer.everyones(mine)):
+            for group, other in zip(mine, others, strict=True):
+                for key in group.keys() & other.keys():
+                    if repr(group[key]) != repr(other[key]):
+                        raise UnsupportedModelError(
+                            f"{type(self.optimizer).__name__} can't be partitioned: it has computed {key!r} of its "
+                            f"parameters, as {group[key]} on this rank and as {other[key]} on rank {rank}, which have "
+                            f"but a part of them each. Use DDPStrategy for it, or another optimizer"
+                            f"{_way_out(self.optimizer)}."
+                        )
 
     def _take_turns(self) -> list[tuple[ParameterBucket, Pending]]:
         """The first turn has been stepped on: gather it, and let the optimizer step on the others."""
@@ -519,18 +578,24 @@ class SegmentedOptimizer:
     def _let_groups_hold(self, buckets: Sequence[ParameterBucket]) -> None:
         """Let the param groups hold the masters of some buckets, in the order of the user's parameters."""
         held = set(buckets)
-        for group, parameters in zip(self.optimizer.param_groups, self._users_params, strict=True):
+        for index, (group, parameters) in enumerate(zip(self.optimizer.param_groups, self._users_params, strict=True)):
             owned = (self._pieces[parameter] for parameter in parameters if parameter in self._pieces)
             masters: list[Parameter] = [piece.master for bucket, piece in owned if bucket in held]
-            group["params"] = masters or self._placeholders(parameters)
+            group["params"] = masters or self._placeholders(index, parameters)
 
-    def _placeholders(self, parameters: Sequence[Parameter]) -> list[Parameter]:
-        """For a group of which this rank owns nothing: torch's optimizers take an empty one, others stumble over it."""
+    def _placeholders(self, index: int, parameters: Sequence[Parameter]) -> list[Parameter]:
+        """For a group of which this rank owns nothing: torch's optimizers take an empty one, others stumble over it.
+
+        They divide by sizes, too, and keep a state of whatever they are given. So it is one element, always the same
+        one, whose gradient is zero: what every optimizer has to cope with, and what adds nothing to any sum.
+        """
         if not parameters or type(self.optimizer).__module__.startswith("torch.optim"):
             return []
-        like = parameters[0]
-        placeholder = Parameter(like.new_empty((0,) * max(like.dim(), 1), dtype=torch.float32))
-        placeholder.grad = torch.empty_like(placeholder)
+        if index not in self._stand_ins:
+            like = parameters[0]
+            self._stand_ins[index] = Parameter(like.new_zeros((1,) * max(like.dim(), 1), dtype=torch.float32))
+        placeholder = self._stand_ins[index]
+        placeholder.grad = torch.zeros_like(placeholder)
         return [placeholder]
 
     def _to_parameters(self) -> None:
@@ -552,6 +617,11 @@ class SegmentedOptimizer:
             CheckpointMismatchError: the groups don't match, or the state can't be cut as the partition asks.
         """
         self._take_in_new_parameters()
+        if not state_dict.keys() >= _TORCHS_ENTRIES:
+            raise CheckpointMismatchError(
+                f"the checkpoint's state of {type(self.optimizer).__name__} is none in torch's format, but has "
+                f"{', '.join(map(repr, state_dict))}; load its weights alone (load_module_only=True, or an export)"
+            )
         groups, saved_groups = self.optimizer.param_groups, state_dict["param_groups"]
         members: list[list[Any]] = [group["params"] for group in groups]
         sizes = [len(group) for group in members]
@@ -593,6 +663,42 @@ class SegmentedOptimizer:
                     state[piece.master][key] = _part_of(value, key, piece, room)
         self._place_steps(state)
         self.optimizer.__setstate__({"state": state, "param_groups": groups})
+        if self.optimizer.state is not state:  # one that wraps another, and shows that one's
+            self.optimizer.state.clear()
+            self.optimizer.state.update(state)
+        if self._overrides_state_dict:
+            self._load_own_entries(state_dict, {"state": state, "param_groups": groups})
+
+    @property
+    def _overrides_state_dict(self) -> bool:
+        return type(self.optimizer).state_dict is not Optimizer.state_dict
+
+    def _own_state_dict(self) -> dict[str, Any]:
+        """What the optimizer's own `state_dict` says beside its states: its groups, a count of its calls, and the like.
+
+        Raises:
+            UnsupportedModelError: there are tensors in it, of this rank's segments: of an optimizer that it wraps, say.
+        """
+        with self._on_segments():
+            entries = type(self.optimizer).state_dict(self.optimizer)
+        entries.pop("state", None)
+        for key, value in entries.items() if self._reducer.is_distributed else ():
+            if key != "param_groups" and any(tensor.numel() > 1 for tensor in _tensors_in(value)):
+                raise UnsupportedModelError(
+                    f"{type(self.optimizer).__name__} has states in its state_dict()[{key!r}], and not in its `state`: "
+                    "it isn't known whose they are, and they can't be saved from several ranks. Save weights alone "
+                    "(save_weights_only=True), or use DDPStrategy for it, or another optimizer"
+                )
+        return entries
+
+    def _load_own_entries(self, state_dict: Mapping[str, Any], loaded: dict[str, Any]) -> None:
+        """Bring them back by the optimizer's own method; states and groups stay what they have been loaded to be."""
+        with self._on_segments():
+            own = type(self.optimizer).state_dict(self.optimizer)
+            entries = {key: state_dict[key] for key in own.keys() - _TORCHS_ENTRIES if key in state_dict}
+            if entries:
+                type(self.optimizer).load_state_dict(self.optimizer, {**own, **entries})
+                self.optimizer.__setstate__(loaded)
 
     def _place_steps(self, state: Mapping[Parameter, dict[str, Any]]) -> None:
         """Fused and capturable optimizers count their steps on the device, the others on the host.
@@ -608,12 +714,29 @@ class SegmentedOptimizer:
 
     def _require_cuttable(self, value: Any, key: str, piece: Piece) -> None:
         shape, in_part = piece.slot.parameter.shape, piece.segment.numel != piece.slot.parameter.numel()
-        if isinstance(value, Tensor) and value.numel() > 1 and value.shape != shape and in_part:
-            raise CheckpointMismatchError(
-                f"{type(self.optimizer).__name__}'s state {key!r} of {piece.slot.name!r} has the shape "
-                f"{tuple(value.shape)}, not the parameter's {tuple(shape)}, and can't be cut; use "
-                'ZeroStrategy(partition="parameter")'
-            )
+        for tensor in _tensors_in(value) if in_part else ():
+            if tensor.numel() > 1 and tensor.shape != shape:
+                raise CheckpointMismatchError(
+                    f"{type(self.optimizer).__name__}'s state {key!r} of {piece.slot.name!r} has the shape "
+                    f"{tuple(tensor.shape)}, not the parameter's {tuple(shape)}, and can't be cut; use "
+                    'ZeroStrategy(partition="parameter")'
+                )
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of a state, which may be a container of them, as SOAP's are."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif isinstance(value, (list, tuple, deque)):
+        for item in value:
+            yield from _tensors_in(item)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point())
 
 
 def _cut_into_turns(buckets: Sequence[ParameterBucket]) -> list[list[ParameterBucket]]:
@@ -650,6 +773,12 @@ def _taken_over(state: dict[str, Any], former: Piece, piece: Piece, optimizer: O
 
 def _part_of(value: Any, key: str, piece: Piece, room: Callable[..., Tensor]) -> Any:
     """The part of one state of a whole parameter that belongs to a piece of it, in the room that there is for it."""
+    if type(value) is dict:
+        return {name: _part_of(item, key, piece, room) for name, item in value.items()}
+    if type(value) is deque:
+        return deque((_part_of(item, key, piece, room) for item in value), value.maxlen)
+    if type(value) in (list, tuple):
+        return type(value)(_part_of(item, key, piece, room) for item in value)
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
     shape, master = piece.slot.parameter.shape, piece.master.detach()

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from lightning_zero.checkpoint.containers import KEYED, take_apart, text_of
 from lightning_zero.checkpoint.content import RankContent, SharedContent, TensorToSave
 from lightning_zero.checkpoint.manifest import DTYPES, PLAIN, Entry, OptimizerEntry, Role, StoredValue
 from lightning_zero.checkpoint.placeholders import take_out
+from lightning_zero.checkpoint.tensors import CODES
+from lightning_zero.engine.buckets import Piece
 from lightning_zero.engine.optimizer import MASTER
 from lightning_zero.engine.partition import Partition
 from lightning_zero.errors import UnsupportedModelError
@@ -191,21 +194,31 @@ class _Division:
             groups = tuple(tuple(names[p] for p in group["params"]) for group in optimizer.param_groups)
             self.optimizers.append(OptimizerEntry(type(optimizer).__name__, groups))
             for piece in segmented.pieces:
-                name, start, stop = names[piece.slot.parameter], piece.segment.start, piece.segment.stop
                 state = dict(optimizer.state.get(piece.master, {}))
+                if not all(isinstance(key, str) for key in state):
+                    state = {KEYED: state}
                 if piece.slot.parameter not in self._stored_names and piece.master.dtype != piece.slot.parameter.dtype:
                     state[MASTER] = piece.master.detach()
                 for key, value in state.items() if piece.segment.numel else ():
-                    if isinstance(value, Tensor):
-                        flat = value.reshape(-1) if value.shape == piece.master.shape else value
-                        self.tensors.append(TensorToSave("optimizer", name, start, stop, flat, index, key, steady=True))
-                    elif isinstance(value, PLAIN):
-                        self.values.append(StoredValue(index, name, start, stop, key, value))
-                    elif self._world_size > 1:
-                        raise UnsupportedModelError(
-                            f"{type(optimizer).__name__} keeps a {type(value).__name__} as the state {key!r} of "
-                            f"{name!r}; a checkpoint holds tensors, numbers, strings and None"
-                        )
+                    self._add_state(index, names[piece.slot.parameter], piece, key, value)
+
+    def _add_state(self, index: int, name: str, piece: Piece, key: str, value: Any) -> None:
+        try:
+            stored = _stored(key, value, piece)
+        except TypeError as error:
+            if self._world_size == 1:  # then it goes with the rest of the dict
+                return
+            raise UnsupportedModelError(
+                f"{self.optimizers[index].class_name} keeps a {error} in the state {key!r} of {name!r}; a checkpoint "
+                "holds tensors, numbers, strings and None, and lists, tuples, deques, dicts and sets of these. Save "
+                "weights alone (save_weights_only=True), or use DDPStrategy for it, or another optimizer"
+            ) from None
+        start, stop = piece.segment.start, piece.segment.stop
+        for of, leaf in stored.items():
+            if isinstance(leaf, Tensor):
+                self.tensors.append(TensorToSave("optimizer", name, start, stop, leaf, index, of, steady=True))
+            else:
+                self.values.append(StoredValue(index, name, start, stop, of, leaf))
 
 
 def _is_large(value: Any) -> bool:
@@ -239,18 +252,65 @@ def _share_of(whole: list[tuple[str, Tensor]], rank: int, world_size: int) -> li
     return shares
 
 
+def _stored(key: str, value: Any, piece: Piece) -> dict[str, Any]:
+    """A state as tensors and plain values, by the names under which they are stored: see `containers`.
+
+    Raises:
+        TypeError: it, or something in it, is of a class that can't be stored, which is the message.
+    """
+    if type(value) is Tensor and value.layout == torch.strided and value.dtype in CODES:
+        if value.shape == piece.master.shape:  # as nearly all are
+            return {key: value.reshape(-1)}
+        if not value.dim():
+            return {key: value}
+    stored: dict[str, Any] = {}
+
+    def store(name: str, leaf: Any) -> Any:
+        _require_leaf(name, leaf)
+        if isinstance(leaf, Tensor) and leaf.shape == piece.master.shape:
+            stored[name] = leaf.reshape(-1)
+        elif isinstance(leaf, Tensor) and leaf.shape == (piece.segment.numel,):
+            # It would be taken for element-wise, and get the parameter's shape
+            stored[f"{name}[]"] = leaf.reshape(*[1] * (piece.master.dim() + 1), -1)
+            return {"tensor": f"{name}[]", "shape": [*leaf.shape]}
+        else:
+            stored[name] = leaf
+        return name
+
+    described = take_apart(key, value, store)
+    return stored if described == key else {key: text_of(described), **stored}
+
+
+def _require_leaf(name: str, leaf: Any) -> str:
+    """Raise the TypeError of `_stored`, if there is a reason."""
+    if isinstance(leaf, Tensor) and not hasattr(leaf, "__tensor_flatten__"):
+        if leaf.layout != torch.strided or leaf.dtype not in CODES:
+            raise TypeError(f"{leaf.layout} tensor of {leaf.dtype}")
+    elif not isinstance(leaf, PLAIN):
+        raise TypeError(type(leaf).__name__)
+    return name
+
+
+def _can_be_stored(value: Any) -> bool:
+    try:
+        take_apart("", value, _require_leaf)
+    except TypeError:
+        return False
+    return True
+
+
 def _unsegmented(state: Mapping[Any, Any], *, alone: bool) -> dict[Any, Any]:
     """What of an optimizer's state is no tensor or number of a parameter, and so goes with the rest of the dict.
 
-    State under keys of the optimizer's own is the same on every rank. Lists and the like, as LBFGS keeps them, are
-    there only where nothing is partitioned.
+    State under keys of the optimizer's own is the same on every rank. Objects of its own classes are there only where
+    nothing is partitioned.
     """
     rest: dict[Any, Any] = {}
     for key, value in state.items():
         if not isinstance(key, int):
             rest[key] = value
         elif alone:
-            odd = {name: item for name, item in value.items() if not isinstance(item, (Tensor, *PLAIN))}
+            odd = {name: item for name, item in value.items() if not _can_be_stored(item)}
             if odd:
                 rest[key] = odd
     return rest

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from lightning_zero import (
     convert_zero_checkpoint_to_fp32_state_dict,
     load_from_zero_checkpoint,
 )
+from lightning_zero.checkpoint.export import Wanted, exported_bytes
 from lightning_zero.checkpoint.integrity import read_manifest
+from lightning_zero.checkpoint.reader import Reader
 from lightning_zero.checkpoint.storage import locate
 from lightning_zero.errors import (
     CheckpointMismatchError,
@@ -82,15 +85,170 @@ def zero_and_then_ddp(directory, make, world_size, where, sampler):
     )
     tag = sorted(directory.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)[0]
     if trainer.global_rank == 0:
-        convert_zero_checkpoint_to_fp32_state_dict(tag, directory / "whole.ckpt", with_optimizer=True)
+        written = []
+        convert_zero_checkpoint_to_fp32_state_dict(
+            tag, directory / "whole.ckpt", with_optimizer=True, progress=written.append
+        )
+        assert sum(written) == exported_bytes(Reader(tag), Path("x.ckpt"), Wanted(with_optimizer=True))
     trainer.strategy.barrier()
-    ddp, _ = fit_from(make, "ddp", directory / "whole.ckpt", **options)
+    with torch.serialization.safe_globals([deque]):
+        ddp, _ = fit_from(make, "ddp", directory / "whole.ckpt", **options)
     return zero.losses, ddp.losses, dict(zero.state_dict()), dict(ddp.state_dict())
+
+
+class InContainers(torch.optim.Optimizer):
+    """Keeps lists, dicts and deques of tensors, as SOAP, AggMo and AdaShift do, and row factors without their shape."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["sides"] = [torch.zeros(n, n) for n in p.shape]
+                    state["averages"] = {0.5: torch.zeros_like(p), 0.9: torch.zeros_like(p)}
+                    state["steps"], state["flat"] = (0, [None]), torch.zeros(p.numel())
+                    state["queue"] = deque(
+                        [p.grad.clone()]
+                    )  # without maxlen, which Lightning loses on its way to a device
+                for beta, average in state["averages"].items():
+                    average.lerp_(p.grad, 1 - beta)
+                for dim, side in enumerate(state["sides"]):
+                    matrix = p.grad.movedim(dim, 0).flatten(1) if p.dim() > 1 else p.grad[:, None]
+                    side.addmm_(matrix, matrix.mT)
+                state["flat"] += p.grad.view(-1)
+                assert state["flat"].shape == (p.numel(),)
+                state["queue"].append(p.grad.clone())
+                if len(state["queue"]) > 2:
+                    state["queue"].popleft()
+                state["steps"] = (state["steps"][0] + 1, [None])
+                by = sum(state["averages"].values()) + sum(state["queue"]) + state["flat"].view(p.shape)
+                p.sub_(by, alpha=group["lr"] / (1 + state["steps"][0] + sum(side.norm() for side in state["sides"])))
+        return loss
+
+
+class Counting(torch.optim.SGD):
+    """Has a count in its state dict, on which each step depends, as StableSPAM, and leaves something out of it."""
+
+    count = 0
+
+    def step(self, closure=None):
+        self.count += 1
+        for group in self.param_groups:
+            group["lr"], group["_kind"] = 0.01 * self.count, Counting  # which torch would refuse to load
+        return super().step(closure)
+
+    def state_dict(self):
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            group.pop("_kind", None)
+        return {**state_dict, "count": self.count}
+
+    def load_state_dict(self, state_dict):
+        self.count = state_dict["count"]
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "count"})
+
+
+class Wrapping(torch.optim.SGD):
+    """Shows another's groups and states as its own."""
+
+    def __init__(self, params, lr):
+        self.inner = torch.optim.Adam(params, lr=lr)
+        self.defaults = self.inner.defaults
+
+    param_groups = property(lambda self: self.inner.param_groups, lambda self, groups: None)
+    state = property(lambda self: self.inner.state, lambda self, state: None)
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+class Apart(Counting):
+    """Has states under a key of its own."""
+
+    def state_dict(self):
+        return {**super().state_dict(), "slow": {0: torch.zeros(3)}}
+
+
+class WithCount(Model):
+    kind = Counting
+
+    def configure_optimizers(self):
+        return self.kind([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+
+class WithWrapper(WithCount):
+    kind = Wrapping
+
+
+class WithApart(WithCount):
+    kind = Apart
+
+
+class WithContainers(Model):
+    def configure_optimizers(self):
+        return InContainers([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+
+def resumed(make, directory, world_size):
+    options = {"world_size": world_size, "max_epochs": 2}
+    every = ZeroCheckpoint(directory, save_top_k=-1, every_n_epochs=1)
+    whole, _ = fit_from(make, ZeroStrategy(), callbacks=[every], **options)
+    first = min(directory.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    half, _ = fit_from(make, ZeroStrategy(), first, **options)
+    assert len(half.losses) == len(whole.losses) // 2
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in half.state_dict().items())
+
+
+def states_with_containers(directory, world_size):
+    """Every optimizer state as this number of ranks has it, saved or loaded."""
+    saved = directory if world_size == 1 else None
+    every = [] if saved else [ZeroCheckpoint(directory, every_n_epochs=1)]
+    model, trainer = fit_from(
+        WithContainers, ZeroStrategy(), saved, world_size=world_size, callbacks=every, max_epochs=1
+    )
+    return {name: trainer.strategy.full_state(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_states_in_lists_dicts_and_deques_are_the_same_on_another_number_of_ranks(tmp_path):
+    (expected, _), (got,) = (run_ranks(states_with_containers, n, tmp_path, n, process_group=False) for n in (2, 1))
+    torch.testing.assert_close(got, expected, rtol=0.0, atol=0.0)
+    assert all(state["flat"].dim() == 1 for state in got.values())
+
+
+@distributed(world_size=2, process_group=False)
+def test_states_in_lists_dicts_and_deques_are_resumed_bit_for_bit(tmp_path):
+    resumed(WithContainers, tmp_path, 2)
+
+
+@distributed(world_size=2, process_group=False)
+def test_what_an_optimizer_adds_to_its_state_dict_is_resumed(tmp_path):
+    resumed(WithCount, tmp_path, 2)
+
+
+@distributed(world_size=2, process_group=False)
+def test_an_optimizer_that_shows_anothers_states_is_resumed(tmp_path):
+    resumed(WithWrapper, tmp_path, 2)
+
+
+@distributed(world_size=2, process_group=False)
+def test_an_optimizer_with_states_outside_of_its_state_is_not_saved_in_part(tmp_path):
+    with pytest.raises(UnsupportedModelError, match=r"Apart has states in its state_dict\(\)\['slow'\].*weights alone"):
+        resumed(WithApart, tmp_path, 2)
 
 
 @pytest.mark.parametrize(
     ("make", "world_size", "where", "sampler"),
     [
+        (WithContainers, 2, "epoch", "own"),
+        (WithCount, 2, "epoch", "own"),
         (Model, 1, 5, "own"),
         (Model, 1, 16, "own"),  # an epoch's last batch
         (Model, 2, "epoch", "own"),

@@ -335,3 +335,35 @@ def test_a_layer_that_one_rank_alone_uses_beside_a_frozen_one_does_not_stop_the_
     for stage in (1, 2):
         model, _ = fit(UnusedBesideFrozen, ZeroStrategy(stage=stage, bucket_size_mb=1e-4))
         assert len(model.losses) == 16
+
+
+class ByRatio(torch.optim.Optimizer):
+    """Scales by a matrix's ratio, as Muons do, and keeps a state of all that it is given."""
+
+    def __init__(self, groups, lr=1e-2):
+        super().__init__(groups, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["steps"] = self.state[p].get("steps", 0) + 1
+                p.add_(p.grad, alpha=-group["lr"] * (p.shape[0] // p.shape[-1] + 1) / p.numel())
+        return loss
+
+
+class OneAlone(Plain):
+    """A parameter in a group of its own: one of two ranks owns nothing of it."""
+
+    def configure_optimizers(self):
+        return ByRatio([{"params": [p]} for p in self.net.parameters()])
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_rank_that_owns_nothing_of_a_group_may_divide_by_sizes_and_keeps_one_state_for_it():
+    module, trainer = assert_equals_ddp(OneAlone)
+    assert len(trainer.optimizers[0].state) == len(list(module.parameters()))

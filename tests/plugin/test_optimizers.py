@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn, optim
@@ -163,6 +164,34 @@ class SAM(optim.SGD):
     pass
 
 
+class ByDistance(optim.Optimizer):
+    """Takes its step size from all parameters together, and sums over the ranks if it is told to."""
+
+    def __init__(self, params, lr=1e-2, fsdp_in_use=False):
+        super().__init__(params, {"lr": lr, "fsdp_in_use": fsdp_in_use, "d": 1e-2})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            total = torch.zeros(())
+            for p in group["params"]:
+                total += p.grad.square().sum()
+            if group["fsdp_in_use"]:
+                dist.all_reduce(total)
+            group["d"] = max(group["d"], float(total))
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["lr"] * group["d"])
+        return loss
+
+
+class Prodigy(ByDistance):
+    pass
+
+
 class Lazy(Plain):
     def __init__(self):
         super().__init__()
@@ -197,13 +226,29 @@ class Viewed(Plain):
         (lambda: Plain(optim.LBFGS), "LBFGS can't be partitioned.*Use DDPStrategy"),
         (lambda: Embedded(optim.SparseAdam), "SparseAdam can't be partitioned.*sparse=False"),
         (lambda: Plain(SAM), "SAM can't be partitioned.*evaluates the closure twice"),
+        (
+            lambda: Plain(ByDistance),
+            "ByDistance can't be partitioned: it has computed 'd'.*or make it with fsdp_in_use",
+        ),
+        (lambda: Plain(Prodigy), "Prodigy can't be partitioned: its step size.*or make it with fsdp_in_use=True"),
         (lambda: Plain(AsksTwice), "AsksTwice evaluates its closure more than once.*use DDPStrategy"),
         (Lazy, "'net.weight' has no shape yet; run a batch through"),
         (Complex, "'phase' is torch.complex64.*view_as_real"),
         (Aliased, "share memory but are two objects; tie them by assigning"),
         (Viewed, "the buffer 'view' is the memory of the parameter 'net.0.weight'.* give it a copy"),
     ],
-    ids=["LBFGS", "SparseAdam", "SAM", "asks twice", "lazy", "complex", "aliased", "viewed"],
+    ids=[
+        "LBFGS",
+        "SparseAdam",
+        "SAM",
+        "a common step size",
+        "a known one",
+        "asks twice",
+        "lazy",
+        "complex",
+        "aliased",
+        "viewed",
+    ],
 )
 def test_what_cannot_be_partitioned_is_refused_with_a_reason_and_a_way_out(make, message, request):
     run_ranks(refusals, 2, request.node.callspec.id, process_group=False)
@@ -214,6 +259,21 @@ def refusals(which):
     parametrize = next(mark for mark in marks if mark.name == "parametrize")
     make, message = parametrize.args[1][parametrize.kwargs["ids"].index(which)]
     refused(make, message)
+
+
+class OneGroupEach(Plain):
+    """As the groups are, a rank owns nothing of some."""
+
+    def configure_optimizers(self):
+        return Prodigy([{"params": [p]} for p in self.parameters()], fsdp_in_use=True)
+
+
+@distributed(world_size=2, process_group=False)
+def test_an_optimizer_that_sums_over_the_ranks_if_it_is_told_to_equals_ddp():
+    theirs, _ = fit(lambda: Plain(Prodigy), "ddp")
+    ours, _ = fit(lambda: Plain(Prodigy, fsdp_in_use=True), ZeroStrategy())
+    assert_same_modules(ours, theirs, ROUNDED)
+    fit(OneGroupEach, ZeroStrategy(), max_steps=3)
 
 
 @distributed(world_size=1, process_group=False)
