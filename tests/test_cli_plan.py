@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lightning_zero import ZeroStrategy, planning
 from lightning_zero.cli import main
 from lightning_zero.engine import transport
+from lightning_zero.engine.cuts import ELEMENT_WISE
 from lightning_zero.engine.gradients import GradientReducer
-from lightning_zero.engine.optimizer import ELEMENT_WISE
 from lightning_zero.engine.transport import Sockets
 from lightning_zero.planning import OPTIMIZERS, Model, Setup, plan
 from lightning_zero.segments import ParameterSpec, plan_buckets

@@ -17,8 +17,9 @@ from lightning_zero.engine.arrivals import Arrivals
 from lightning_zero.engine.buckets import ParameterBucket, Piece
 from lightning_zero.engine.buffers import VacatedMemory
 from lightning_zero.engine.collectives import Collectives
+from lightning_zero.engine.cuts import Cut, cut_for
 from lightning_zero.engine.gradients import GradientReducer
-from lightning_zero.engine.optimizer import Cut, OwnedSegment, SegmentedOptimizer, copy_range, cut_for
+from lightning_zero.engine.optimizer import OwnedSegment, SegmentedOptimizer, copy_range
 from lightning_zero.engine.stand_in import PartitionedGradient
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.segments import ParameterSpec, plan_buckets

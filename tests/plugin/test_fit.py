@@ -131,14 +131,14 @@ def test_after_fit_the_module_is_an_ordinary_one():
 
 
 def test_lbfgs_is_refused_with_a_reason_and_a_way_out():
-    from lightning_zero.engine.optimizer import cut_for
+    from lightning_zero.engine.cuts import cut_for
 
     with pytest.raises(ValueError, match=r"LBFGS can't be partitioned.*Use DDPStrategy"):
         cut_for(torch.optim.LBFGS([nn.Parameter(torch.zeros(1))]), "auto", alone=False)
 
 
 def test_an_optimizer_that_is_not_known_gets_whole_parameters():
-    from lightning_zero.engine.optimizer import cut_for
+    from lightning_zero.engine.cuts import cut_for
 
     class Mine(torch.optim.AdamW):
         pass

@@ -11,7 +11,7 @@ from torch import nn, optim
 from torch.optim import lr_scheduler
 
 from lightning_zero import ZeroStrategy
-from lightning_zero.engine.optimizer import ELEMENT_WISE, cut_for
+from lightning_zero.engine.cuts import ELEMENT_WISE, cut_for
 from lightning_zero.errors import UnsupportedModelError
 from tests.launch import distributed, run_ranks
 from tests.plugin.parity import ROUNDED, Plain, assert_equals_ddp, assert_same_modules, fit
