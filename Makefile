@@ -1,6 +1,7 @@
 # Two commands on a fresh machine with Python 3.10 or newer:
 #   make example   sets up, then trains a small GPT in two processes, resumes if it was stopped, exports
 #   make test      sets up, then runs every test
+# and `make test-oldest`: every test on the oldest versions that pyproject.toml allows (5 GB; Python 3.10 or 3.11)
 # and `make soak`: three minutes of the example, killed and resumed (benchmarks/soak/README.md)
 # TORCH pins the build; an unpinned torch pulls gigabytes of CUDA packages that a laptop has no use for.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: example test soak check clean
+.PHONY: example test test-oldest soak check clean
 
 .venv/.examples: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -28,6 +29,14 @@ example: .venv/.examples
 test: .venv/.dev
 	$(BIN)/python -m pytest
 
+.venv-oldest/.dev: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --constraint tests/oldest.txt --editable '.[dev]'
+	touch $@
+
+test-oldest: .venv-oldest/.dev
+	.venv-oldest/bin/python -m pytest
+
 soak: .venv/.dev
 	$(BIN)/python -m benchmarks.soak --minutes 3
 
@@ -38,4 +47,4 @@ check: .venv/.dev
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-oldest runs

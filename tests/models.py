@@ -9,6 +9,9 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from lightning_zero import ZeroStrategy
 
+FSDP2_TRAINS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+"""torch 2.6's asks a stream of the CPU for an event, which that can't give."""
+
 
 class Rows(Dataset):
     """Random rows, the same in every process."""

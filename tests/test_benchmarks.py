@@ -20,14 +20,17 @@ from benchmarks.export import __main__ as export
 from benchmarks.export import conversions, plain
 from benchmarks.step import __main__ as step
 from tests.launch import run_ranks
+from tests.models import FSDP2_TRAINS_ON_CPU
 
 NEEDS_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed isn't installed")
+NEEDS_FSDP2 = pytest.mark.skipif(not FSDP2_TRAINS_ON_CPU, reason="torch 2.6's FSDP2 doesn't train on the CPU")
 LIMITS = dict.fromkeys(machine.LIMITS, 1.0)
 
 
 def marked(names: Sequence[str]) -> list[Any]:
-    """The names, those of DeepSpeed for where it is installed."""
-    return [pytest.param(name, marks=NEEDS_DEEPSPEED if "deepspeed" in name else ()) for name in names]
+    """The names, those of DeepSpeed for where it is installed, and those of FSDP2 for where it trains."""
+    needs = {"deepspeed": NEEDS_DEEPSPEED, "fsdp2": NEEDS_FSDP2}
+    return [pytest.param(name, marks=[mark for peer, mark in needs.items() if peer in name]) for name in names]
 
 
 def train_for_a_moment(contestant: str) -> dict[str, Any]:

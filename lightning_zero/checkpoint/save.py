@@ -266,7 +266,8 @@ def _serialize(trainer: dict[str, Any] | bytes) -> memoryview:
         return memoryview(trainer)
     stream = io.BytesIO()
     torch.save(trainer, stream)
-    return stream.getbuffer()
+    # Not its buffer, which keeps a stream from closing: Python 3.13 complains of that when it is collected
+    return memoryview(stream.getvalue())
 
 
 def _warn_of_unsafe_globals(content: memoryview) -> None:

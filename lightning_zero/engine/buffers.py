@@ -99,7 +99,10 @@ class VacatedMemory:
 
 
 def is_unshared(tensor: Tensor) -> bool:
-    """Whether no other tensor holds a dense tensor's memory, so far as torch knows."""
+    """Whether no other tensor holds a dense tensor's memory, so far as torch knows.
+
+    Torch 2.6's autograd goes on holding a gradient's while its hooks run: there, none is unshared.
+    """
     uses = getattr(torch._C, "_storage_Use_Count", None)
     if uses is None or tensor.is_sparse:
         return False

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, get_args
 
 import torch.distributed as dist
@@ -224,7 +225,9 @@ class ZeroCheckpointIO(TorchCheckpointIO):
             )  # Lightning 2.5 knows no such thing
             try:
                 return super().load_checkpoint(path, map_location or (lambda storage, _: storage), **options)
-            except (KeyError, IndexError, EOFError) as error:  # what a file that isn't a pickle may come to
+            except (KeyError, IndexError, EOFError, UnpicklingError) as error:  # what comes of what is no pickle
+                if "weights_only" in str(error):  # torch doesn't trust it: the default of Lightning 2.6, not of 2.5
+                    raise
                 reason = f"{type(error).__name__}: {error}"
                 raise CorruptCheckpointError(f"{path} isn't a checkpoint, or was cut short ({reason})") from error
         if self._verified is not None:

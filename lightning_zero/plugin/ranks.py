@@ -107,9 +107,10 @@ class Ranks:
         world = dist.group.WORLD
         if self._groups is None or self._groups.world is not world:
             assert world is not None
+            _join_without_the_lock(world)
             _destroy_abandoned()
-            data = dist.new_group(timeout=self._timeout)
-            control = dist.new_group(timeout=self._timeout, backend="gloo")
+            data = self._new_group()
+            control = self._new_group("gloo")
             self._groups = _Groups(world, data, control, collectives_for(data, self.device, self._timeout))
             self._abandon = weakref.finalize(self, _abandoned.append, self._groups)
             self._abandon.atexit = False
@@ -132,8 +133,13 @@ class Ranks:
         """For what a thread says behind training. To be made, and let go, while no such thread runs."""
         own = self._own
         if own.behind is None:
-            own.behind = dist.new_group(timeout=self._timeout, backend="gloo")
+            own.behind = self._new_group("gloo")
         return own.behind
+
+    def _new_group(self, backend: str | None = None) -> dist.ProcessGroup:
+        group: dist.ProcessGroup = dist.new_group(timeout=self._timeout, backend=backend)
+        _join_without_the_lock(group)
+        return group
 
     def renew(self) -> None:
         """Begin a fit with groups in which nothing is under way: the last one may have ended in an exception."""
@@ -306,6 +312,18 @@ def _leave(of: weakref.ref[Ranks]) -> None:
         ranks.release()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _join_without_the_lock(group: dist.ProcessGroup) -> None:
+    """Have a group's threads joined, when it goes, without the interpreter's lock.
+
+    Up to torch 2.7 a group holds that lock as it joins them, and one that is just letting go of a tensor waits for it:
+    for ever, as a loaded machine shows. A backend gives the lock up before, so it has to outlive its group: by no more
+    than a moment, and it is its backend that a group's threads belong to.
+    """
+    kinds = {device.type for device in group._device_types}
+    backends = [group._get_backend(torch.device(kind)) for kind in kinds]
+    weakref.finalize(group, backends.clear).atexit = False
 
 
 def _raise_first(errors: list[Exception | None], own: Exception | None) -> None:

@@ -719,7 +719,7 @@ class ZeroStrategy(DDPStrategy):
 
         def load() -> dict[str, Any]:
             if choice is None:
-                return self.checkpoint_io.load_checkpoint(os.fspath(checkpoint_path), weights_only=weights_only)
+                return _load(self.checkpoint_io, os.fspath(checkpoint_path), weights_only)
             checkpoint = self._load_chosen(choice, weights_only)
             trainer = self.trainer_if_any
             fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
@@ -747,7 +747,7 @@ class ZeroStrategy(DDPStrategy):
     def _load_chosen(self, choice: Choice, weights_only: bool | None) -> dict[str, Any]:
         """All ranks have looked at what is loaded: none has to look at all of it."""
         with nullcontext() if self.saves.io is None else self.saves.io.loading_verified(choice.manifest):
-            return self.saves.sharded_io.load_checkpoint(choice.path, weights_only=weights_only)
+            return _load(self.saves.sharded_io, choice.path, weights_only)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -832,3 +832,9 @@ def _require_tag_validation(value: object) -> None:
 def _as_tag(tag: str | int) -> str:
     """DeepSpeed makes a string of it, and its users give it numbers."""
     return str(tag) if isinstance(tag, int) else tag
+
+
+def _load(io: CheckpointIO, path: str, weights_only: bool | None) -> dict[str, Any]:
+    options = {} if weights_only is None else {"weights_only": weights_only}  # Lightning 2.5's own takes no such thing
+    loaded: dict[str, Any] = io.load_checkpoint(path, **options)
+    return loaded

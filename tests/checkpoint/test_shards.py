@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,9 +27,10 @@ def item(name: str, tensor: torch.Tensor) -> Item:
 
 
 def test_safetensors_itself_reads_a_shard(tmp_path: Path) -> None:
-    tensors = {
-        str(dtype): torch.arange(5).to(dtype) for dtype in CODES if dtype not in (torch.complex128, torch.complex64)
-    }
+    unknown = {torch.complex128, torch.complex64}
+    if tuple(int(number) for number in safetensors.__version__.split(".")[:2]) < (0, 8):
+        unknown |= {torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
+    tensors = {str(dtype): torch.arange(5).to(dtype) for dtype in CODES if dtype not in unknown}
     tensors["large"] = torch.randn(WRITEBACK_BYTES // 2)
     entry = write_shard(
         tmp_path / "s.safetensors", [item(*pair) for pair in tensors.items()], (), rank=1, step=7, save_id="x"

@@ -5,13 +5,14 @@ import os
 import struct
 import zipfile
 from collections import OrderedDict
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.serialization import config
 
 from lightning_zero.checkpoint.archive import NewRecord, directory
 from lightning_zero.checkpoint.elements import Elements
@@ -69,6 +70,7 @@ def without_id(content: bytes) -> bytes:
     return (content[:begin] + bytes(40) + content[begin + 40 :]).replace(checksum, bytes(4))
 
 
+@pytest.mark.skipif(find_spec("torch.utils.serialization") is None, reason="torch 2.6 has the records in another order")
 def test_it_is_what_torch_saves_to_the_byte(tmp_path: Path) -> None:
     given: dict[str, Any] = tensors()
     given["tied"] = given["(17,)"]
@@ -93,7 +95,9 @@ def test_torch_reads_it_in_every_way(tmp_path: Path, mmap: bool, computed: bool)
     given = tensors()
     read = {name: unread(tensor) for name, tensor in given.items()}
     write(tmp_path / "ours", {"state_dict": {**read, "tied": read["(17,)"]}})
-    with config.patch("load.calculate_storage_offsets", computed):
+    if computed:
+        config = pytest.importorskip("torch.utils.serialization.config", reason="torch 2.6 has no such setting")
+    with config.patch("load.calculate_storage_offsets", True) if computed else nullcontext():
         loaded = torch.load(tmp_path / "ours", weights_only=True, mmap=mmap)["state_dict"]
     tied = loaded.pop("tied")
     assert tied.data_ptr() == loaded["(17,)"].data_ptr()

@@ -617,7 +617,7 @@ def asks_alone(method):
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
     (tmp_path / "notes.ckpt").write_text("hello")
     with pytest.raises(CorruptCheckpointError, match=r"notes\.ckpt isn't a checkpoint"):
-        ZeroCheckpointIO().load_checkpoint(tmp_path / "notes.ckpt", weights_only=True)
+        ZeroCheckpointIO().load_checkpoint(tmp_path / "notes.ckpt")
 
 
 def test_random_states_go_on_as_they_are_saved_and_as_lists_as_they_were_before():

@@ -1,6 +1,7 @@
 """Modules that are compiled, made late, made without memory, loaded from directories, and saved at any time."""
 
 import copy
+from inspect import signature
 
 import pytest
 import torch
@@ -183,7 +184,8 @@ def test_validate_test_and_predict_load_directories_and_exported_files(tmp_path)
         for make in (lambda: ZeroStrategy(), lambda: "ddp") if path == exported else (lambda: ZeroStrategy(),):
             fresh, trainer = Judged(), quiet_trainer(make(), world_size=2)
             validated = trainer.validate(fresh, datamodule=Data(), ckpt_path=path, verbose=False)
-            tested = trainer.test(fresh, Data().val_dataloader(), ckpt_path=path, verbose=False, weights_only=True)
+            safely = {"weights_only": True} if "weights_only" in signature(trainer.test).parameters else {}
+            tested = trainer.test(fresh, Data().val_dataloader(), ckpt_path=path, verbose=False, **safely)
             predicted = trainer.predict(fresh, Data().val_dataloader(), ckpt_path=path)
             for name, value in trained.state_dict().items():
                 assert torch.equal(fresh.state_dict()[name], value), (path, name)

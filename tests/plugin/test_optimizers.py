@@ -251,6 +251,8 @@ class Viewed(Plain):
     ],
 )
 def test_what_cannot_be_partitioned_is_refused_with_a_reason_and_a_way_out(make, message, request):
+    if make is Complex and torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6's gloo, which Lightning sends the module with, knows no complex numbers")
     run_ranks(refusals, 2, request.node.callspec.id, process_group=False)
 
 

@@ -50,6 +50,20 @@ def test_what_cant_be_told_on_one_rank_fails_on_all():
     ranks.release()
 
 
+@distributed(world_size=2)
+def test_groups_go_while_their_threads_let_go_of_tensors():
+    ranks = Ranks(None)
+    for _ in range(50):  # up to torch 2.7 one of them hangs, left to itself
+        for group in (ranks.control, ranks.behind):
+            tensors = [torch.ones(1000) for _ in range(20)]
+            works = [dist.reduce(tensor, 0, group=group, async_op=True) for tensor in tensors]
+            for work in works:
+                work.wait()
+            del tensors, works, work, group
+        ranks.renew()
+    ranks.release()
+
+
 class Own(Model):
     """Not the same on every rank."""
 
