@@ -142,8 +142,10 @@ def _was_validated(loops: Mapping[str, Any]) -> bool:
 
 
 def is_at_epochs_end(loops: Mapping[str, Any]) -> bool:
-    """Whether the fit loop's state is that of an epoch's last batch."""
-    return bool(loops.get("fit_loop", {}).get("epoch_loop.batch_progress", {}).get("is_last_batch"))
+    """Whether the fit loop's state is that of an epoch's last batch, which has been trained on, and isn't only there."""
+    progress = loops.get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    current = progress.get("current", {})
+    return bool(progress.get("is_last_batch")) and current.get("processed", 0) >= current.get("ready", 0)
 
 
 def is_over(loops: Mapping[str, Any]) -> bool:

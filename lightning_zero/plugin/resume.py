@@ -89,7 +89,7 @@ class Resume:
         self._batches: int = progress.get("current", {}).get("processed", 0)
         epoch = loops.get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
         begun = progress.get("current", {}).get("ready", 0) > 0 or epoch.get("started", 0) > epoch.get("processed", 0)
-        self.in_mid_epoch: bool = begun and not progress.get("is_last_batch")
+        self.in_mid_epoch: bool = begun and not is_at_epochs_end(loops)
         """The checkpoint's epoch was begun, and isn't over."""
         others = [of(other) for other in range(rank + world_size, saved_by, world_size)]
         self._metrics: list[dict[str, MetricState]] = [state.get("metrics", {}) for state in (own, *others) if state]
