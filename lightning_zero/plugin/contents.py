@@ -45,6 +45,7 @@ def contents(
     metrics: Mapping[str, MetricState] | None = None,
     loaders: Sequence[Mapping[str, Any]] = (),
     logged: Mapping[str, Any] | None = None,
+    validating: bool = False,
 ) -> tuple[RankContent, SharedContent]:
     """Divide Lightning's dict into what this rank writes and what the ranks share.
 
@@ -58,6 +59,7 @@ def contents(
         metrics: what this rank's metrics have accumulated.
         loaders: what the order of this rank's data was drawn from: see `data_order`.
         logged: what this rank has logged: see `logged_metrics`.
+        validating: whether it is saved in the middle of a validation.
     """
     division = _Division(checkpoint, module, partition, rank, world_size)
     division.add_state_dict()
@@ -77,6 +79,7 @@ def contents(
         "metrics": dict(metrics or {}),
         "loaders": [*loaders],
         "logged": dict(logged or {}),
+        "validating": validating,
     }
     torch.serialization.save(own, rank_state)
     return (

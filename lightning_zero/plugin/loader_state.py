@@ -142,8 +142,10 @@ def _was_validated(loops: Mapping[str, Any]) -> bool:
 
 
 def is_at_epochs_end(loops: Mapping[str, Any]) -> bool:
-    """Whether the fit loop's state is that of an epoch's last batch."""
-    return bool(loops.get("fit_loop", {}).get("epoch_loop.batch_progress", {}).get("is_last_batch"))
+    """Whether the fit loop's state is that of an epoch's last batch, and that one has been trained on."""
+    progress = loops.get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    current = progress.get("current", {})
+    return bool(progress.get("is_last_batch")) and current.get("processed", 0) >= current.get("ready", 0)
 
 
 def is_over(loops: Mapping[str, Any]) -> bool:
@@ -169,6 +171,22 @@ def reopen_epoch(loops: dict[str, Any]) -> None:
     if stopped and in_its_middle:
         for count in counts:
             count["processed"] = count["completed"] = count["started"] - 1
+
+
+def forget_untrained_batch(loops: dict[str, Any]) -> None:
+    """Let a batch that was there, and wasn't trained on, be one that hasn't come yet.
+
+    Lightning would count a step for it, and then train on it.
+
+    Args:
+        loops: `checkpoint["loops"]`; changed in place.
+    """
+    progress = loops.get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    counts = [progress[which] for which in ("total", "current") if which in progress]
+    if any(count.get("processed", 0) < count.get("ready", 0) for count in counts):
+        progress["is_last_batch"] = False
+        for count in counts:
+            count["ready"] = count["started"] = count["processed"]
 
 
 def dont_restart(loop: _Loop) -> None:

@@ -30,6 +30,7 @@ from lightning_zero.plugin.loader_state import (
     Iterators,
     dont_restart,
     finish_epochs,
+    forget_untrained_batch,
     is_at_epochs_end,
     is_over,
     next_epoch,
@@ -85,11 +86,12 @@ class Resume:
         """What was logged: see `logged_metrics`."""
         self._begun = 0
         loops = checkpoint.get("loops", {})
+        forget_untrained_batch(loops)
         progress = loops.get("fit_loop", {}).get("epoch_loop.batch_progress", {})
         self._batches: int = progress.get("current", {}).get("processed", 0)
         epoch = loops.get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
         begun = progress.get("current", {}).get("ready", 0) > 0 or epoch.get("started", 0) > epoch.get("processed", 0)
-        self.in_mid_epoch: bool = begun and not progress.get("is_last_batch")
+        self.in_mid_epoch: bool = begun and not is_at_epochs_end(loops)
         """The checkpoint's epoch was begun, and isn't over."""
         others = [of(other) for other in range(rank + world_size, saved_by, world_size)]
         self._metrics: list[dict[str, MetricState]] = [state.get("metrics", {}) for state in (own, *others) if state]
@@ -104,6 +106,7 @@ class Resume:
         self._epoch = next_epoch(loops)
         hooks_are_left = progress.get("current", {}).get("completed", 0) < self._batches
         self._at_last_batch = is_at_epochs_end(loops) and hooks_are_left
+        self._is_between_batches = not hooks_are_left and own.get("validating") is False
         self._all_batches: int = progress.get("total", {}).get("ready", 0)
 
     def restore_metrics(self, module: Module) -> None:
@@ -144,15 +147,17 @@ class Resume:
     def pass_over_validation(self, trainer: Trainer) -> None:
         """Let Lightning pass over the validation that came after an epoch's last batch, if one did.
 
-        It makes an iterator for it, which draws a number, but asks the epoch that comes whether there is one.
+        It makes an iterator for it, which draws a number, but asks the epoch that comes whether there is one. Between
+        two batches all that came of the first is done; Lightning takes a validation there for one that has just ended,
+        counts a step for the loggers, and steps a plateau's scheduler, both a second time.
         """
         loop, every_epoch, every = trainer.fit_loop.epoch_loop, trainer.check_val_every_n_epoch, trainer.val_check_batch
         by_time = getattr(trainer, "_val_check_time_interval", None) is not None
-        if not self._at_last_batch or not loop.restarting or by_time or every is None:
+        if not loop.restarting or by_time or every is None or not (self._at_last_batch or self._is_between_batches):
             return
         done = self._batches if every_epoch is not None else self._all_batches
         in_this_epoch = trainer.enable_validation and (every_epoch is None or self._epoch % every_epoch == 0)
-        due = in_this_epoch and (math.isinf(every) or done % every == 0)
+        due = self._at_last_batch and in_this_epoch and (math.isinf(every) or done % every == 0)
 
         def was_due(_: object) -> bool:
             let_lightning_decide(loop)

@@ -574,6 +574,7 @@ class ZeroStrategy(DDPStrategy):
             metrics=metrics,
             loaders=self._data.where(self._trainer) if partition else (),
             logged=get_logged(self._trainer) if partition else None,
+            validating=self._trainer.validating,
         )
 
     @override

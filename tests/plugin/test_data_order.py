@@ -195,6 +195,20 @@ def test_what_was_saved_at_the_end_of_a_validation_or_in_a_first_batch_goes_on_t
     assert fit(make, 1, callbacks=[InTheFirst()]) == fit(make, 1, ckpt_path=tmp_path / "first")
 
 
+@distributed(world_size=2, process_group=False)
+def test_what_was_saved_before_an_epochs_last_batch_was_trained_on_goes_on_with_it(tmp_path):
+    make, whole = LOADERS["shuffled"], fit(LOADERS["shuffled"], 2)
+    last = len(whole) // 3 - 1
+
+    class InTheLast(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.global_step == last:
+                trainer.save_checkpoint(tmp_path / "last")
+
+    assert fit(make, 2, callbacks=[InTheLast()]) == whole
+    assert fit(make, 2, ckpt_path=tmp_path / "last") == whole[last:]
+
+
 @distributed(world_size=1, process_group=False)
 def test_a_loader_is_its_owners_when_the_fit_is_over_and_a_copy_of_it_at_any_time(tmp_path):
     loader = LOADERS["shuffled"]()

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers.logger import Logger
 
 from lightning_zero import ZeroCheckpoint, ZeroStrategy
 from tests.launch import run_ranks
-from tests.models import Data, Model, quiet_trainer
+from tests.models import Data, Model, Rows, quiet_trainer
 
 
 class Logging(Model):
@@ -48,13 +49,13 @@ class Seen(Callback):
         self.epochs.append({**self._of(trainer), "lr": lr})
 
 
-def run(ckpt_path=None, callbacks=(), module=None, **options):
+def run(ckpt_path=None, callbacks=(), module=None, data=Data, **options):
     seed_everything(3, verbose=False)
     model, seen = module or Logging(), Seen()
     trainer = quiet_trainer(
         ZeroStrategy(), world_size=int(options.pop("world_size")), callbacks=[seen, *callbacks], max_epochs=4, **options
     )
-    trainer.fit(model, datamodule=Data(), ckpt_path=ckpt_path)
+    trainer.fit(model, datamodule=data(), ckpt_path=ckpt_path)
     return model, seen
 
 
@@ -102,3 +103,64 @@ def logged_before(directory):
 
 def test_what_was_logged_before_and_not_again_in_its_epoch_is_no_part_of_the_next_ones(tmp_path):
     run_ranks(logged_before, 1, tmp_path, process_group=False)
+
+
+class Steps(Logger):
+    """The steps that losses are logged at."""
+
+    name, version = "steps", 0
+
+    def __init__(self):
+        self.logged = []
+
+    def log_metrics(self, metrics, step=None):
+        self.logged += [step] if "loss_step" in metrics else []
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+class ByStep(Logging):
+    """Lets the learning rate follow each second step."""
+
+    def configure_optimizers(self):
+        configured = super().configure_optimizers()
+        configured["lr_scheduler"] |= {"monitor": "loss_step", "interval": "step", "frequency": 2}
+        return configured
+
+
+class Stateless(Data):
+    """Whose loader hasn't given away the batch that failed."""
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(Rows(), batch_size=4, shuffle=True)
+
+
+class Failing(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == self.step:
+            raise RuntimeError
+
+
+def stopped(directory):
+    options = {"data": Stateless, "world_size": 1, "log_every_n_steps": 1}
+    options |= {"limit_train_batches": 6, "val_check_interval": 3}
+    logger = Steps()
+    whole, seen = run(module=ByStep(), logger=logger, **options)
+    rates = [epoch["lr"] for epoch in seen.epochs]
+    epoch = 6
+    for step in (2, 3, 5, 6):  # in the middle, behind a validation, before and in a first batch
+        with pytest.raises(RuntimeError):
+            run(callbacks=[Failing(step), OnExceptionCheckpoint(directory, f"{step}")], module=ByStep(), **options)
+        logger = Steps()
+        model, seen = run(directory / f"{step}.ckpt", module=ByStep(), logger=logger, **options)
+        assert logger.logged == [*range(step, 4 * epoch)], step
+        assert [each["lr"] for each in seen.epochs] == rates[step // epoch :], step
+        assert model.losses == whole.losses[step:]
+
+
+def test_what_was_stopped_between_two_batches_logs_at_the_same_steps_and_steps_no_scheduler_twice(tmp_path):
+    run_ranks(stopped, 1, tmp_path, process_group=False)
