@@ -574,7 +574,7 @@ class ZeroStrategy(DDPStrategy):
             metrics=metrics,
             loaders=self._data.where(self._trainer) if partition else (),
             logged=get_logged(self._trainer) if partition else None,
-            validating=self._trainer.validating,
+            validating=partition is not None and self._trainer.validating,
         )
 
     @override
