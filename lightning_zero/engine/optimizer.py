@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_zero.engine.arrivals import Arrivals
 from lightning_zero.engine.buckets import ParameterBucket, Piece
@@ -616,14 +617,7 @@ class SegmentedOptimizer:
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors of a state, which may be a container of them, as SOAP's are."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors_in(item)
-    elif isinstance(value, (list, tuple, deque)):
-        for item in value:
-            yield from _tensors_in(item)
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def _is_real(value: Any) -> bool:
@@ -664,12 +658,10 @@ def _taken_over(state: dict[str, Any], former: Piece, piece: Piece, optimizer: O
 
 def _part_of(value: Any, key: str, piece: Piece, room: Callable[..., Tensor]) -> Any:
     """The part of one state of a whole parameter that belongs to a piece of it, in the room that there is for it."""
-    if type(value) is dict:
-        return {name: _part_of(item, key, piece, room) for name, item in value.items()}
-    if type(value) is deque:
-        return deque((_part_of(item, key, piece, room) for item in value), value.maxlen)
-    if type(value) in (list, tuple):
-        return type(value)(_part_of(item, key, piece, room) for item in value)
+    return tree_map(lambda leaf: _part_of_leaf(leaf, key, piece, room), value)
+
+
+def _part_of_leaf(value: Any, key: str, piece: Piece, room: Callable[..., Tensor]) -> Any:
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
     shape, master = piece.slot.parameter.shape, piece.master.detach()

@@ -16,12 +16,12 @@ from lightning_zero.plugin.ranks import Ranks
 
 def module_lines(module: Module) -> list[str]:
     """Every parameter, and whether it is trained, and every buffer that isn't a rank's own: a line each."""
-    lines = []
+    lines, ignored = [], ignored_names(module)
     for prefix, part in module.named_modules():
         for name, parameter in part.named_parameters(prefix, recurse=False):
             lines.append(_line(name, parameter, "trained" if parameter.requires_grad else "frozen"))
         for name, buffer in part.named_buffers(prefix, recurse=False):
-            if name not in _ignored(module):
+            if name not in ignored:
                 lines.append(_line(name, buffer, "a buffer"))
     return lines
 
@@ -30,8 +30,8 @@ def _line(name: str, tensor: Tensor, kind: str) -> str:
     return f"{name!r} of shape {tuple(tensor.shape)}, {tensor.dtype}, {kind}"
 
 
-def _ignored(module: Module) -> Container[str]:
-    """What a user has told DDP to leave alone."""
+def ignored_names(module: Module) -> Container[str]:
+    """Of the parameters and buffers that a user has told DDP to leave alone."""
     ignored: Container[str] = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
     return ignored
 
@@ -42,8 +42,8 @@ def give_first_ranks_values(module: Module, ranks: Ranks) -> None:
     Of those on the host only what differs is sent: where all ranks have the same seed, or have read one checkpoint,
     nothing. And it goes tensor by tensor, where DDP makes a second copy of 250 MiB at a time.
     """
-    named = chain(module.named_parameters(), module.named_buffers())
-    tensors = [tensor.detach() for name, tensor in named if name not in _ignored(module)]
+    named, ignored = chain(module.named_parameters(), module.named_buffers()), ignored_names(module)
+    tensors = [tensor.detach() for name, tensor in named if name not in ignored]
     digests = [_digest(tensor) for tensor in tensors]
     everyones = zip(tensors, *ranks.everyones(lambda: [digests]), strict=True)
     ranks.give([tensor for tensor, *theirs in everyones if None in theirs or len(set(theirs)) > 1], 0)

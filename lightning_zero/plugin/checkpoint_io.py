@@ -78,6 +78,11 @@ class LoadedCheckpoint(dict[str, Any]):
         self.source = source
 
 
+def weights_option(weights_only: bool | None) -> dict[str, bool]:
+    """How it is passed on to a `CheckpointIO`: not at all where nobody has set it, since Lightning 2.5's has none."""
+    return {} if weights_only is None else {"weights_only": weights_only}
+
+
 class ZeroCheckpointIO(TorchCheckpointIO):
     """Saves and loads checkpoint directories, all ranks together; on a mounted file system, or at any URL of fsspec's.
 
@@ -220,11 +225,9 @@ class ZeroCheckpointIO(TorchCheckpointIO):
         """Load a directory (a tag's, or a save directory, whose `latest` then decides) or a plain file."""
         self.join()
         if not is_checkpoint(path):
-            options = (
-                {} if weights_only is None else {"weights_only": weights_only}
-            )  # Lightning 2.5 knows no such thing
+            place = map_location or (lambda storage, _: storage)
             try:
-                return super().load_checkpoint(path, map_location or (lambda storage, _: storage), **options)
+                return super().load_checkpoint(path, place, **weights_option(weights_only))
             except (KeyError, IndexError, EOFError, UnpicklingError) as error:  # what comes of what is no pickle
                 if "weights_only" in str(error):  # torch doesn't trust it: the default of Lightning 2.6, not of 2.5
                     raise

@@ -45,9 +45,9 @@ from lightning_zero.errors import (
     UnsupportedModelError,
 )
 from lightning_zero.memory import keep_freed_memory
-from lightning_zero.plugin.alike import give_first_ranks_values, module_lines, optimizer_lines
+from lightning_zero.plugin.alike import give_first_ranks_values, ignored_names, module_lines, optimizer_lines
 from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown, require_instance
-from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ZeroCheckpointIO
+from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ZeroCheckpointIO, weights_option
 from lightning_zero.plugin.choice import Choice, choose
 from lightning_zero.plugin.contents import contents
 from lightning_zero.plugin.loading import fits_module, load_module, read_together, restore_optimizer_states
@@ -435,7 +435,7 @@ class ZeroStrategy(DDPStrategy):
         """Give every rank the first rank's buffers, just when DDP does: not after a forward that wasn't reduced."""
         if self._broadcast_buffers and self._buffers_due:
             assert self.model is not None
-            ignored = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
+            ignored = ignored_names(self.model)
             self._ranks.collectives.broadcast_all([b for name, b in self.model.named_buffers() if name not in ignored])
         self._buffers_due = torch.is_grad_enabled() and not self._blocked
 
@@ -720,7 +720,7 @@ class ZeroStrategy(DDPStrategy):
 
         def load() -> dict[str, Any]:
             if choice is None:
-                return _load(self.checkpoint_io, os.fspath(checkpoint_path), weights_only)
+                return self.checkpoint_io.load_checkpoint(os.fspath(checkpoint_path), **weights_option(weights_only))
             checkpoint = self._load_chosen(choice, weights_only)
             trainer = self.trainer_if_any
             fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
@@ -748,7 +748,7 @@ class ZeroStrategy(DDPStrategy):
     def _load_chosen(self, choice: Choice, weights_only: bool | None) -> dict[str, Any]:
         """All ranks have looked at what is loaded: none has to look at all of it."""
         with nullcontext() if self.saves.io is None else self.saves.io.loading_verified(choice.manifest):
-            return _load(self.saves.sharded_io, choice.path, weights_only)
+            return self.saves.sharded_io.load_checkpoint(choice.path, **weights_option(weights_only))
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -833,9 +833,3 @@ def _require_tag_validation(value: object) -> None:
 def _as_tag(tag: str | int) -> str:
     """DeepSpeed makes a string of it, and its users give it numbers."""
     return str(tag) if isinstance(tag, int) else tag
-
-
-def _load(io: CheckpointIO, path: str, weights_only: bool | None) -> dict[str, Any]:
-    options = {} if weights_only is None else {"weights_only": weights_only}  # Lightning 2.5's own takes no such thing
-    loaded: dict[str, Any] = io.load_checkpoint(path, **options)
-    return loaded

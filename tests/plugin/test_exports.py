@@ -30,6 +30,7 @@ from lightning_zero.errors import (
 from lightning_zero.plugin import callbacks
 from tests.launch import distributed, run_ranks
 from tests.models import Data, Model, quiet_trainer
+from tests.plugin.parity import OneStep
 
 # ------------------------------------------------------------------------------------- the training checkpoint
 
@@ -96,18 +97,13 @@ def zero_and_then_ddp(directory, make, world_size, where, sampler):
     return zero.losses, ddp.losses, dict(zero.state_dict()), dict(ddp.state_dict())
 
 
-class InContainers(torch.optim.Optimizer):
+class InContainers(OneStep):
     """Keeps lists, dicts and deques of tensors, as SOAP, AggMo and AdaShift do, and row factors without their shape."""
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr})
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self):
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
@@ -131,7 +127,6 @@ class InContainers(torch.optim.Optimizer):
                 state["steps"] = (state["steps"][0] + 1, [None])
                 by = sum(state["averages"].values()) + sum(state["queue"]) + state["flat"].view(p.shape)
                 p.sub_(by, alpha=group["lr"] / (1 + state["steps"][0] + sum(side.norm() for side in state["sides"])))
-        return loss
 
 
 class Counting(torch.optim.SGD):

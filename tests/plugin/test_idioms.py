@@ -7,7 +7,7 @@ from torch import nn
 from lightning_zero import ZeroStrategy
 from lightning_zero.errors import UnsupportedModelError
 from tests.launch import distributed, run_ranks
-from tests.plugin.parity import ROUNDED, ByHand, Plain, assert_equals_ddp, assert_same_modules, fit
+from tests.plugin.parity import ROUNDED, ByHand, OneStep, Plain, assert_equals_ddp, assert_same_modules, fit
 
 
 class SharedGradient(Plain):
@@ -337,23 +337,17 @@ def test_a_layer_that_one_rank_alone_uses_beside_a_frozen_one_does_not_stop_the_
         assert len(model.losses) == 16
 
 
-class ByRatio(torch.optim.Optimizer):
+class ByRatio(OneStep):
     """Scales by a matrix's ratio, as Muons do, and keeps a state of all that it is given."""
 
     def __init__(self, groups, lr=1e-2):
         super().__init__(groups, {"lr": lr})
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self):
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["steps"] = self.state[p].get("steps", 0) + 1
                 p.add_(p.grad, alpha=-group["lr"] * (p.shape[0] // p.shape[-1] + 1) / p.numel())
-        return loss
 
 
 class OneAlone(Plain):

@@ -14,21 +14,16 @@ from lightning_zero import ZeroStrategy
 from lightning_zero.engine.cuts import ELEMENT_WISE, cut_for
 from lightning_zero.errors import UnsupportedModelError
 from tests.launch import distributed, run_ranks
-from tests.plugin.parity import ROUNDED, Plain, assert_equals_ddp, assert_same_modules, fit
+from tests.plugin.parity import ROUNDED, OneStep, Plain, assert_equals_ddp, assert_same_modules, fit
 
 
-class Lamb(optim.Optimizer):
+class Lamb(OneStep):
     """Layer-wise trust ratios over Adam (You et al., 2020): looks at each parameter as a whole."""
 
     def __init__(self, params, lr=1e-2, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -42,7 +37,6 @@ class Lamb(optim.Optimizer):
                 update = state["m"] / (state["v"].sqrt() + group["eps"]) + group["weight_decay"] * p
                 ratio = p.norm() / update.norm().clamp_min(1e-12)
                 p.sub_(update, alpha=group["lr"] * float(ratio.clamp(0, 10)))
-        return loss
 
 
 class Matrices(Plain):
@@ -164,18 +158,13 @@ class SAM(optim.SGD):
     pass
 
 
-class ByDistance(optim.Optimizer):
+class ByDistance(OneStep):
     """Takes its step size from all parameters together, and sums over the ranks if it is told to."""
 
     def __init__(self, params, lr=1e-2, fsdp_in_use=False):
         super().__init__(params, {"lr": lr, "fsdp_in_use": fsdp_in_use, "d": 1e-2})
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self):
         for group in self.param_groups:
             total = torch.zeros(())
             for p in group["params"]:
@@ -185,7 +174,6 @@ class ByDistance(optim.Optimizer):
             group["d"] = max(group["d"], float(total))
             for p in group["params"]:
                 p.sub_(p.grad, alpha=group["lr"] * group["d"])
-        return loss
 
 
 class Prodigy(ByDistance):
