@@ -158,7 +158,7 @@ def test_init_module_makes_a_module_on_the_strategys_device():
         model = Plain()
     assert model.net[0].weight.dtype == torch.bfloat16
     trainer.fit(model)
-    assert model.losses[-1] < model.losses[0]
+    assert model.losses[-1] < model.losses[0], model.losses
 
 
 class Judged(Model):
