@@ -152,13 +152,13 @@ def test_only_what_has_no_memory_gets_some_and_what_nobody_fills_is_named(tmp_pa
 
 @distributed(world_size=2, process_group=False)
 def test_init_module_makes_a_module_on_the_strategys_device():
-    torch.manual_seed(3)
-    trainer = quiet_trainer(world_size=2, max_epochs=1, precision="bf16-true")
+    trainer = quiet_trainer(world_size=2, max_epochs=4, precision="bf16-true")
     with trainer.init_module(empty_init=False):
         model = Plain()
     assert model.net[0].weight.dtype == torch.bfloat16
     trainer.fit(model)
-    assert model.losses[-1] < model.losses[0], model.losses
+    epoch = len(model.losses) // 4
+    assert sum(model.losses[-epoch:]) < sum(model.losses[:epoch]), model.losses
 
 
 class Judged(Model):
