@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_zero.engine.buffers import VacatedMemory
+from lightning_zero.engine.buffers import StateMemory
 from lightning_zero.engine.collectives import Collectives
 from lightning_zero.engine.transport import Pending
 from lightning_zero.errors import UnsupportedModelError
@@ -84,7 +84,7 @@ class ParameterBucket:
         parameters: by name.
         collectives: the ranks that share the bucket.
         whole: give a master its parameter's shape, for an optimizer that looks at it, not a flat one.
-        vacated: takes the memory that the parameters leave.
+        state_memory: takes the memory that the parameters leave.
         master_device: where the masters are; by default where the parameters are.
     """
 
@@ -95,7 +95,7 @@ class ParameterBucket:
         collectives: Collectives,
         *,
         whole: bool,
-        vacated: VacatedMemory,
+        state_memory: StateMemory,
         master_device: torch.device | None = None,
     ) -> None:
         self.plan = plan
@@ -125,7 +125,7 @@ class ParameterBucket:
                 for slot in self.slots
             ]
             return
-        self._flat = self._adopt_parameters(vacated)
+        self._flat = self._adopt_parameters(state_memory)
         self._masters = (
             self._room_like_masters(self.master_dtype).copy_(self._shard) if self.has_masters else self._shard
         )
@@ -145,7 +145,7 @@ class ParameterBucket:
         start, stop = self.plan.shards.of(self._collectives.rank)
         return self._flat[start:stop]
 
-    def _adopt_parameters(self, vacated: VacatedMemory) -> Tensor:
+    def _adopt_parameters(self, state_memory: StateMemory) -> Tensor:
         """Make the parameters' memory part of one flat buffer; one that fills the bucket alone is it already."""
         only = self.slots[0].parameter.data
         if len(self.slots) == 1 and only.is_contiguous() and only.numel() == self.plan.numel:
@@ -157,7 +157,7 @@ class ParameterBucket:
             left = slot.parameter.data
             self._adopt(slot)
             if slot.pointer:
-                vacated.keep(left)
+                state_memory.keep(left)
         return self._flat
 
     def _region(self, slot: Slot) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -52,20 +55,62 @@ class BufferPool:
         self._free.clear()
 
 
-class VacatedMemory:
-    """Memory that parameters have left for a flat buffer, kept for the optimizer states that are loaded after that.
+class StateMemory:
+    """Memory on the host for optimizer states that are going to be loaded: as much of it as can be had is warm by then.
+
+    Parameters leave some when they move into a flat buffer. The rest is asked for at once, and touched by a thread of
+    its own, while the ranks build what they need to train.
 
     Args:
-        nbytes: how much to keep at most: about what the states will need.
+        bytes_per_element: of the states of one element of a parameter; 0 if none are going to be loaded.
     """
 
     _ALIGNMENT = 64
+    _BYTES_PER_STATE = 4  # of one state's element, as a rule
 
-    def __init__(self, nbytes: int) -> None:
-        self._wanted = nbytes
+    def __init__(self, bytes_per_element: float = 0) -> None:
+        self._per_element = bytes_per_element
+        self._wanted = 0
+        """How much of what parameters leave is still worth keeping."""
+        self._touching: list[tuple[threading.Thread, list[Tensor]]] = []
         self._blocks: list[Tensor] = []
         self._sizes: list[int] = []
         """Of the blocks, ascending."""
+
+    def expect(self, owned: Sequence[int], leaving: Sequence[int]) -> None:
+        """Get ready for the states of more parameters, which will leave their memory after this.
+
+        Args:
+            owned: how many elements of each are this rank's.
+            leaving: the bytes that each of them will leave.
+        """
+        largest = max(leaving, default=0) // self._BYTES_PER_STATE
+        nbytes, fitting = (
+            int(sum(numels) * self._per_element) for numels in (owned, [numel for numel in owned if numel <= largest])
+        )
+        self._wanted += fitting
+        missing = nbytes - min(fitting, sum(leaving))
+        if missing > 0:
+            padding = len(owned) * math.ceil(self._per_element / self._BYTES_PER_STATE) * self._ALIGNMENT
+            self._touch(missing + padding)
+
+    def _touch(self, nbytes: int) -> None:
+        touched: list[Tensor] = []
+
+        def touch() -> None:
+            with suppress(RuntimeError):  # there is too little: whoever needs it will be told
+                touched.append(prefault(torch.empty(nbytes, dtype=torch.uint8)))
+
+        thread = threading.Thread(target=touch, name="lightning_zero-touch", daemon=True)
+        thread.start()
+        self._touching.append((thread, touched))
+
+    def _take_touched(self) -> None:
+        for thread, touched in self._touching:
+            thread.join()
+            for block in touched:
+                self._insert(block)
+        self._touching.clear()
 
     def keep(self, left: Tensor) -> None:
         """Take over the memory of a tensor that nobody needs any more, if nobody else can see it."""
@@ -81,7 +126,8 @@ class VacatedMemory:
         self._blocks.insert(place, block)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor: in what was kept, where there is room for it in one piece."""
+        """An uninitialised tensor: in what was got ready, where there is room for it in one piece."""
+        self._take_touched()
         nbytes = dtype.itemsize * torch.Size(shape).numel()
         tightest = bisect_left(self._sizes, nbytes)
         if tightest == len(self._sizes) or not nbytes or device.type != "cpu":
@@ -93,6 +139,8 @@ class VacatedMemory:
 
     def release(self) -> None:
         """Let go of what hasn't been used, and keep nothing any more."""
+        self._take_touched()
+        self._per_element = 0
         self._wanted = 0
         self._blocks.clear()
         self._sizes.clear()

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_zero.engine.arrivals import Arrivals
 from lightning_zero.engine.buckets import ParameterBucket, Piece
-from lightning_zero.engine.buffers import VacatedMemory
+from lightning_zero.engine.buffers import StateMemory
 from lightning_zero.engine.cuts import ELEMENT_WISE, WHOLE_PARAMETERS, way_out
 from lightning_zero.engine.gradients import GradientReducer
 from lightning_zero.engine.transport import Pending
@@ -156,7 +156,7 @@ class SegmentedOptimizer:
 
         @functools.wraps(type(optimizer).load_state_dict)
         def load_state_dict(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            self.load_state(state_dict, VacatedMemory(0))
+            self.load_state(state_dict, StateMemory())
 
         # Bound methods, since a learning-rate scheduler that is made later wraps `step.__func__`.
         optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
@@ -495,7 +495,7 @@ class SegmentedOptimizer:
         for group, parameters in zip(self.optimizer.param_groups, self._users_params, strict=False):
             group["params"] = parameters
 
-    def load_state(self, state_dict: Mapping[str, Any], vacated: VacatedMemory) -> None:
+    def load_state(self, state_dict: Mapping[str, Any], memory: StateMemory) -> None:
         """Take this rank's part of a whole state, replacing what is there.
 
         What is read from a checkpoint is read into the tensors that are there, if they fit.
@@ -503,7 +503,7 @@ class SegmentedOptimizer:
         Args:
             state_dict: as `torch.optim.Optimizer.state_dict()` gives it for whole parameters, whoever saved it. A
                 tensor may be one that is still in a checkpoint: then only the owned range of it is read.
-            vacated: where to put new tensors, so far as there is room.
+            memory: where to put new tensors, so far as there is room.
 
         Raises:
             CheckpointMismatchError: the groups don't match, or the state can't be cut as the partition asks.
@@ -551,7 +551,7 @@ class SegmentedOptimizer:
                 else:
                     # What isn't read from a file may be what is held, or a part of what is still to be taken over
                     in_place = held.get(key) if hasattr(value, "read_range") else None
-                    room = functools.partial(_room, in_place, vacated)
+                    room = functools.partial(_room, in_place, memory)
                     state[piece.master][key] = _part_of(value, key, piece, room)
         self._place_steps(state)
         self.optimizer.__setstate__({"state": state, "param_groups": groups})
@@ -636,11 +636,11 @@ def _cut_into_turns(buckets: Sequence[ParameterBucket]) -> list[list[ParameterBu
     return turns
 
 
-def _room(held: Any, vacated: VacatedMemory, like: Tensor, *, dtype: torch.dtype) -> Tensor:
+def _room(held: Any, memory: StateMemory, like: Tensor, *, dtype: torch.dtype) -> Tensor:
     """A tensor to be filled: the one that is held, if it fits; where parameters have been, else; or a new one."""
     wanted = (like.shape, dtype, like.device)
     fits = isinstance(held, Tensor) and held.is_contiguous() and (held.shape, held.dtype, held.device) == wanted
-    return cast("Tensor", held) if fits else vacated.empty(*wanted)
+    return cast("Tensor", held) if fits else memory.empty(*wanted)
 
 
 def _taken_over(state: dict[str, Any], former: Piece, piece: Piece, optimizer: Optimizer) -> dict[str, Any]:

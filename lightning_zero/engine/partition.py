@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_zero.engine import norms
 from lightning_zero.engine.arrivals import Arrivals
 from lightning_zero.engine.buckets import ParameterBucket, Piece
-from lightning_zero.engine.buffers import VacatedMemory
+from lightning_zero.engine.buffers import StateMemory
 from lightning_zero.engine.collectives import Collectives
 from lightning_zero.engine.cuts import Cut, cut_for
 from lightning_zero.engine.gradients import GradientReducer
@@ -38,8 +38,8 @@ class Partition:
         reduce_dtype: the dtype in which gradients travel; by default the parameters' own.
         find_unused_parameters: agree after each backward on the parameters that had a gradient, on NCCL too.
         before_change: called before masters or states change.
-        state_bytes_to_load: about how many bytes of this rank's optimizer states are going to be loaded. So much of the
-            memory that the parameters leave is kept for them, until `release_vacated()`.
+        state_bytes_to_load: of all ranks' optimizer states together, if those are going to be loaded: memory for this
+            rank's is got ready (see `StateMemory`), and what isn't needed is let go by `release_state_memory()`.
         master_device: where masters and states are, and the optimizers step: see [Note: offloaded masters]. By default
             where the parameters are.
 
@@ -63,11 +63,12 @@ class Partition:
         master_device: torch.device | None = None,
     ) -> None:
         self._master_device = master_device
-        self._vacated = VacatedMemory(state_bytes_to_load)
         self._module = module
         self._collectives = collectives
         given = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         alone = collectives.world_size == 1 and all(_is_wide(parameter) for parameter in given)
+        trained = {parameter: parameter.numel() for parameter in given if parameter.requires_grad}
+        self._state_memory = StateMemory(state_bytes_to_load / max(1, sum(trained.values())))
         self.cuts: list[Cut] = [cut_for(optimizer, partition, alone=alone) for optimizer in optimizers]
         """How each optimizer's parameters are cut, and why so."""
         # One rank has nothing to send: every parameter is a bucket of its own, whose memory is left as it is.
@@ -161,13 +162,23 @@ class Partition:
             equal_shards=self._collectives.equal_shards,
         )
         by_name = {names[parameter]: parameter for parameter in parameters}
+        if parameters[0].requires_grad and (self._master_device or parameters[0].device).type == "cpu":
+            self._state_memory.expect(
+                [segment.numel for plan in plans for segment, _ in plan.owned(self._collectives.rank)],
+                [
+                    parameter.numel * parameter.element_bytes
+                    for plan in plans
+                    if parameters[0].is_cpu and plan.numel > plan.parameters[0].numel
+                    for parameter in plan.parameters
+                ],
+            )
         buckets = [
             ParameterBucket(
                 plan,
                 by_name,
                 self._collectives,
                 whole=not by_element,
-                vacated=self._vacated,
+                state_memory=self._state_memory,
                 master_device=self._master_device,
             )
             for plan in plans
@@ -210,11 +221,11 @@ class Partition:
 
     def load_state(self, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
         """Take this rank's part of an optimizer's whole state: see `SegmentedOptimizer.load_state`."""
-        self._of(optimizer).load_state(state_dict, self._vacated)
+        self._of(optimizer).load_state(state_dict, self._state_memory)
 
-    def release_vacated(self) -> None:
+    def release_state_memory(self) -> None:
         """No states are going to be loaded any more."""
-        self._vacated.release()
+        self._state_memory.release()
 
     @torch.no_grad()
     def load_masters(self, state_dict: Mapping[str, Any]) -> None:

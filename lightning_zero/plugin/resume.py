@@ -70,11 +70,10 @@ class Resume:
             return {} if stored is None else unpickle(stored, f"the state of rank {saved_by}", weights_only)
 
         manifest = checkpoint.source.manifest
-        self.state_bytes = (
-            sum(tensor.nbytes for file in manifest.files for tensor in file.tensors if tensor.kind == "optimizer")
-            // world_size
+        self.state_bytes = sum(
+            tensor.nbytes for file in manifest.files for tensor in file.tensors if tensor.kind == "optimizer"
         )
-        """About how many bytes of the optimizers' states are this rank's."""
+        """Of the optimizers' states, all ranks' together."""
         own, saved_by = of(rank), manifest.world_size
         if own and saved_by == world_size and own.get("loops") is not None:
             checkpoint["loops"] = own["loops"]

@@ -281,7 +281,7 @@ class ZeroStrategy(DDPStrategy):
                 find_unused_parameters=self._find_unused_parameters,
                 before_change=self.saves.before_step,
                 master_device=self._master_device,
-                state_bytes_to_load=self._data.resume.state_bytes if self._data.resume is not None else 0,
+                state_bytes_to_load=0 if self._data.resume is None else self._data.resume.state_bytes,
             )
             if self.world_size > 1:
                 for optimizer, cut in zip(self.optimizers, self._partition.cuts, strict=True):
@@ -795,7 +795,7 @@ class ZeroStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         """Called when the iterators are there."""
         super().on_train_start()
-        self._partitioned.release_vacated()
+        self._partitioned.release_state_memory()
         if self._signals is not None:
             self._signals.watch_interrupts()
         self.saves.begin_fit()

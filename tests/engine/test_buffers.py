@@ -1,11 +1,12 @@
 """Memory that is used again, and what must not be."""
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_zero.engine.buffers import VacatedMemory, is_unshared
+from lightning_zero.engine.buffers import StateMemory, is_unshared
 from lightning_zero.engine.collectives import collectives_for
 from lightning_zero.engine.partition import Partition
 from tests.launch import distributed
@@ -13,15 +14,22 @@ from tests.launch import distributed
 CPU = torch.device("cpu")
 
 
+def expecting(nbytes):
+    """Memory for a state of so many bytes, for which parameters are going to leave as much."""
+    memory = StateMemory(bytes_per_element=4)
+    memory.expect([nbytes // 4], [nbytes])
+    return memory
+
+
 def test_what_a_parameter_has_left_is_used_for_what_fits():
-    vacated, left = VacatedMemory(4096), torch.ones(256)
+    memory, left = expecting(1024), torch.ones(256)
     begins = left.data_ptr()
-    vacated.keep(left)
+    memory.keep(left)
     del left
-    first, second = (vacated.empty((8, 12), torch.float32, CPU) for _ in range(2))
+    first, second = (memory.empty((8, 12), torch.float32, CPU) for _ in range(2))
     assert first.data_ptr() == begins
     assert second.data_ptr() == begins + 8 * 12 * 4
-    assert vacated.empty((512,), torch.float32, CPU).data_ptr() != begins + 2 * 8 * 12 * 4  # too large for the rest
+    assert memory.empty((512,), torch.float32, CPU).data_ptr() != begins + 2 * 8 * 12 * 4  # too large for the rest
 
 
 def test_memory_that_somebody_else_can_see_is_left_to_them():
@@ -29,9 +37,9 @@ def test_memory_that_somebody_else_can_see_is_left_to_them():
     seen, alias = torch.ones(256), []
     alias.append(seen.view(16, 16))
     for left in (torch.from_numpy(array), seen, torch.ones(256).share_memory_()):
-        vacated, begins = VacatedMemory(4096), left.data_ptr()
-        vacated.keep(left)
-        assert vacated.empty((256,), torch.float32, CPU).data_ptr() != begins
+        memory, begins = expecting(1024), left.data_ptr()
+        memory.keep(left)
+        assert memory.empty((256,), torch.float32, CPU).data_ptr() != begins
 
 
 def test_memory_with_one_view_is_shared_whatever_torch_counts():
@@ -44,13 +52,39 @@ def test_memory_with_one_view_is_shared_whatever_torch_counts():
 
 
 def test_no_more_is_kept_than_will_be_needed():
-    vacated = VacatedMemory(1024)
+    memory = expecting(1024)
     for _ in range(2):
-        vacated.keep(torch.ones(256))
-    assert len(vacated._blocks) == 1
-    vacated.release()
-    vacated.keep(torch.ones(1))
-    assert not vacated._blocks
+        memory.keep(torch.ones(256))
+    assert len(memory._blocks) == 1
+    memory.release()
+    memory.keep(torch.ones(1))
+    assert not memory._blocks
+
+
+def test_what_parameters_dont_leave_is_touched_ahead_of_time_in_one_block():
+    memory = StateMemory(bytes_per_element=8)
+    memory.expect([1000, 100, 100], [400])  # two states each: the first one's fit nowhere, four small ones need 1600
+    left = torch.ones(100)
+    memory.keep(left)
+    del left
+    made = [memory.empty((numel,), torch.float32, CPU) for numel in (1000, 1000, 100, 100, 100, 100)]
+    blocks = [tensor.untyped_storage() for tensor in made]
+    ahead = blocks[0].nbytes()
+    assert 2 * 4000 + 3 * 400 <= ahead < 2 * 4000 + 3 * 400 + 1024
+    assert sorted(block.nbytes() for block in blocks) == [400] + [ahead] * 5
+    assert not any(tensor.data_ptr() % 4 for tensor in made)
+    for number, tensor in enumerate(made):
+        tensor.fill_(number)
+    assert [float(tensor.sum()) / len(tensor) for tensor in made] == [0, 1, 2, 3, 4, 5]
+
+
+def test_where_there_is_too_little_memory_whoever_needs_it_is_told():
+    memory = StateMemory(bytes_per_element=4)
+    memory.expect([1 << 58], [])
+    with pytest.raises(RuntimeError, match="memory"):
+        memory.empty((1 << 58,), torch.float32, CPU)
+    memory.expect([1 << 58], [])
+    memory.release()
 
 
 class InAFile(torch.Tensor):
@@ -90,9 +124,9 @@ def test_states_are_loaded_where_parameters_were_and_then_in_place():
     partition.flush()
     optimizer.step()
     whole = partition.whole_state_dict(optimizer)
-    _, optimizer, partition, memory = trained(2 * 4 * 40 * 41)
+    _, optimizer, partition, memory = trained(2 * 2 * 4 * 40 * 41)
     partition.load_state(optimizer, whole)
-    partition.release_vacated()
+    partition.release_state_memory()
     states = [segment.state["exp_avg"] for segment in partition.segments(optimizer)]
     assert any(state.untyped_storage().data_ptr() in memory for state in states)
     again = {**whole, "state": {k: {**s, "exp_avg": s["exp_avg"] + 1} for k, s in whole["state"].items()}}
