@@ -7,8 +7,8 @@ a rank that has given up. What each step's failure leaves behind:
 
 | fails | where | on disk | what every rank raises |
 |---|---|---|---|
-| the tags or steps differ | `agree` | nothing new | TagMismatchError, with what each rank wanted |
-| the staging directory can't be made | `agree` | nothing new | CheckpointWriteError |
+| the tags or steps differ | `Proposal` | nothing new | TagMismatchError, with what each rank wanted |
+| the staging directory can't be made | `Proposal` | nothing new | CheckpointWriteError |
 | a shard or `trainer.pt` can't be written | `prepare`, `write` | the staging directory goes | CheckpointWriteError |
 | a file of another rank isn't visible to rank 0 | `finish` | the staging directory goes | CheckpointWriteError |
 | the commit | `finish` | see [Note: the commit, step by step] | CheckpointWriteError |
@@ -19,6 +19,7 @@ In none of these cases is an earlier tag touched, and `latest` names what it nam
 
 from __future__ import annotations
 
+import pickle
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from lightning_zero.checkpoint.messages import tell_all
 from lightning_zero.checkpoint.storage import Location
 from lightning_zero.errors import CheckpointWriteError, ZeroError
 
@@ -64,13 +66,17 @@ def unreachable(directory: Location, error: RuntimeError) -> CheckpointWriteErro
 # ------------------------------------------------------------------------------------------------ collectives
 
 
+def begin_all_gather(group: dist.ProcessGroup | None, value: _T) -> Callable[[], list[_T]]:
+    """Begin to bring every rank's value to every rank; what is returned waits for them."""
+    if group is None:
+        return lambda: [value]
+    wait = tell_all(group, pickle.dumps(value))
+    return lambda: [pickle.loads(content) for content in wait()]
+
+
 def all_gather(group: dist.ProcessGroup | None, value: _T) -> list[_T]:
     """Every rank's value, on every rank."""
-    if group is None:
-        return [value]
-    values: list[Any] = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values
+    return begin_all_gather(group, value)()
 
 
 def gather(group: dist.ProcessGroup | None, value: _T) -> list[_T]:

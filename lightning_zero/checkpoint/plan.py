@@ -5,19 +5,21 @@ from __future__ import annotations
 import secrets
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch.distributed as dist
 
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.content import RankContent
-from lightning_zero.checkpoint.failures import Failure, all_gather, attempt, unreachable
+from lightning_zero.checkpoint.failures import Failure, attempt, begin_all_gather, unreachable
 from lightning_zero.checkpoint.nodes import Place
 from lightning_zero.checkpoint.storage import Location, absolute, is_remote
 from lightning_zero.errors import CheckpointWriteError, TagMismatchError
+
+_T = TypeVar("_T")
 
 TagValidation = Literal["fail", "warn", "ignore"]
 
@@ -70,71 +72,104 @@ class Plan:
         )
 
 
-def agree(
-    directory: Location,
-    content: RankContent | Exception,
-    group: dist.ProcessGroup | None,
-    *,
-    tag_validation: TagValidation = "fail",
-    place: Place | None = None,
-    clean: bool = True,
-) -> Plan:
-    """Make sure that all ranks save the same, and make the staging directory. Collective.
+class Proposal:
+    """What one rank was asked to save, on its way to the others. Made on all of them; and all ask what is `agreed`.
 
     Args:
-        directory: the tag's.
+        directory: the tag's. Its staging directory is made.
         content: what this rank puts in, or why it can't.
         group: the ranks; None for a single process.
         tag_validation: what to do where the ranks were given different tags: `fail`; or take rank 0's, and `warn` of
             it, or `ignore` it. The steps have to be the same in any case.
         place: where this rank is, if every node has its own disk.
         clean: remove what dead saves have left, first.
+        began: when the save did, by `time.perf_counter()`; now, if not given.
 
     Raises:
-        TagMismatchError: they don't.
-        CheckpointWriteError: the directory can't be made, or a rank has nothing to put in.
+        CheckpointWriteError: the others don't come.
     """
-    directory = absolute(directory)
-    rank, world_size = (group.rank(), group.size()) if group is not None else (0, 1)
-    place = Place(0, rank == 0) if place is None else place
-    token = secrets.token_hex(8) if place.leads else ""
-    staged = attempt(rank, directory, partial(_prepare_directory, directory, content, token, clean))
-    failure = staged if isinstance(staged, Failure) else None
-    step = -1 if isinstance(content, Exception) else content.step
-    try:
-        answers = all_gather(group, (directory.name, step, place.node, token, failure))
-    except RuntimeError as error:
-        if isinstance(staged, commit.Staging):
-            staged.abandon()
-        raise unreachable(directory, error) from error
-    wanted = [(tag, step) for tag, step, *_ in answers]
-    nodes, tokens = tuple(node for _, _, node, *_ in answers), [token for *_, token, _ in answers]
-    leaders = tuple(rank for rank, token in enumerate(tokens) if token)
-    differ = len({tag for tag, _ in wanted}) > 1
-    if differ and tag_validation != "fail":
-        directory = directory.parent / wanted[0][0]
-    leader = next(leader for leader in leaders if nodes[leader] == place.node)
-    # Named after the tag that the leader was given, whatever they have agreed on
-    staging = commit.staging_directory(directory.parent, wanted[leader][0], tokens[leader])
-    staged = None if isinstance(staged, Failure) else staged
-    plan = Plan(directory, staging, tokens[0], step, rank, world_size, group, staged, nodes, leaders)
-    failed = next((found for *_, found in answers if found is not None), None)
-    if failed is not None:
-        plan.abandon()
-        raise plan.error(failed) from (failure.error if failure is not None and failure == failed else None)
-    if (differ and tag_validation == "fail") or len({step for _, step in wanted}) > 1:
-        plan.abandon()
-        raise TagMismatchError(
-            f"the ranks were asked to save different things ({_list_wanted(wanted)}). "
-            "Every rank has to save the same tag at the same step"
+
+    def __init__(
+        self,
+        directory: Location,
+        content: RankContent | Exception,
+        group: dist.ProcessGroup | None,
+        *,
+        tag_validation: TagValidation = "fail",
+        place: Place | None = None,
+        clean: bool = True,
+        began: float | None = None,
+    ) -> None:
+        self._began = time.perf_counter() if began is None else began
+        self._directory = absolute(directory)
+        self._group, self._tag_validation = group, tag_validation
+        self.rank, self._world_size = (group.rank(), group.size()) if group is not None else (0, 1)
+        self._place = Place(0, self.rank == 0) if place is None else place
+        token = secrets.token_hex(8) if self._place.leads else ""
+        prepare = partial(_prepare_directory, self._directory, content, token, clean)
+        self._staged = attempt(self.rank, self._directory, prepare)
+        failure = self._staged if isinstance(self._staged, Failure) else None
+        self._step = -1 if isinstance(content, Exception) else content.step
+        said = self._directory.name, self._step, self._place.node, token, failure
+        self._arrive = self._reaching_all(partial(begin_all_gather, group, said))
+
+    def _reaching_all(self, do: Callable[[], _T]) -> _T:
+        try:
+            return do()
+        except RuntimeError as error:
+            if isinstance(self._staged, commit.Staging):
+                self._staged.abandon()
+            raise unreachable(self._directory, error) from error
+
+    def agreed(self) -> Plan:
+        """Make sure that all ranks save the same.
+
+        Raises:
+            TagMismatchError: they don't.
+            CheckpointWriteError: the directory can't be made, or a rank has nothing to put in, or doesn't come.
+        """
+        answers = self._reaching_all(self._arrive)
+        directory = self._directory
+        wanted = [(tag, step) for tag, step, *_ in answers]
+        nodes, tokens = tuple(node for _, _, node, *_ in answers), [token for *_, token, _ in answers]
+        leaders = tuple(rank for rank, token in enumerate(tokens) if token)
+        differ = len({tag for tag, _ in wanted}) > 1
+        if differ and self._tag_validation != "fail":
+            directory = directory.parent / wanted[0][0]
+        leader = next(leader for leader in leaders if nodes[leader] == self._place.node)
+        # Named after the tag that the leader was given, whatever they have agreed on
+        staging = commit.staging_directory(directory.parent, wanted[leader][0], tokens[leader])
+        failure, staged = (self._staged, None) if isinstance(self._staged, Failure) else (None, self._staged)
+        plan = Plan(
+            directory,
+            staging,
+            tokens[0],
+            self._step,
+            self.rank,
+            self._world_size,
+            self._group,
+            staged,
+            nodes,
+            leaders,
+            self._began,
         )
-    if differ and tag_validation == "warn":
-        warnings.warn(
-            f"rank 0's tag is saved, of different ones ({_list_wanted(wanted)}). A metric in a file name is each "
-            "rank's own, unless it is logged with sync_dist=True",
-            stacklevel=2,
-        )
-    return plan
+        failed = next((found for *_, found in answers if found is not None), None)
+        if failed is not None:
+            plan.abandon()
+            raise plan.error(failed) from (failure.error if failure is not None and failure == failed else None)
+        if (differ and self._tag_validation == "fail") or len({step for _, step in wanted}) > 1:
+            plan.abandon()
+            raise TagMismatchError(
+                f"the ranks were asked to save different things ({_list_wanted(wanted)}). "
+                "Every rank has to save the same tag at the same step"
+            )
+        if differ and self._tag_validation == "warn":
+            warnings.warn(
+                f"rank 0's tag is saved, of different ones ({_list_wanted(wanted)}). A metric in a file name is each "
+                "rank's own, unless it is logged with sync_dist=True",
+                stacklevel=2,
+            )
+        return plan
 
 
 def _list_wanted(wanted: Sequence[tuple[str, int]]) -> str:

@@ -1,8 +1,9 @@
 """What all ranks do together to save a checkpoint.
 
-Four phases: `agree`, `prepare`, `write`, `finish`. After `prepare` nothing that training goes on to change is looked at
-any more, so the last two can go on behind it (`background`), in a group of their own. `prepare` and `write` have no
-collectives. What goes wrong on one rank is everybody's: see [Note: all ranks fail together].
+Four phases: `Proposal`, `prepare`, `write`, `finish`. What the ranks agree on travels while each prepares. After that
+nothing that training goes on to change is looked at any more, so the last two can go on behind it (`background`),
+in a group of their own. `prepare` and `write` have no collectives. What goes wrong on one rank is everybody's: see
+[Note: all ranks fail together].
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lightning_zero.checkpoint.finish import finish
 from lightning_zero.checkpoint.integrity import read_manifest
 from lightning_zero.checkpoint.manifest import FileEntry, Manifest, StoredTensor, StoredValue, TrainerFile
 from lightning_zero.checkpoint.nodes import Place
-from lightning_zero.checkpoint.plan import Plan, TagValidation, agree
+from lightning_zero.checkpoint.plan import Plan, Proposal, TagValidation
 from lightning_zero.checkpoint.report import MOST_LINKS, SaveReport, StoredFile, Written
 from lightning_zero.checkpoint.shards import Item, check_header, shard_name, trainer_name, verify_tensors, write_shard
 from lightning_zero.checkpoint.snapshot import Snapshot
@@ -45,19 +46,15 @@ class _Prepared:
 
     Attributes:
         content: with the frozen parameters only if they have to be written.
-        linked: their file, if an earlier save's stands for them.
-        links: how often it has been linked; 0 if its bytes are to be compared first.
+        linked: the file of an earlier save that stands for them else.
         live: what it stands for: to be written if the file is not what it was.
         trainer: on rank 0, the bytes of `trainer.pt`.
-        stall_seconds: how long training has waited till here.
     """
 
     content: RankContent
-    linked: FileEntry | None
-    links: int
+    linked: StoredFile | None
     live: Sequence[TensorToSave]
     trainer: memoryview | None
-    stall_seconds: float
 
 
 def save_checkpoint(
@@ -99,7 +96,7 @@ def begin_save(
         group: the ranks; None for a single process.
         update_latest: have `latest` name the tag.
         fsync: make everything durable before it takes its name.
-        tag_validation: what to do where the ranks were given different tags: see `agree`.
+        tag_validation: what to do where the ranks were given different tags: see `Proposal`.
         place: where this rank is, if every node has its own disk: see [Note: a checkpoint on every node].
         frozen_before: this rank's frozen parameters in an earlier save, for `prepare`.
         snapshot: where to copy what is to be saved, so that training may go on before the rest is done.
@@ -112,17 +109,24 @@ def begin_save(
     """
     if shared is not None and not update_latest and not isinstance(content, Exception):
         content = _refuse_to_leave_latest_without_states(directory, content, shared)
-    plan = agree(directory, content, group, tag_validation=tag_validation, place=place, clean=snapshot is None)
-    assert not isinstance(content, Exception)
-    plan = plan if began is None else replace(plan, began=began)
-    prepared = prepare(plan, content, shared, frozen_before=frozen_before, snapshot=snapshot)
+    proposal = Proposal(
+        directory, content, group, tag_validation=tag_validation, place=place, clean=snapshot is None, began=began
+    )
+    if isinstance(content, Exception):
+        proposal.agreed()  # raises it, everywhere
+        raise content
+    prepare_here = partial(prepare, proposal.rank, directory, content, shared, snapshot=snapshot)
+    prepared = prepare_here(frozen_before=frozen_before)
+    plan = proposal.agreed()
+    prepared = _link(plan, prepared, without=prepare_here)
+    stall_seconds = time.perf_counter() - plan.began
 
     def rest() -> SaveReport:
         if snapshot is not None:
             if plan.staged is not None:
-                commit.clean_leftovers(plan.directory.parent)  # `agree` hasn't: training would have waited for it
+                commit.clean_leftovers(plan.directory.parent)  # nobody has: training would have waited for it
             snapshot.wait()
-        written = write(plan, prepared, fsync=fsync, direct=snapshot is not None)
+        written = write(plan, prepared, fsync=fsync, direct=snapshot is not None, stall_seconds=stall_seconds)
         then = plan if snapshot is None else replace(plan, group=group_behind)
         report = finish(then, written, shared, update_latest=update_latest, fsync=fsync)
         return report if snapshot is not None else replace(report, stall_seconds=report.seconds)
@@ -154,12 +158,11 @@ def save_for_ranks(
     """
     ranks = iter(contents)
     content = next(ranks)
-    plan = replace(agree(directory, content, None), world_size=world_size)
+    plan = replace(Proposal(directory, content, None).agreed(), world_size=world_size)
     try:
-        written = [write(plan, prepare(plan, content, shared), fsync=fsync)]
+        written = [write(plan, prepare(0, directory, content, shared), fsync=fsync)]
         for rank, content in enumerate(ranks, 1):
-            of = replace(plan, rank=rank)
-            written.append(write(of, prepare(of, content, shared), fsync=fsync))
+            written.append(write(replace(plan, rank=rank), prepare(rank, directory, content, shared), fsync=fsync))
     except BaseException:
         plan.abandon()
         raise
@@ -186,7 +189,8 @@ def _refuse_to_leave_latest_without_states(
 
 
 def prepare(
-    plan: Plan,
+    rank: int,
+    directory: Location,
     content: RankContent,
     shared: SharedContent | None,
     *,
@@ -196,42 +200,51 @@ def prepare(
     """Get everything ready to be written. No collectives, and training waits: not safe in a thread.
 
     Args:
-        plan: of the save.
+        rank: this one.
+        directory: the tag's.
         content: what this rank puts in.
         shared: needed on rank 0.
         frozen_before: what stands for this rank's frozen parameters if every byte of them is still the same: the file
-            is linked (behind a URL, copied there) and not written again.
+            is to be linked (behind a URL, copied there) and not written again.
         snapshot: where to copy what is left to be written.
     """
 
     def do() -> _Prepared:
-        linked = _link_frozen(plan, content, frozen_before)
+        linked = frozen_before if _stands_for(frozen_before, content.unchanging) else None
         rest = replace(content, unchanging=()) if linked is not None else content
         rest = snapshot.take(rest) if snapshot is not None else rest
         trainer = None
-        if plan.rank == 0:
+        if rank == 0:
             if shared is None:
                 raise ValueError("rank 0 has to say what the ranks share")
             trainer = _serialize(shared.trainer)
-        links = 0 if frozen_before is None or frozen_before.links >= MOST_LINKS else frozen_before.links + 1
-        return _Prepared(rest, linked, links, content.unchanging, trainer, time.perf_counter() - plan.began)
+        if linked is not None:
+            linked = replace(linked, links=0 if linked.links >= MOST_LINKS else linked.links + 1)
+        return _Prepared(rest, linked, content.unchanging, trainer)
 
-    return attempt(plan.rank, plan.staging, do)
+    return attempt(rank, directory, do)
 
 
-def _link_frozen(plan: Plan, content: RankContent, before: StoredFile | None) -> FileEntry | None:
-    """Have an earlier file stand for the frozen parameters, if it holds just them, as they are now."""
-    if before is None or not content.unchanging:
-        return None
-    entry = before.entry
-    if len(entry.tensors) != len(content.unchanging) or any(check_header(before.path, entry)):
-        return None
-    if not _are_stored(content.unchanging, entry.tensors):
-        return None
-    name = shard_name(plan.rank, plan.world_size, frozen=True, save_id=plan.id_in_names)
-    if not link(before.path, plan.staging / name):
-        return None
-    return replace(entry, name=name, rank=plan.rank)
+def _stands_for(before: StoredFile | None, frozen: Sequence[TensorToSave]) -> bool:
+    """Whether an earlier file holds just the frozen parameters, as they are now."""
+    return (
+        before is not None
+        and 0 < len(frozen) == len(before.entry.tensors)
+        and not any(check_header(before.path, before.entry))
+        and _are_stored(frozen, before.entry.tensors)
+    )
+
+
+def _link(plan: Plan, prepared: _Prepared | Failure, without: Callable[[], _Prepared | Failure]) -> _Prepared | Failure:
+    """Give the earlier file its name in this save; where there can be no links, prepare it without."""
+    if isinstance(prepared, Failure) or prepared.linked is None:
+        return prepared
+    linked = attempt(plan.rank, plan.staging, partial(link, prepared.linked.path, plan.staging / _frozen_name(plan)))
+    return linked if isinstance(linked, Failure) else prepared if linked else without()
+
+
+def _frozen_name(plan: Plan) -> str:
+    return shard_name(plan.rank, plan.world_size, frozen=True, save_id=plan.id_in_names)
 
 
 def holds_model(manifest: Manifest, rank: int, content: RankContent, shared: SharedContent) -> bool:
@@ -291,7 +304,14 @@ def _warn_of_unsafe_globals(content: memoryview) -> None:
 # ------------------------------------------------------------------------------------------------------ write
 
 
-def write(plan: Plan, prepared: _Prepared | Failure, *, fsync: bool = True, direct: bool = False) -> Written | Failure:
+def write(
+    plan: Plan,
+    prepared: _Prepared | Failure,
+    *,
+    fsync: bool = True,
+    direct: bool = False,
+    stall_seconds: float = 0.0,
+) -> Written | Failure:
     """Write this rank's files into the staging directory. No collectives: safe in a thread of its own.
 
     Args:
@@ -299,13 +319,14 @@ def write(plan: Plan, prepared: _Prepared | Failure, *, fsync: bool = True, dire
         prepared: what to write.
         fsync: make it durable.
         direct: spare the processor rather than the disk: see `storage.create_file`.
+        stall_seconds: how long training has waited.
     """
     if isinstance(prepared, Failure):
         return prepared
-    return attempt(plan.rank, plan.staging, partial(_write, plan, prepared, fsync, direct))
+    return attempt(plan.rank, plan.staging, partial(_write, plan, prepared, fsync, direct, stall_seconds))
 
 
-def _write(plan: Plan, prepared: _Prepared, fsync: bool, direct: bool) -> Written:
+def _write(plan: Plan, prepared: _Prepared, fsync: bool, direct: bool, stall_seconds: float) -> Written:
     began = time.perf_counter()
     content = prepared.content
     if not (is_remote(plan.staging) or plan.staging.is_dir()):
@@ -323,8 +344,8 @@ def _write(plan: Plan, prepared: _Prepared, fsync: bool, direct: bool) -> Writte
         files.append(write_file([_item(tensor) for tensor in content.unchanging], (), frozen=True))
     nbytes = sum(file.nbytes for file in files)
     if prepared.linked is not None:
-        linked, damaged = prepared.linked, False
-        if prepared.links == 0:
+        linked, damaged = replace(prepared.linked.entry, name=_frozen_name(plan), rank=plan.rank), False
+        if prepared.linked.links == 0:
             damaged = any(verify_tensors(open_file(plan.staging / linked.name), linked, linked.tensors))
         if damaged:
             remove_file(plan.staging / linked.name)
@@ -337,7 +358,8 @@ def _write(plan: Plan, prepared: _Prepared, fsync: bool, direct: bool) -> Writte
         trainer = _write_trainer(plan, prepared.trainer, fsync)
         nbytes += trainer.nbytes
     seconds = time.perf_counter() - began
-    return Written(tuple(files), trainer, nbytes, seconds, prepared.stall_seconds, prepared.links)
+    links = prepared.linked.links if prepared.linked is not None else 0
+    return Written(tuple(files), trainer, nbytes, seconds, stall_seconds, links)
 
 
 def _write_file(

@@ -24,6 +24,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from lightning_zero.checkpoint.messages import tell_all
 from lightning_zero.engine.collectives import Collectives, collectives_for
 from lightning_zero.errors import UnreachableRankError, UnsupportedModelError, ZeroError
 
@@ -34,7 +35,6 @@ _ARRIVAL_SECONDS = 10
 
 _LEFT = -(10**6)
 
-_SHORT_BYTES, _LENGTH_BYTES = 4096, 8
 _MESSAGE_BYTES = 16 << 20
 """Small tensors are sent together, up to so many bytes; a larger one goes as it is, and isn't copied."""
 
@@ -221,30 +221,17 @@ class Ranks:
         )
 
     def _told(self, outcome: tuple[Exception | None, Any]) -> list[tuple[Exception | None, Any]]:
-        """What came of something on each rank, in the order of the ranks: in one message, if all of it is short.
+        """What came of something on each rank, in the order of the ranks.
 
-        Each message may take milliseconds, where all processors are busy. Else all send as much as the longest. What
-        can't be pickled is told of as an error.
+        What can't be pickled is told of as an error.
         """
         try:
             content = pickle.dumps(outcome)
         except Exception as error:
             content = pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), None))
-        head = len(content).to_bytes(_LENGTH_BYTES, "little") + content
-        heads = self._gathered(head[:_SHORT_BYTES].ljust(_SHORT_BYTES))
-        lengths = [int.from_bytes(head[:_LENGTH_BYTES], "little") for head in heads]
-        contents = [head[_LENGTH_BYTES:] for head in heads]
-        if max(lengths) > _SHORT_BYTES - _LENGTH_BYTES:
-            contents = self._gathered(content.ljust(max(lengths)))
-        return [pickle.loads(content[:length]) for content, length in zip(contents, lengths, strict=True)]
-
-    def _gathered(self, content: bytes) -> list[bytes]:
-        """Every rank's bytes, as many of each."""
-        own = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        everyones = [torch.empty_like(own) for _ in range(self.count)]
         with self.reaching_all():
-            dist.all_gather(everyones, own, group=self.control)
-        return [one.numpy().tobytes() for one in everyones]
+            contents = tell_all(self.control, content)()
+        return [pickle.loads(content) for content in contents]
 
     @contextmanager
     def reaching_all(self) -> Iterator[None]:

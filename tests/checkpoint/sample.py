@@ -109,7 +109,7 @@ class Sample:
             Plan(directory, staging, save_id, self.step, rank, self.world_size, None, None)
             for rank in range(self.world_size)
         ]
-        prepared = [prepare(plan, self.rank(plan.rank), shared) for plan in plans]
+        prepared = [prepare(plan.rank, directory, self.rank(plan.rank), shared) for plan in plans]
         reports = [write(plan, ready, fsync=False) for plan, ready in zip(plans, prepared, strict=True)]
         written = [report for report in reports if isinstance(report, Written)]
         assert len(written) == self.world_size, reports
