@@ -1,4 +1,4 @@
-"""Memory that is used again: what is touched for the first time is five times as slow."""
+"""Memory that is used again, or got ready: what is touched for the first time is five times as slow."""
 
 from __future__ import annotations
 
