@@ -117,9 +117,11 @@ def load_from_zero_checkpoint(
         The module, on the CPU, each tensor read straight into its memory and compared with its checksum.
 
     Raises:
+        TypeError: it is no LightningModule's class.
         CheckpointMismatchError: the weights don't fit the module.
         ZeroError: there is no such checkpoint, or it is damaged.
     """
+    _require_module_class(module_class)
     source = Checkpoint(resolve(checkpoint_dir, tag), check_reads=True)
     checkpoint = source.lightning_checkpoint(weights_only=weights_only is not False)
     checkpoint.setdefault(module_class.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(hyper_parameters)
@@ -127,6 +129,15 @@ def load_from_zero_checkpoint(
         module = _load_state(module_class, checkpoint, strict=strict, **hyper_parameters)
     assert isinstance(module, module_class)
     return module
+
+
+def _require_module_class(module_class: object) -> None:
+    if not (isinstance(module_class, type) and issubclass(module_class, LightningModule)):
+        raise TypeError(
+            "load_from_zero_checkpoint makes a LightningModule and takes the class of it, not "
+            f"{module_class if isinstance(module_class, type) else type(module_class)}; "
+            "load_state_dict_from_zero_checkpoint(module, checkpoint_dir) fills any module that is there"
+        )
 
 
 def restore_optimizer_states(
