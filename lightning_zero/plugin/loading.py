@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -29,16 +29,28 @@ _PIECE_NUMEL = 16 << 20
 
 
 @contextmanager
-def fits_module(path: object, source: Checkpoint | None = None) -> Iterator[None]:
+def fits_module(
+    path: object, source: Checkpoint | None = None, *, module: Module | None = None, names: Iterable[str] = ()
+) -> Iterator[None]:
     """What torch says of a state dict that doesn't fit, as an error of ours; `path` is where it is from.
 
-    Torch says it of one that `source` has found damaged, too: that error it is then.
+    Torch says it of one that `source` has found damaged, too: that error it is then. If the `names` in the state dict
+    are those of a part of the `module`, the error says so.
     """
     try:
         yield
     except RuntimeError as error:
         damage = None if source is None else source.damage
-        raise damage or CheckpointMismatchError(f"{path} doesn't fit the module: {error}") from None
+        advice = "" if module is None else _advice(module, set(names))
+        raise damage or CheckpointMismatchError(f"{path} doesn't fit the module: {error}{advice}") from None
+
+
+def _advice(module: Module, names: set[str]) -> str:
+    """A loop without Lightning has saved what is a part of the module here."""
+    for name, part in module.named_children():
+        if names and names <= part.state_dict().keys():
+            return f"\nThey are the names of its {name!r}: if this was imported, import it with --submodule {name}"
+    return ""
 
 
 def load_module(module: Module, state_dict: Mapping[str, Any], path: str, *, strict: bool) -> None:
@@ -47,7 +59,7 @@ def load_module(module: Module, state_dict: Mapping[str, Any], path: str, *, str
     Raises:
         CheckpointMismatchError: it doesn't fit; `path` is where it is from.
     """
-    with fits_module(path):
+    with fits_module(path, module=module, names=state_dict):
         missing, unexpected = module.load_state_dict(state_dict, strict=strict)
     if missing or unexpected:
         rank_zero_warn(f"{path} was loaded in part: missing {list(missing)}, unexpected {list(unexpected)}")

@@ -316,7 +316,7 @@ class ZeroStrategy(DDPStrategy):
         state_dict = self._read_together(checkpoint)
 
         def load() -> None:
-            with nullcontext() if ours is None else fits_module(ours):
+            with nullcontext() if ours is None else fits_module(ours, module=self._module, names=state_dict):
                 whole = {**checkpoint, "state_dict": state_dict}
                 super(ZeroStrategy, self).load_model_state_dict(whole, strict=strict)
             self._uninitialized -= checkpoint["state_dict"].keys()
