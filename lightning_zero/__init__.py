@@ -1,6 +1,13 @@
 """lightning_zero: ZeRO for PyTorch Lightning in plain PyTorch.
 
-Importing the package registers the strategies `"zero_stage_1"` and `"zero_stage_2"`.
+Train by `ZeroStrategy`, save by `ZeroCheckpoint`. `Fp32Export` writes a plain file at the end, and `TrainingReport` a
+page. Weights come out of a checkpoint by `load_from_zero_checkpoint` (a LightningModule),
+`load_state_dict_from_zero_checkpoint` (any module), `get_fp32_state_dict_from_zero_checkpoint` and
+`convert_zero_checkpoint_to_fp32_state_dict`; DeepSpeed's and FSDP's become ours by `import_deepspeed_checkpoint` and
+`import_fsdp_checkpoint`. All that is raised on purpose is in `errors`.
+
+Importing the package registers the strategies `"zero_stage_1"` and `"zero_stage_2"`; `_offload`, and after it `_spawn`,
+`_fork` or `_notebook`, may follow.
 
 [Note: names are imported when they are asked for]
 Lightning and torch take seconds to import, and neither `lightning-zero ls` nor an export needs them. So the public

@@ -194,6 +194,17 @@ def test_a_path_that_is_something_else_is_told_from_one_without_a_checkpoint(
     assert message in capsys.readouterr().err
 
 
+def test_the_directory_above_names_the_save_directories_in_it(
+    save_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    above = save_dir.parent
+    (above / "logs").mkdir()
+    for command, *more in ("ls",), ("verify",), ("inspect",), ("export", str(above / "model.ckpt")):
+        main([command, str(above), *more])
+        said = "".join(capsys.readouterr())
+        assert said.endswith(f"; there are some in {save_dir}\n"), said
+
+
 def test_a_file_of_a_checkpoint_stands_for_it(save_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for file, tag in (("latest", "step=2.ckpt"), ("step=1.ckpt/manifest.json", "step=1.ckpt")):
         assert main(["verify", str(save_dir / file)]) == 0

@@ -33,6 +33,15 @@ def test_every_block_of_a_page_runs(page, tmp_path, monkeypatch):
     run_ranks(run_page, 1, page, tmp_path, process_group=False, timeout_seconds=240)
 
 
+def test_the_design_lists_every_module_and_no_other():
+    rooms = (ROOT / "docs" / "design.md").read_text()
+    listed = re.findall(r"^ +(\w+)\.py +\S", rooms, re.M)
+    modules = [path for path in (ROOT / "lightning_zero").rglob("*.py") if not path.stem.startswith("__")]
+    commands = [path for path in modules if path.parent.name == "cli" and "def add_to(" in path.read_text()]
+    assert sorted(listed) == sorted(path.stem for path in modules if path not in commands)
+    assert all(path.stem.split("_")[0] in rooms for path in commands)
+
+
 class ShortTrainer(lightning.pytorch.Trainer):
     def __init__(self, **options):
         quiet = {"enable_progress_bar": False, "logger": False, "enable_model_summary": False, "accelerator": "cpu"}

@@ -54,9 +54,22 @@ def require_ours(directory: Location) -> None:
 
 
 def advice(path: Location) -> str:
-    """What to do about a path without a checkpoint of ours, to be appended to a message: others' may be there."""
+    """What to do about a path without a checkpoint of ours, to be appended to a message.
+
+    Others' may be there; or save directories, where what was given is the run's.
+    """
     found = next(origins_beside(path / LATEST), None)
-    return f"; {_advice(*found)}" if found else ""
+    if found:
+        return f"; {_advice(*found)}"
+    save_dirs = [str(path / name) for name in sorted(names_in(path)) if _is_save_directory(path / name)]
+    return f"; there are some in {' and in '.join(save_dirs[:3])}" if save_dirs else ""
+
+
+def _is_save_directory(directory: Location) -> bool:
+    try:
+        return (directory / LATEST).is_file()
+    except OSError:
+        return False
 
 
 def _advice(there: Location, origin: Origin) -> str:

@@ -522,8 +522,8 @@ class SegmentedOptimizer:
             members = [[parameter for parameter in group if parameter.requires_grad] for group in members]
         if [len(group) for group in members] != saved_sizes:
             raise CheckpointMismatchError(
-                f"the checkpoint's {type(self.optimizer).__name__} has param groups of {saved_sizes} parameters, "
-                f"the model's of {sizes}; resume with the model and configure_optimizers that it was saved with"
+                f"the checkpoint has param groups of {saved_sizes} parameters, this {type(self.optimizer).__name__} "
+                f"of {sizes}; resume with the model and configure_optimizers that it was saved with"
             )
         saved = [
             (piece, state_dict["state"].get(index, {}))

@@ -123,6 +123,16 @@ def require_instance(name: str, value: object, kind: type) -> None:
         raise TypeError(f"{name} must be an instance of {kind.__name__}, not {value!r}{call}")
 
 
+def require_bool(name: str, value: object) -> None:
+    """Make sure that a switch is one: what isn't, such as DeepSpeed's `{"device": "none"}`, would switch it on.
+
+    Raises:
+        TypeError: it isn't.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
 _REDUCIBLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What backends add up."""
 

@@ -26,7 +26,7 @@ from lightning_zero.checkpoint.resolution import is_checkpoint, resolve
 from lightning_zero.checkpoint.save import begin_save
 from lightning_zero.checkpoint.snapshot import Snapshot
 from lightning_zero.checkpoint.storage import Location, locate, remove_file
-from lightning_zero.errors import CorruptCheckpointError, ZeroError
+from lightning_zero.errors import CheckpointNotFoundError, CorruptCheckpointError, ZeroError
 
 PREPARED = "lightning_zero_prepared_save"
 """Where a `PreparedSave` is in Lightning's dict: an entry comes through a wrapper that makes another dict of it."""
@@ -228,6 +228,10 @@ class ZeroCheckpointIO(TorchCheckpointIO):
             place = map_location or (lambda storage, _: storage)
             try:
                 return super().load_checkpoint(path, place, **weights_option(weights_only))
+            except FileNotFoundError:
+                beside = [tag.name for tag in commit.list_tags(locate(path).parent)]
+                named = f"; beside it there are {beside}" if beside else ""
+                raise CheckpointNotFoundError(f"there is no checkpoint at {path}{named}") from None
             except (KeyError, IndexError, EOFError, UnpicklingError) as error:  # what comes of what is no pickle
                 if "weights_only" in str(error):  # torch doesn't trust it: the default of Lightning 2.6, not of 2.5
                     raise

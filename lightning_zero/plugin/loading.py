@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -29,16 +29,28 @@ _PIECE_NUMEL = 16 << 20
 
 
 @contextmanager
-def fits_module(path: object, source: Checkpoint | None = None) -> Iterator[None]:
+def fits_module(
+    path: object, source: Checkpoint | None = None, *, module: Module | None = None, names: Iterable[str] = ()
+) -> Iterator[None]:
     """What torch says of a state dict that doesn't fit, as an error of ours; `path` is where it is from.
 
-    Torch says it of one that `source` has found damaged, too: that error it is then.
+    Torch says it of one that `source` has found damaged, too: that error it is then. If the `names` in the state dict
+    are those of a part of the `module`, the error says so.
     """
     try:
         yield
     except RuntimeError as error:
         damage = None if source is None else source.damage
-        raise damage or CheckpointMismatchError(f"{path} doesn't fit the module: {error}") from None
+        advice = "" if module is None else _advice(module, set(names))
+        raise damage or CheckpointMismatchError(f"{path} doesn't fit the module: {error}{advice}") from None
+
+
+def _advice(module: Module, names: set[str]) -> str:
+    """A loop without Lightning has saved what is a part of the module here."""
+    for name, part in module.named_children():
+        if names and names <= part.state_dict().keys():
+            return f"\nThey are the names of its {name!r}: if this was imported, import it with --submodule {name}"
+    return ""
 
 
 def load_module(module: Module, state_dict: Mapping[str, Any], path: str, *, strict: bool) -> None:
@@ -47,7 +59,7 @@ def load_module(module: Module, state_dict: Mapping[str, Any], path: str, *, str
     Raises:
         CheckpointMismatchError: it doesn't fit; `path` is where it is from.
     """
-    with fits_module(path):
+    with fits_module(path, module=module, names=state_dict):
         missing, unexpected = module.load_state_dict(state_dict, strict=strict)
     if missing or unexpected:
         rank_zero_warn(f"{path} was loaded in part: missing {list(missing)}, unexpected {list(unexpected)}")
@@ -117,9 +129,11 @@ def load_from_zero_checkpoint(
         The module, on the CPU, each tensor read straight into its memory and compared with its checksum.
 
     Raises:
+        TypeError: it is no LightningModule's class.
         CheckpointMismatchError: the weights don't fit the module.
         ZeroError: there is no such checkpoint, or it is damaged.
     """
+    _require_module_class(module_class)
     source = Checkpoint(resolve(checkpoint_dir, tag), check_reads=True)
     checkpoint = source.lightning_checkpoint(weights_only=weights_only is not False)
     checkpoint.setdefault(module_class.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(hyper_parameters)
@@ -127,6 +141,15 @@ def load_from_zero_checkpoint(
         module = _load_state(module_class, checkpoint, strict=strict, **hyper_parameters)
     assert isinstance(module, module_class)
     return module
+
+
+def _require_module_class(module_class: object) -> None:
+    if not (isinstance(module_class, type) and issubclass(module_class, LightningModule)):
+        raise TypeError(
+            "load_from_zero_checkpoint makes a LightningModule and takes the class of it, not "
+            f"{module_class if isinstance(module_class, type) else type(module_class)}; "
+            "load_state_dict_from_zero_checkpoint(module, checkpoint_dir) fills any module that is there"
+        )
 
 
 def restore_optimizer_states(

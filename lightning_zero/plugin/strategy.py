@@ -46,7 +46,7 @@ from lightning_zero.errors import (
 )
 from lightning_zero.memory import keep_freed_memory
 from lightning_zero.plugin.alike import give_first_ranks_values, ignored_names, module_lines, optimizer_lines
-from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown, require_instance
+from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown, require_bool, require_instance
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ZeroCheckpointIO, weights_option
 from lightning_zero.plugin.choice import Choice, choose
 from lightning_zero.plugin.contents import contents
@@ -147,6 +147,10 @@ class ZeroStrategy(DDPStrategy):
             raise ValueError(f"timeout must be a datetime.timedelta, such as timedelta(minutes=30), not {timeout!r}")
         if start_method not in _START_METHODS:
             raise ValueError(f"start_method must be one of {_START_METHODS}, not {start_method!r}")
+        require_bool("find_unused_parameters", find_unused_parameters)
+        require_bool("broadcast_buffers", broadcast_buffers)
+        require_bool("overlap_gather", overlap_gather)
+        require_bool("offload_optimizer", offload_optimizer)
         require_instance("accelerator", accelerator, Accelerator)
         require_instance("cluster_environment", cluster_environment, ClusterEnvironment)
         require_instance("checkpoint_io", checkpoint_io, CheckpointIO)
@@ -312,7 +316,7 @@ class ZeroStrategy(DDPStrategy):
         state_dict = self._read_together(checkpoint)
 
         def load() -> None:
-            with nullcontext() if ours is None else fits_module(ours):
+            with nullcontext() if ours is None else fits_module(ours, module=self._module, names=state_dict):
                 whole = {**checkpoint, "state_dict": state_dict}
                 super(ZeroStrategy, self).load_model_state_dict(whole, strict=strict)
             self._uninitialized -= checkpoint["state_dict"].keys()

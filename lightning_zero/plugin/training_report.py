@@ -98,7 +98,7 @@ class TrainingReport(Callback):
         now = time.monotonic()
         self._add(_STEP_SECONDS, step, (now - self._last[1]) / (step - self._last[0]))
         self._last = (step, now)
-        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        logged = _logged(trainer)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if not any("loss" in name for name in logged) and isinstance(loss, Tensor):
             logged["loss"] = float(loss.detach())
@@ -112,6 +112,8 @@ class TrainingReport(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, value in _logged(trainer).items():  # the last validation came after the last batch
+            self._add(name, trainer.global_step, value)
         self._measure(trainer)
 
     @override
@@ -212,6 +214,10 @@ class TrainingReport(Callback):
             total = sum(seconds for _, seconds in checkpoint["stall_seconds"])
             shown["training waited for checkpoints"] = f"{total:.3g} s in all"
         return shown
+
+
+def _logged(trainer: Trainer) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 _PAGE = """<!doctype html>

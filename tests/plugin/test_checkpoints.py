@@ -620,6 +620,19 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
         ZeroCheckpointIO().load_checkpoint(tmp_path / "notes.ckpt")
 
 
+@distributed(world_size=1, process_group=False)
+def test_a_path_where_nothing_is_tells_of_the_checkpoints_beside_it(tmp_path):
+    def resume_from(path):
+        fit(strategy=ZeroStrategy(), world_size=1, max_steps=4, ckpt_path=tmp_path / path)
+
+    _, trainer = fit(strategy=ZeroStrategy(), world_size=1, max_steps=2)
+    trainer.save_checkpoint(tmp_path / "ckpts" / "two")
+    with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint at .*three; beside it there are \['two'\]$"):
+        resume_from("ckpts/three")
+    with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint at .*chkpts$"):
+        resume_from("chkpts")
+
+
 def test_random_states_go_on_as_they_are_saved_and_as_lists_as_they_were_before():
     def draw():
         return random.random(), np.random.rand(), torch.rand(()).item()
@@ -661,4 +674,6 @@ def test_states_are_never_given_to_parameters_in_another_order(tmp_path):
     trained("second", "first", max_steps=2).save_checkpoint(tmp_path / "tag")
     with pytest.raises(CheckpointMismatchError, match=r"from 'first\.weight' on and not from 'second\.weight'"):
         trained("first", "second", max_steps=4, ckpt_path=tmp_path / "tag")
+    with pytest.raises(CheckpointMismatchError, match=r"has param groups of \[4\] parameters, this AdamW of \[2\]"):
+        trained("second", max_steps=4, ckpt_path=tmp_path / "tag")
     trained("second", "first", max_steps=4, ckpt_path=tmp_path / "tag")

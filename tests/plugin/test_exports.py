@@ -469,6 +469,12 @@ def test_a_module_is_made_out_of_a_directory_as_out_of_a_file(tmp_path):
         load_from_zero_checkpoint(Model, saving.best_model_path)
 
 
+@pytest.mark.parametrize("what", [torch.nn.Linear, Model(), "Model"], ids=["another class", "a module", "a name"])
+def test_what_no_module_can_be_made_of_is_refused_with_the_function_that_fills_one(what, tmp_path):
+    with pytest.raises(TypeError, match=r"takes the class of it, not <class .*load_state_dict_from_zero_checkpoint"):
+        load_from_zero_checkpoint(what, tmp_path)
+
+
 class Wrapped(Model):
     """As those of the libraries of models are wrapped: what is to be published is a part of the module."""
 

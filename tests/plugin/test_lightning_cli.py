@@ -1,6 +1,7 @@
 """The strategy by its class path and by its names, in LightningCLI and in the Trainer; and wrong arguments."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -116,6 +117,21 @@ def test_an_unknown_argument_is_refused_with_what_to_write_instead(arguments, me
 def test_a_wrong_value_is_refused_with_the_valid_ones(arguments, message):
     with pytest.raises(ValueError, match=message):
         ZeroStrategy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("offload_optimizer", {"device": "none"}),
+        ("offload_optimizer", "cpu"),
+        ("find_unused_parameters", "false"),
+        ("broadcast_buffers", None),
+        ("overlap_gather", 1),
+    ],
+)
+def test_what_is_no_switch_switches_nothing_on(name, value):
+    with pytest.raises(TypeError, match=f"^{name} must be True or False, not {re.escape(repr(value))}$"):
+        ZeroStrategy(**{name: value})
 
 
 @pytest.mark.parametrize("stranger", [DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy])

@@ -10,7 +10,7 @@ import torch
 from lightning_zero import TrainingReport, ZeroCheckpoint, ZeroStrategy
 from lightning_zero.checkpoint.report import SaveReport
 from lightning_zero.plugin.charts import line_chart, stacked_bars
-from tests.launch import run_ranks
+from tests.launch import distributed, run_ranks
 from tests.models import Model, fit
 
 
@@ -71,6 +71,16 @@ def test_the_page_shows_loss_speed_memory_and_checkpoints_and_goes_on_after_a_re
     assert memory["optimizer states"] == pytest.approx(8 * trained / 2, rel=0.1)
     assert memory["masters"] == pytest.approx(0 if width == 4 else 4 * trained / 2, rel=0.1)
     assert memory["parameters"] >= width * trained
+
+
+@distributed(world_size=1, process_group=False)
+def test_the_last_validation_is_on_the_page_although_no_batch_comes_after_it(tmp_path):
+    page = TrainingReport(tmp_path / "report.html", every_n_train_steps=1)
+    _, trainer = fit(Logging(), ZeroStrategy(), world_size=1, max_epochs=2, callbacks=[page])
+    last = trainer.callback_metrics["val_loss"].item()
+    assert page.curves["val_loss"][-1] == (trainer.global_step, last)
+    assert page.curves["val_loss"][-2][1] != last  # the first epoch's
+    assert f"{last:.4g}" in page.path.read_text()
 
 
 def test_a_run_that_has_saved_thousands_of_times_keeps_the_newest_figures_and_draws_each_save_once(tmp_path):

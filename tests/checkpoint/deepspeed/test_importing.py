@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 
 from lightning_zero import ZeroStrategy, get_fp32_state_dict_from_zero_checkpoint, import_deepspeed_checkpoint
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.cli import main
-from lightning_zero.errors import CheckpointWriteError
+from lightning_zero.errors import CheckpointMismatchError, CheckpointWriteError
 from tests.checkpoint.deepspeed.forger import Run, edit
 from tests.checkpoint.deepspeed.training import assert_holds, trained
 from tests.checkpoint.imports import memory_of
@@ -327,6 +327,35 @@ def go_on(save_dir: Path, max_steps: int, model_class: type = Model) -> tuple[He
         limit_val_batches=0,
     )
     return held, trainer.global_step, model.losses
+
+
+class Around(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.net = torch.nn.Identity(), Model()
+
+    def training_step(self, batch):
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad])
+
+
+@distributed(world_size=1, process_group=False)
+def test_who_needs_submodule_is_told_so(tmp_path: Path) -> None:
+    trained(stage=2).save(tmp_path / "theirs")
+    import_deepspeed_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    needs = pytest.raises(CheckpointMismatchError, match=r"the names of its 'net'.* import it with --submodule net$")
+    with needs:
+        fit(Around(), ZeroStrategy(), world_size=1, max_steps=6, ckpt_path=tmp_path / "ours")
+    trainer = fit(Around(), ZeroStrategy(), world_size=1, max_steps=1)[1]
+    with needs:
+        trainer.strategy.load_zero_checkpoint(tmp_path / "ours", load_module_only=True)
+    import_deepspeed_checkpoint(tmp_path / "theirs", tmp_path / "whole", submodule="net")
+    trainer.strategy.load_zero_checkpoint(tmp_path / "whole", load_module_only=True)
+    with pytest.raises(CheckpointMismatchError, match=r"doesn't fit the module") as caught:
+        fit(Model(width=8), ZeroStrategy(), world_size=1, max_steps=6, ckpt_path=tmp_path / "ours")
+    assert "--submodule" not in str(caught.value)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
