@@ -16,8 +16,8 @@ CPU = torch.device("cpu")
 
 def expecting(nbytes):
     """Memory for a state of so many bytes, for which parameters are going to leave as much."""
-    memory = StateMemory(bytes_per_element=4)
-    memory.expect([nbytes // 4], [nbytes])
+    memory = StateMemory()
+    memory.expect([(nbytes // 4, nbytes)], [nbytes])
     return memory
 
 
@@ -62,8 +62,9 @@ def test_no_more_is_kept_than_will_be_needed():
 
 
 def test_what_parameters_dont_leave_is_touched_ahead_of_time_in_one_block():
-    memory = StateMemory(bytes_per_element=8)
-    memory.expect([1000, 100, 100], [400])  # two states each: the first one's fit nowhere, four small ones need 1600
+    memory = StateMemory()
+    # Two states each: the first one's fit nowhere, four small ones need 1600
+    memory.expect([(1000, 8000), (100, 800), (100, 800)], [400])
     left = torch.ones(100)
     memory.keep(left)
     del left
@@ -79,11 +80,11 @@ def test_what_parameters_dont_leave_is_touched_ahead_of_time_in_one_block():
 
 
 def test_where_there_is_too_little_memory_whoever_needs_it_is_told():
-    memory = StateMemory(bytes_per_element=4)
-    memory.expect([1 << 58], [])
+    memory = StateMemory()
+    memory.expect([(1 << 58, 1 << 60)], [])
     with pytest.raises(RuntimeError, match="memory"):
         memory.empty((1 << 58,), torch.float32, CPU)
-    memory.expect([1 << 58], [])
+    memory.expect([(1 << 58, 1 << 60)], [])
     memory.release()
 
 
@@ -119,12 +120,13 @@ def test_states_are_loaded_where_parameters_were_and_then_in_place():
         )
         return net, optimizer, partition, memory
 
-    net, optimizer, partition, _ = trained(0)
+    net, optimizer, partition, _ = trained({})
     net(torch.ones(4, 40)).pow(2).mean().backward()
     partition.flush()
     optimizer.step()
     whole = partition.whole_state_dict(optimizer)
-    _, optimizer, partition, memory = trained(2 * 2 * 4 * 40 * 41)
+    sizes = {name: parameter.nbytes for name, parameter in net.named_parameters()}
+    _, optimizer, partition, memory = trained({name: 2 * nbytes for name, nbytes in sizes.items()})
     partition.load_state(optimizer, whole)
     partition.release_state_memory()
     states = [segment.state["exp_avg"] for segment in partition.segments(optimizer)]
