@@ -43,7 +43,8 @@ class Snapshot:
             self._memory = _allocate(nbytes, pinned=pinned)
 
         if self._reserving is None and len(self._memory) < nbytes:
-            self._reserving = threading.Thread(target=get, name="lightning_zero-reserve", daemon=True)
+            # Not a daemon: a process that ends while torch is at work in one is aborted
+            self._reserving = threading.Thread(target=get, name="lightning_zero-reserve", daemon=False)
             self._reserving.start()
 
     def _reserved(self) -> None:

@@ -95,7 +95,8 @@ class StateMemory:
             with suppress(RuntimeError):  # there is too little: whoever needs it will be told
                 touched.append(prefault(torch.empty(nbytes, dtype=torch.uint8)))
 
-        thread = threading.Thread(target=touch, name="lightning_zero-touch", daemon=True)
+        # Not a daemon: a process that ends while torch is at work in one is aborted
+        thread = threading.Thread(target=touch, name="lightning_zero-touch", daemon=False)
         thread.start()
         self._touching.append((thread, touched))
 

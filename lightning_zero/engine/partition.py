@@ -199,6 +199,7 @@ class Partition:
         for segmented in self._segmented:
             segmented.drop_gradients()
             segmented.detach()
+        self.release_state_memory()
 
     def come_to_rest(self) -> None:
         """The fit is over: see `ParameterBucket.come_to_rest`."""

@@ -1,5 +1,8 @@
 """Memory that is used again, and what must not be."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +89,19 @@ def test_where_there_is_too_little_memory_whoever_needs_it_is_told():
         memory.empty((1 << 58,), torch.float32, CPU)
     memory.expect([(1 << 58, 1 << 60)], [])
     memory.release()
+
+
+@pytest.mark.parametrize(
+    ("module", "touch"),
+    [
+        ("engine.buffers", "StateMemory().expect([(1 << 28, 1 << 30)], [])"),
+        ("checkpoint.snapshot", "Snapshot().reserve(1 << 30, pinned=False)"),
+    ],
+)
+def test_a_process_may_end_while_memory_is_touched(module, touch):
+    lines = ("import sys", f"from lightning_zero.{module} import *", touch, "sys.exit(3)")
+    ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 3, ended.stderr
 
 
 class InAFile(torch.Tensor):

@@ -360,6 +360,21 @@ def unfrozen_again(directory, precision):
     assert sum(asked) <= sum(state.nbytes + 2 * StateMemory._ALIGNMENT for state in states)
 
 
+class FailingAtItsStart(Callback):
+    def on_train_start(self, trainer, pl_module):
+        raise ValueError("the user's own")
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_resume_that_fails_lets_go_of_the_memory_for_states(tmp_path):
+    _, trainer = fit(Plain, ZeroStrategy())
+    trainer.save_checkpoint(tmp_path / "tag")
+    strategy = ZeroStrategy()
+    with pytest.raises(ValueError, match="the user's own"):
+        fit(Plain, strategy, ckpt_path=tmp_path / "tag", max_epochs=3, callbacks=[FailingAtItsStart])
+    assert strategy._partition._state_memory._blocks == []
+
+
 class GroupsByHand(Plain):
     """Param groups that are edited in place, past `add_param_group`."""
 
