@@ -130,7 +130,8 @@ class StateMemory:
         del self._sizes[tightest]
         block = self._blocks.pop(tightest)
         self._insert(block[nbytes + -nbytes % self._ALIGNMENT :])
-        return block[:nbytes].view(dtype).view(shape)
+        # Not a view: whoever copies, pickles or sends one would take the whole block
+        return torch.frombuffer(block.numpy(), dtype=dtype, count=nbytes // dtype.itemsize).view(shape)
 
     def release(self) -> None:
         """Let go of what hasn't been used, and keep nothing any more."""
