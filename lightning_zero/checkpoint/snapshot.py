@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -44,8 +45,10 @@ class Snapshot:
 
         if self._reserving is None and len(self._memory) < nbytes:
             # Not a daemon: a process that ends while torch is at work in one is aborted
-            self._reserving = threading.Thread(target=get, name="lightning_zero-reserve", daemon=False)
-            self._reserving.start()
+            thread = threading.Thread(target=get, name="lightning_zero-reserve", daemon=False)
+            with suppress(RuntimeError):  # there can be no more threads: `take` gets it
+                thread.start()
+                self._reserving = thread
 
     def _reserved(self) -> None:
         reserving, self._reserving = self._reserving, None

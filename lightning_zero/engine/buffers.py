@@ -97,8 +97,9 @@ class StateMemory:
 
         # Not a daemon: a process that ends while torch is at work in one is aborted
         thread = threading.Thread(target=touch, name="lightning_zero-touch", daemon=False)
-        thread.start()
-        self._touching.append((thread, touched))
+        with suppress(RuntimeError):  # there can be no more threads: the memory will be cold
+            thread.start()
+            self._touching.append((thread, touched))
 
     def _take_touched(self) -> None:
         for thread, touched in self._touching:

@@ -4,6 +4,7 @@ import copy
 import io
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_zero.checkpoint.content import RankContent, TensorToSave
+from lightning_zero.checkpoint.snapshot import Snapshot
 from lightning_zero.engine.buffers import StateMemory, is_unshared
 from lightning_zero.engine.collectives import collectives_for
 from lightning_zero.engine.partition import Partition
@@ -104,6 +107,19 @@ def test_where_there_is_too_little_memory_whoever_needs_it_is_told():
         memory.empty((1 << 58,), torch.float32, CPU)
     memory.expect([(1 << 58, 1 << 60)], [])
     memory.release()
+
+
+def test_where_there_can_be_no_more_threads_memory_is_cold(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    memory, snapshot = StateMemory(), Snapshot()
+    memory.expect([(1000, 8000)], [])
+    assert memory.empty((1000,), torch.float32, CPU).fill_(1).sum() == 1000
+    snapshot.reserve(1000, pinned=False)
+    content = RankContent([TensorToSave("model", "weight", 0, 3, torch.arange(3.0))], [], b"", 1)
+    assert snapshot.take(content).tensors[0].tensor.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
