@@ -116,6 +116,8 @@ class Snapshot:
         self._let_go()
 
     def _let_go(self) -> None:
+        self.wait()  # nobody has, for a copy that came to nothing: what it is in may still be written
+        self._events = []
         if self._memory.is_pinned():
             torch.cuda.check_error(_cuda_runtime().cudaHostUnregister(self._memory.data_ptr()))
         self._memory = _nothing()
