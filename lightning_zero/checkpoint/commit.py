@@ -144,7 +144,7 @@ def _names(save_dir: Location, tag: str) -> bool:
         return read_latest(save_dir) == tag
     except CorruptCheckpointError as error:
         refused = error.__cause__.__cause__ if error.__cause__ is not None else None
-        if isinstance(refused, OSError) and refused.errno in (errno.EIO, errno.ESTALE):
+        if isinstance(refused, OSError) and (is_remote(save_dir) or refused.errno in (errno.EIO, errno.ESTALE)):
             raise
         return False
 

@@ -1,5 +1,6 @@
 """Save directories behind URLs: a real server on loopback that speaks S3, and fsspec's own memory."""
 
+import errno
 import io
 import os
 import signal
@@ -22,13 +23,18 @@ from safetensors.torch import load
 from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroCheckpointIO, ZeroStrategy
 from lightning_zero import convert_zero_checkpoint_to_fp32_state_dict as convert
 from lightning_zero import get_fp32_state_dict_from_zero_checkpoint as get_fp32
-from lightning_zero.checkpoint import commit, finish, remote
+from lightning_zero.checkpoint import commit, finish, remote, storage
 from lightning_zero.checkpoint import save as saving
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.checkpoint.storage import locate
 from lightning_zero.cli import main
-from lightning_zero.errors import CheckpointNotFoundError, CheckpointWriteError, IncompleteCheckpointError
+from lightning_zero.errors import (
+    CheckpointNotFoundError,
+    CheckpointWriteError,
+    CorruptCheckpointError,
+    IncompleteCheckpointError,
+)
 from lightning_zero.plugin import loading
 from lightning_zero.plugin.checkpoint_io import PREPARED, PreparedSave
 from tests.checkpoint.sample import Sample
@@ -314,6 +320,37 @@ def test_what_fails_after_the_commit_takes_nothing_away(any_url):
         with pytest.raises(CheckpointWriteError, match="Input/output error"):
             save(any_url, "tag", step=2)
     assert Checkpoint(resolve(any_url), verify="full").manifest.step == 2
+
+
+def test_where_the_store_does_not_tell_for_a_moment_nothing_is_taken_away(any_url, monkeypatch):
+    save(any_url, "one", step=1)
+    save(any_url, "tag", step=2)
+    open_file = storage.open_file
+
+    def refuse(*args, **kwargs):
+        raise IncompleteCheckpointError("busy") from OSError(errno.EBUSY, "Reduce your request rate")
+
+    def open_or_refuse(location):
+        return refuse() if location.name in refused else open_file(location)
+
+    with monkeypatch.context() as patch:
+        refused = ["latest"]
+        patch.setattr(storage, "open_file", open_or_refuse)
+        with pytest.raises(CorruptCheckpointError, match="busy"):
+            commit.remove_tag(locate(any_url), "tag")
+    assert Checkpoint(resolve(any_url), verify="full").manifest.step == 2
+
+    def refuse_from_now_on(*args, **kwargs):
+        refused.append("manifest.json")
+        raise OSError(errno.EBUSY, "Reduce your request rate")
+
+    with monkeypatch.context() as patch:
+        refused = []
+        patch.setattr(storage, "open_file", open_or_refuse)
+        patch.setattr(remote, "write_whole", refuse_from_now_on)
+        with pytest.raises(CheckpointWriteError, match="request rate"), pytest.warns(match="couldn't be removed"):
+            save(any_url, "tag", step=3)
+    assert Checkpoint(resolve(any_url), verify="full").manifest.step == 3
 
 
 class Kill(Callback):
