@@ -144,7 +144,7 @@ def _names(save_dir: Location, tag: str) -> bool:
         return read_latest(save_dir) == tag
     except CorruptCheckpointError as error:
         refused = error.__cause__.__cause__ if error.__cause__ is not None else None
-        if isinstance(refused, OSError) and refused.errno in (errno.EIO, errno.ESTALE):
+        if isinstance(refused, OSError) and (is_remote(save_dir) or refused.errno in (errno.EIO, errno.ESTALE)):
             raise
         return False
 
@@ -215,9 +215,12 @@ class Staging:
             self._fd = None
 
     def abandon(self) -> None:
-        """Take away whatever the save has written, and let go."""
+        """Take away whatever the save has written, and let go. What resists is left: the ranks have still to meet."""
         if is_remote(self._path):
-            remote.remove_uncommitted(self._path, self._save_id)
+            try:
+                remote.remove_uncommitted(self._path, self._save_id)
+            except Exception as error:  # a store's own kinds too: perhaps just what the save fails for
+                warnings.warn(f"what was written under {self._path} couldn't be removed: {error}", stacklevel=2)
         else:
             shutil.rmtree(self._path, ignore_errors=True)
         self.release()

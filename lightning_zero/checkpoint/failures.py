@@ -12,6 +12,7 @@ a rank that has given up. What each step's failure leaves behind:
 | a shard or `trainer.pt` can't be written | `prepare`, `write` | the staging directory goes | CheckpointWriteError |
 | a file of another rank isn't visible to rank 0 | `finish` | the staging directory goes | CheckpointWriteError |
 | the commit | `finish` | see [Note: the commit, step by step] | CheckpointWriteError |
+| an interrupt | before `finish` | the staging directory goes | KeyboardInterrupt, of that rank; the others wait |
 | a rank is killed | any | staging, which the next save removes | CheckpointWriteError, or the group's time-out |
 
 In none of these cases is an earlier tag touched, and `latest` names what it named.

@@ -117,9 +117,13 @@ class Proposal:
         try:
             return do()
         except RuntimeError as error:
-            if isinstance(self._staged, commit.Staging):
-                self._staged.abandon()
+            self.abandon()
             raise unreachable(self._directory, error) from error
+
+    def abandon(self) -> None:
+        """Take away the staging directory, on the rank that made it."""
+        if isinstance(self._staged, commit.Staging):
+            self._staged.abandon()
 
     def agreed(self) -> Plan:
         """Make sure that all ranks save the same.

@@ -47,7 +47,9 @@ def remove_uncommitted(directory: UPath, save_id: str) -> None:
     """Remove what a failed save has written under a tag; nothing, if what failed came after its commit."""
     try:
         committed = save_id.encode() in read_file(directory / MANIFEST_NAME)
-    except IncompleteCheckpointError:
+    except IncompleteCheckpointError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise  # the store doesn't tell, for now perhaps; if it is none, it goes when it is stale
         committed = False
     if not committed:
         remove_all(directory, [name for name in names_in(directory) if save_id in name])

@@ -12,7 +12,8 @@ import io
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -35,7 +36,7 @@ from lightning_zero.checkpoint.shards import Item, check_header, shard_name, tra
 from lightning_zero.checkpoint.snapshot import Snapshot
 from lightning_zero.checkpoint.storage import Location, create_file, is_remote, link, open_file, remove_file
 from lightning_zero.checkpoint.tensors import code_of, tensor_chunks
-from lightning_zero.errors import CheckpointWriteError, ZeroError
+from lightning_zero.errors import CheckpointWriteError
 
 RANK_STATE = "state"
 
@@ -112,21 +113,23 @@ def begin_save(
     proposal = Proposal(
         directory, content, group, tag_validation=tag_validation, place=place, clean=snapshot is None, began=began
     )
-    if isinstance(content, Exception):
-        proposal.agreed()  # raises it, everywhere
-        raise content
-    prepare_here = partial(prepare, proposal.rank, directory, content, shared, snapshot=snapshot)
-    prepared = prepare_here(frozen_before=frozen_before)
-    plan = proposal.agreed()
-    prepared = _link(plan, prepared, without=prepare_here)
+    with _abandoning(proposal):
+        if isinstance(content, Exception):
+            proposal.agreed()  # raises it, everywhere
+            raise content
+        prepare_here = partial(prepare, proposal.rank, directory, content, shared, snapshot=snapshot)
+        prepared = prepare_here(frozen_before=frozen_before)
+        plan = proposal.agreed()
+        prepared = _link(plan, prepared, without=prepare_here)
     stall_seconds = time.perf_counter() - plan.began
 
     def rest() -> SaveReport:
-        if snapshot is not None:
-            if plan.staged is not None:
-                commit.clean_leftovers(plan.directory.parent)  # nobody has: training would have waited for it
-            snapshot.wait()
-        written = write(plan, prepared, fsync=fsync, direct=snapshot is not None, stall_seconds=stall_seconds)
+        with _abandoning(plan):
+            if snapshot is not None:
+                if plan.staged is not None:
+                    commit.clean_leftovers(plan.directory.parent)  # nobody has: training would have waited for it
+                snapshot.wait()
+            written = write(plan, prepared, fsync=fsync, direct=snapshot is not None, stall_seconds=stall_seconds)
         then = plan if snapshot is None else replace(plan, group=group_behind)
         report = finish(then, written, shared, update_latest=update_latest, fsync=fsync)
         return report if snapshot is not None else replace(report, stall_seconds=report.seconds)
@@ -159,14 +162,21 @@ def save_for_ranks(
     ranks = iter(contents)
     content = next(ranks)
     plan = replace(Proposal(directory, content, None).agreed(), world_size=world_size)
-    try:
+    with _abandoning(plan):
         written = [write(plan, prepare(0, directory, content, shared), fsync=fsync)]
         for rank, content in enumerate(ranks, 1):
             written.append(write(replace(plan, rank=rank), prepare(rank, directory, content, shared), fsync=fsync))
-    except BaseException:
-        plan.abandon()
-        raise
     return finish(plan, written[0], shared, others=written[1:], update_latest=update_latest, fsync=fsync)
+
+
+@contextmanager
+def _abandoning(save: Proposal | Plan) -> Iterator[None]:
+    """An interrupt too takes away what was written: the process may live on, and hold its lock."""
+    try:
+        yield
+    except BaseException:
+        save.abandon()
+        raise
 
 
 def _refuse_to_leave_latest_without_states(
@@ -177,7 +187,7 @@ def _refuse_to_leave_latest_without_states(
             return content
         if not read_manifest(directory).optimizers:
             return content
-    except ZeroError:
+    except Exception:  # a store's own kinds too: the other ranks wait for this one
         return content
     return CheckpointWriteError(
         f"`latest` names {directory.name!r}, which training can resume from, and it was to be replaced by weights "

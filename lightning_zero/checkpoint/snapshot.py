@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -43,8 +44,11 @@ class Snapshot:
             self._memory = _allocate(nbytes, pinned=pinned)
 
         if self._reserving is None and len(self._memory) < nbytes:
-            self._reserving = threading.Thread(target=get, name="lightning_zero-reserve", daemon=True)
-            self._reserving.start()
+            # Not a daemon: a process that ends while torch is at work in one is aborted
+            thread = threading.Thread(target=get, name="lightning_zero-reserve", daemon=False)
+            with suppress(RuntimeError):  # there can be no more threads: `take` gets it
+                thread.start()
+                self._reserving = thread
 
     def _reserved(self) -> None:
         reserving, self._reserving = self._reserving, None
@@ -112,6 +116,8 @@ class Snapshot:
         self._let_go()
 
     def _let_go(self) -> None:
+        self.wait()  # nobody has, for a copy that came to nothing: what it is in may still be written
+        self._events = []
         if self._memory.is_pinned():
             torch.cuda.check_error(_cuda_runtime().cudaHostUnregister(self._memory.data_ptr()))
         self._memory = _nothing()

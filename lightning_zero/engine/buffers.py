@@ -60,16 +60,12 @@ class StateMemory:
 
     Parameters leave some when they move into a flat buffer. The rest is asked for at once, and touched by a thread of
     its own, while the ranks build what they need to train.
-
-    Args:
-        bytes_per_element: of the states of one element of a parameter; 0 if none are going to be loaded.
     """
 
     _ALIGNMENT = 64
     _BYTES_PER_STATE = 4  # of one state's element, as a rule
 
-    def __init__(self, bytes_per_element: float = 0) -> None:
-        self._per_element = bytes_per_element
+    def __init__(self) -> None:
         self._wanted = 0
         """How much of what parameters leave is still worth keeping."""
         self._touching: list[tuple[threading.Thread, list[Tensor]]] = []
@@ -77,22 +73,20 @@ class StateMemory:
         self._sizes: list[int] = []
         """Of the blocks, ascending."""
 
-    def expect(self, owned: Sequence[int], leaving: Sequence[int]) -> None:
+    def expect(self, owned: Sequence[tuple[int, int]], leaving: Sequence[int]) -> None:
         """Get ready for the states of more parameters, which will leave their memory after this.
 
         Args:
-            owned: how many elements of each are this rank's.
+            owned: how many elements of each are this rank's, and how many bytes their states have.
             leaving: the bytes that each of them will leave.
         """
-        largest = max(leaving, default=0) // self._BYTES_PER_STATE
-        nbytes, fitting = (
-            int(sum(numels) * self._per_element) for numels in (owned, [numel for numel in owned if numel <= largest])
-        )
+        largest = max(leaving, default=0)
+        fitting = sum(nbytes for numel, nbytes in owned if numel * self._BYTES_PER_STATE <= largest)
         self._wanted += fitting
-        missing = nbytes - min(fitting, sum(leaving))
+        missing = sum(nbytes for _, nbytes in owned) - min(fitting, sum(leaving))
         if missing > 0:
-            padding = len(owned) * math.ceil(self._per_element / self._BYTES_PER_STATE) * self._ALIGNMENT
-            self._touch(missing + padding)
+            states = sum(math.ceil(nbytes / (numel * self._BYTES_PER_STATE)) for numel, nbytes in owned)
+            self._touch(missing + states * self._ALIGNMENT)
 
     def _touch(self, nbytes: int) -> None:
         touched: list[Tensor] = []
@@ -101,9 +95,11 @@ class StateMemory:
             with suppress(RuntimeError):  # there is too little: whoever needs it will be told
                 touched.append(prefault(torch.empty(nbytes, dtype=torch.uint8)))
 
-        thread = threading.Thread(target=touch, name="lightning_zero-touch", daemon=True)
-        thread.start()
-        self._touching.append((thread, touched))
+        # Not a daemon: a process that ends while torch is at work in one is aborted
+        thread = threading.Thread(target=touch, name="lightning_zero-touch", daemon=False)
+        with suppress(RuntimeError):  # there can be no more threads: the memory will be cold
+            thread.start()
+            self._touching.append((thread, touched))
 
     def _take_touched(self) -> None:
         for thread, touched in self._touching:
@@ -135,12 +131,12 @@ class StateMemory:
         del self._sizes[tightest]
         block = self._blocks.pop(tightest)
         self._insert(block[nbytes + -nbytes % self._ALIGNMENT :])
-        return block[:nbytes].view(dtype).view(shape)
+        # Not a view: whoever copies, pickles or sends one would take the whole block
+        return torch.frombuffer(block.numpy(), dtype=dtype, count=nbytes // dtype.itemsize).view(shape)
 
     def release(self) -> None:
         """Let go of what hasn't been used, and keep nothing any more."""
         self._take_touched()
-        self._per_element = 0
         self._wanted = 0
         self._blocks.clear()
         self._sizes.clear()

@@ -38,8 +38,8 @@ class Partition:
         reduce_dtype: the dtype in which gradients travel; by default the parameters' own.
         find_unused_parameters: agree after each backward on the parameters that had a gradient, on NCCL too.
         before_change: called before masters or states change.
-        state_bytes_to_load: of all ranks' optimizer states together, if those are going to be loaded: memory for this
-            rank's is got ready (see `StateMemory`), and what isn't needed is let go by `release_state_memory()`.
+        state_bytes_to_load: of the whole states of each parameter, by name, that are going to be loaded: memory for
+            this rank's is got ready (see `StateMemory`), and what isn't needed is let go by `release_state_memory()`.
         master_device: where masters and states are, and the optimizers step: see [Note: offloaded masters]. By default
             where the parameters are.
 
@@ -59,7 +59,7 @@ class Partition:
         reduce_dtype: torch.dtype | None = None,
         find_unused_parameters: bool = False,
         before_change: Callable[[], None] = lambda: None,
-        state_bytes_to_load: int = 0,
+        state_bytes_to_load: Mapping[str, int] | None = None,
         master_device: torch.device | None = None,
     ) -> None:
         self._master_device = master_device
@@ -67,8 +67,8 @@ class Partition:
         self._collectives = collectives
         given = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         alone = collectives.world_size == 1 and all(_is_wide(parameter) for parameter in given)
-        trained = {parameter: parameter.numel() for parameter in given if parameter.requires_grad}
-        self._state_memory = StateMemory(state_bytes_to_load / max(1, sum(trained.values())))
+        self._state_bytes_to_load = state_bytes_to_load or {}
+        self._state_memory = StateMemory()
         self.cuts: list[Cut] = [cut_for(optimizer, partition, alone=alone) for optimizer in optimizers]
         """How each optimizer's parameters are cut, and why so."""
         # One rank has nothing to send: every parameter is a bucket of its own, whose memory is left as it is.
@@ -162,9 +162,11 @@ class Partition:
             equal_shards=self._collectives.equal_shards,
         )
         by_name = {names[parameter]: parameter for parameter in parameters}
-        if parameters[0].requires_grad and (self._master_device or parameters[0].device).type == "cpu":
+        if self._state_bytes_to_load and (self._master_device or parameters[0].device).type == "cpu":
+            owned = [segment for plan in plans for segment, _ in plan.owned(self._collectives.rank)]
+            nbytes = self._state_bytes_to_load
             self._state_memory.expect(
-                [segment.numel for plan in plans for segment, _ in plan.owned(self._collectives.rank)],
+                [(s.numel, nbytes.get(s.name, 0) * s.numel // by_name[s.name].numel()) for s in owned],
                 [
                     parameter.numel * parameter.element_bytes
                     for plan in plans
@@ -197,6 +199,7 @@ class Partition:
         for segmented in self._segmented:
             segmented.drop_gradients()
             segmented.detach()
+        self.release_state_memory()
 
     def come_to_rest(self) -> None:
         """The fit is over: see `ParameterBucket.come_to_rest`."""
@@ -225,6 +228,7 @@ class Partition:
 
     def release_state_memory(self) -> None:
         """No states are going to be loaded any more."""
+        self._state_bytes_to_load = {}
         self._state_memory.release()
 
     @torch.no_grad()

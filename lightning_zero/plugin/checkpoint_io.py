@@ -26,7 +26,7 @@ from lightning_zero.checkpoint.resolution import is_checkpoint, resolve
 from lightning_zero.checkpoint.save import begin_save
 from lightning_zero.checkpoint.snapshot import Snapshot
 from lightning_zero.checkpoint.storage import Location, locate, remove_file
-from lightning_zero.errors import CheckpointNotFoundError, CorruptCheckpointError, ZeroError
+from lightning_zero.errors import CheckpointNotFoundError, CorruptCheckpointError
 
 PREPARED = "lightning_zero_prepared_save"
 """Where a `PreparedSave` is in Lightning's dict: an entry comes through a wrapper that makes another dict of it."""
@@ -276,7 +276,7 @@ def _frozen_of_latest(save_dir: Location, prepared: PreparedSave) -> StoredFile 
             return None
         rank = prepared.group.rank() if prepared.group is not None else 0
         files = read_manifest(save_dir / latest).files
-    except (ZeroError, OSError):
+    except Exception:  # a store's own kinds too: the other ranks wait for this one
         return None
     found = (StoredFile(save_dir / latest / f.name, f, links=MOST_LINKS) for f in files if f.frozen and f.rank == rank)
     return next(found, None)

@@ -15,6 +15,7 @@ iterators anew on the way.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,10 +71,10 @@ class Resume:
             return {} if stored is None else unpickle(stored, f"the state of rank {saved_by}", weights_only)
 
         manifest = checkpoint.source.manifest
-        self.state_bytes = sum(
-            tensor.nbytes for file in manifest.files for tensor in file.tensors if tensor.kind == "optimizer"
-        )
-        """Of the optimizers' states, all ranks' together."""
+        self.state_bytes: Counter[str] = Counter()
+        """Of the optimizers' states of each parameter, by name, all ranks' together."""
+        for tensor in (tensor for file in manifest.files for tensor in file.tensors if tensor.kind == "optimizer"):
+            self.state_bytes[tensor.name] += tensor.nbytes
         own, saved_by = of(rank), manifest.world_size
         if own and saved_by == world_size and own.get("loops") is not None:
             checkpoint["loops"] = own["loops"]

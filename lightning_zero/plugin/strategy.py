@@ -285,7 +285,7 @@ class ZeroStrategy(DDPStrategy):
                 find_unused_parameters=self._find_unused_parameters,
                 before_change=self.saves.before_step,
                 master_device=self._master_device,
-                state_bytes_to_load=0 if self._data.resume is None else self._data.resume.state_bytes,
+                state_bytes_to_load=None if self._data.resume is None else self._data.resume.state_bytes,
             )
             if self.world_size > 1:
                 for optimizer, cut in zip(self.optimizers, self._partition.cuts, strict=True):

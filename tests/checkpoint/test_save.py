@@ -102,6 +102,24 @@ def test_a_full_disk_in_the_middle_of_a_shard_fails_all(tmp_path: Path) -> None:
     assert_only_the_first_is_left(tmp_path)
 
 
+@pytest.mark.parametrize("where", ["_serialize", "_write_trainer"])
+def test_what_an_interrupted_save_has_written_goes(tmp_path: Path, where: str) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    def save_alone(tag: str) -> None:
+        sample = Sample(world_size=1)
+        save_checkpoint(tmp_path / tag, sample.rank(0), sample.shared, group=None, fsync=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, where, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            save_alone("first")
+    assert os.listdir(tmp_path) == []
+    save_alone("first")
+    assert sorted(os.listdir(tmp_path)) == ["first", "latest"]
+
+
 @distributed(world_size=2)
 def test_what_can_not_be_pickled_fails_all(tmp_path: Path) -> None:
     save(tmp_path / "first", Sample(world_size=2))

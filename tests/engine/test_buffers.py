@@ -1,11 +1,19 @@
 """Memory that is used again, and what must not be."""
 
+import copy
+import io
+import subprocess
+import sys
+import threading
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_zero.checkpoint.content import RankContent, TensorToSave
+from lightning_zero.checkpoint.snapshot import Snapshot
 from lightning_zero.engine.buffers import StateMemory, is_unshared
 from lightning_zero.engine.collectives import collectives_for
 from lightning_zero.engine.partition import Partition
@@ -16,8 +24,8 @@ CPU = torch.device("cpu")
 
 def expecting(nbytes):
     """Memory for a state of so many bytes, for which parameters are going to leave as much."""
-    memory = StateMemory(bytes_per_element=4)
-    memory.expect([nbytes // 4], [nbytes])
+    memory = StateMemory()
+    memory.expect([(nbytes // 4, nbytes)], [nbytes])
     return memory
 
 
@@ -62,29 +70,69 @@ def test_no_more_is_kept_than_will_be_needed():
 
 
 def test_what_parameters_dont_leave_is_touched_ahead_of_time_in_one_block():
-    memory = StateMemory(bytes_per_element=8)
-    memory.expect([1000, 100, 100], [400])  # two states each: the first one's fit nowhere, four small ones need 1600
+    memory = StateMemory()
+    # Two states each: the first one's fit nowhere, four small ones need 1600
+    memory.expect([(1000, 8000), (100, 800), (100, 800)], [400])
     left = torch.ones(100)
+    left_at = left.data_ptr()
     memory.keep(left)
     del left
     made = [memory.empty((numel,), torch.float32, CPU) for numel in (1000, 1000, 100, 100, 100, 100)]
-    blocks = [tensor.untyped_storage() for tensor in made]
-    ahead = blocks[0].nbytes()
-    assert 2 * 4000 + 3 * 400 <= ahead < 2 * 4000 + 3 * 400 + 1024
-    assert sorted(block.nbytes() for block in blocks) == [400] + [ahead] * 5
+    begins = sorted(tensor.data_ptr() for tensor in made if tensor.data_ptr() != left_at)
+    assert len(begins) == 5
+    assert begins[-1] + 400 - begins[0] < 2 * 4000 + 3 * 400 + 1024
     assert not any(tensor.data_ptr() % 4 for tensor in made)
     for number, tensor in enumerate(made):
         tensor.fill_(number)
     assert [float(tensor.sum()) / len(tensor) for tensor in made] == [0, 1, 2, 3, 4, 5]
 
 
+def test_one_state_is_copied_or_saved_without_the_others():
+    memory = StateMemory()
+    memory.expect([(1000, 8000)], [])
+    states = [memory.empty((10, 100), dtype, CPU).fill_(2) for dtype in (torch.float32, torch.bfloat16)]
+    for state in states:
+        assert copy.deepcopy(state).untyped_storage().nbytes() == state.nbytes
+        file = io.BytesIO()
+        torch.save(state, file)
+        assert len(file.getvalue()) < state.nbytes + 2000
+    memory.release()
+    assert all(float(state.sum()) == 2000 for state in states)
+
+
 def test_where_there_is_too_little_memory_whoever_needs_it_is_told():
-    memory = StateMemory(bytes_per_element=4)
-    memory.expect([1 << 58], [])
+    memory = StateMemory()
+    memory.expect([(1 << 58, 1 << 60)], [])
     with pytest.raises(RuntimeError, match="memory"):
         memory.empty((1 << 58,), torch.float32, CPU)
-    memory.expect([1 << 58], [])
+    memory.expect([(1 << 58, 1 << 60)], [])
     memory.release()
+
+
+def test_where_there_can_be_no_more_threads_memory_is_cold(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    memory, snapshot = StateMemory(), Snapshot()
+    memory.expect([(1000, 8000)], [])
+    assert memory.empty((1000,), torch.float32, CPU).fill_(1).sum() == 1000
+    snapshot.reserve(1000, pinned=False)
+    content = RankContent([TensorToSave("model", "weight", 0, 3, torch.arange(3.0))], [], b"", 1)
+    assert snapshot.take(content).tensors[0].tensor.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("module", "touch"),
+    [
+        ("engine.buffers", "StateMemory().expect([(1 << 28, 1 << 30)], [])"),
+        ("checkpoint.snapshot", "Snapshot().reserve(1 << 30, pinned=False)"),
+    ],
+)
+def test_a_process_may_end_while_memory_is_touched(module, touch):
+    lines = ("import sys", f"from lightning_zero.{module} import *", touch, "sys.exit(3)")
+    ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 3, ended.stderr
 
 
 class InAFile(torch.Tensor):
@@ -119,12 +167,13 @@ def test_states_are_loaded_where_parameters_were_and_then_in_place():
         )
         return net, optimizer, partition, memory
 
-    net, optimizer, partition, _ = trained(0)
+    net, optimizer, partition, _ = trained({})
     net(torch.ones(4, 40)).pow(2).mean().backward()
     partition.flush()
     optimizer.step()
     whole = partition.whole_state_dict(optimizer)
-    _, optimizer, partition, memory = trained(2 * 2 * 4 * 40 * 41)
+    sizes = {name: parameter.nbytes for name, parameter in net.named_parameters()}
+    _, optimizer, partition, memory = trained({name: 2 * nbytes for name, nbytes in sizes.items()})
     partition.load_state(optimizer, whole)
     partition.release_state_memory()
     states = [segment.state["exp_avg"] for segment in partition.segments(optimizer)]

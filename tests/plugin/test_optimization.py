@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_zero import ZeroCheckpoint, ZeroStrategy
+from lightning_zero.engine.buffers import StateMemory
 from tests.launch import distributed, run_ranks
 from tests.plugin.parity import ROUNDED, Plain, assert_equals_ddp, assert_same_modules, fit
 
@@ -348,9 +349,30 @@ def unfrozen_again(directory, precision):
     whole, _ = fit(Trained, ZeroStrategy(), max_epochs=3, **options)
     _, trainer = fit(Trained, ZeroStrategy(), max_epochs=2, **options)
     trainer.save_checkpoint(directory / "tag")
-    resumed, _ = fit(Trained, ZeroStrategy(), ckpt_path=directory / "tag", max_epochs=3, **options)
+    asked = []
+    touch = StateMemory._touch
+    StateMemory._touch = lambda memory, nbytes: (asked.append(nbytes), touch(memory, nbytes))
+    resumed, trainer = fit(Trained, ZeroStrategy(), ckpt_path=directory / "tag", max_epochs=3, **options)
     resumed.losses = whole.losses
     assert_same_modules(resumed, whole)
+    segments = trainer.strategy._partition.segments(trainer.optimizers[0])
+    states = [value for segment in segments for value in segment.state.values() if value.dim()]
+    assert sum(asked) <= sum(state.nbytes + 2 * StateMemory._ALIGNMENT for state in states)
+
+
+class FailingAtItsStart(Callback):
+    def on_train_start(self, trainer, pl_module):
+        raise ValueError("the user's own")
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_resume_that_fails_lets_go_of_the_memory_for_states(tmp_path):
+    _, trainer = fit(Plain, ZeroStrategy())
+    trainer.save_checkpoint(tmp_path / "tag")
+    strategy = ZeroStrategy()
+    with pytest.raises(ValueError, match="the user's own"):
+        fit(Plain, strategy, ckpt_path=tmp_path / "tag", max_epochs=3, callbacks=[FailingAtItsStart])
+    assert strategy._partition._state_memory._blocks == []
 
 
 class GroupsByHand(Plain):

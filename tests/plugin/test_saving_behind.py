@@ -258,6 +258,29 @@ def test_the_memory_of_a_snapshot_is_used_again():
     assert [copy.data_ptr() for copy in before] == [copy.data_ptr() for copy in after]
 
 
+def test_the_memory_of_a_snapshot_is_kept_until_the_device_has_written_it():
+    from lightning_zero.checkpoint.content import RankContent, TensorToSave
+    from lightning_zero.checkpoint.snapshot import Snapshot
+
+    held = []
+
+    class Event:
+        def synchronize(self):
+            held.append(len(snapshot._memory))
+
+    small, large = (RankContent([TensorToSave("model", "w", 0, n, torch.ones(n))], [], b"", 1) for n in (10, 10**6))
+    snapshot = Snapshot()
+    snapshot.take(small)
+    before = len(snapshot._memory)
+    snapshot._events = [Event()]
+    snapshot.take(large)
+    assert held == [before]
+    snapshot._events = [Event()]
+    snapshot.release()
+    assert held[1:] == [held[1]]
+    assert held[1] > 4 * 10**6
+
+
 @pytest.mark.parametrize("stock", [False, True])
 def test_a_save_that_fails_at_once_deletes_nothing(tmp_path, stock):
     fails_at_once(tmp_path, stock)

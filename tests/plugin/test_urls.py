@@ -1,31 +1,42 @@
 """Save directories behind URLs: a real server on loopback that speaks S3, and fsspec's own memory."""
 
+import errno
 import io
 import os
 import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import boto3
 import pytest
 import torch
+import torch.distributed as dist
+from botocore.exceptions import EndpointConnectionError
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 from safetensors.torch import load
 
 from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroCheckpointIO, ZeroStrategy
 from lightning_zero import convert_zero_checkpoint_to_fp32_state_dict as convert
 from lightning_zero import get_fp32_state_dict_from_zero_checkpoint as get_fp32
-from lightning_zero.checkpoint import commit, finish, remote
+from lightning_zero.checkpoint import commit, finish, remote, storage
 from lightning_zero.checkpoint import save as saving
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.checkpoint.storage import locate
 from lightning_zero.cli import main
-from lightning_zero.errors import CheckpointNotFoundError, CheckpointWriteError, IncompleteCheckpointError
+from lightning_zero.errors import (
+    CheckpointNotFoundError,
+    CheckpointWriteError,
+    CorruptCheckpointError,
+    IncompleteCheckpointError,
+)
 from lightning_zero.plugin import loading
+from lightning_zero.plugin.checkpoint_io import PREPARED, PreparedSave
 from tests.checkpoint.sample import Sample
 from tests.launch import distributed, free_port, run_ranks
 from tests.models import fit
@@ -311,6 +322,37 @@ def test_what_fails_after_the_commit_takes_nothing_away(any_url):
     assert Checkpoint(resolve(any_url), verify="full").manifest.step == 2
 
 
+def test_where_the_store_does_not_tell_for_a_moment_nothing_is_taken_away(any_url, monkeypatch):
+    save(any_url, "one", step=1)
+    save(any_url, "tag", step=2)
+    open_file = storage.open_file
+
+    def refuse(*args, **kwargs):
+        raise IncompleteCheckpointError("busy") from OSError(errno.EBUSY, "Reduce your request rate")
+
+    def open_or_refuse(location):
+        return refuse() if location.name in refused else open_file(location)
+
+    with monkeypatch.context() as patch:
+        refused = ["latest"]
+        patch.setattr(storage, "open_file", open_or_refuse)
+        with pytest.raises(CorruptCheckpointError, match="busy"):
+            commit.remove_tag(locate(any_url), "tag")
+    assert Checkpoint(resolve(any_url), verify="full").manifest.step == 2
+
+    def refuse_from_now_on(*args, **kwargs):
+        refused.append("manifest.json")
+        raise OSError(errno.EBUSY, "Reduce your request rate")
+
+    with monkeypatch.context() as patch:
+        refused = []
+        patch.setattr(storage, "open_file", open_or_refuse)
+        patch.setattr(remote, "write_whole", refuse_from_now_on)
+        with pytest.raises(CheckpointWriteError, match="request rate"), pytest.warns(match="couldn't be removed"):
+            save(any_url, "tag", step=3)
+    assert Checkpoint(resolve(any_url), verify="full").manifest.step == 3
+
+
 class Kill(Callback):
     def on_train_batch_end(self, trainer, module, *args):
         if trainer.global_step == 4:
@@ -406,6 +448,43 @@ def test_of_a_model_behind_a_url_every_byte_is_fetched_by_one_rank(server, url, 
     for _, _, resumed, loaded in ranks:
         assert_same(ranks[0][1], resumed)
         assert_same(ranks[0][1], loaded)
+
+
+@pytest.mark.parametrize("away", ["before", "meanwhile"])
+def test_a_save_whose_store_is_away_for_one_rank_fails_on_all(server, url, away):
+    run_ranks(save_without_a_store, 2, server, url, away)
+
+
+def save_without_a_store(environment, url, away):
+    os.environ |= environment
+    rank, io, sample, write = dist.get_rank(), ZeroCheckpointIO(), Sample(world_size=2), saving._write_file
+    group = dist.new_group(timeout=timedelta(seconds=20))
+
+    def call(*args, **kwargs):
+        raise EndpointConnectionError(endpoint_url=environment["AWS_ENDPOINT_URL"])
+
+    def go_away():
+        S3FileSystem._call_s3 = S3FileSystem.call_s3 = call
+
+    def save(tag):
+        shared = sample.shared if rank == 0 else None
+        options = {"update_latest": True, "behind": False, "group_behind": None, "tag_validation": "fail"}
+        prepared = PreparedSave(sample.rank(rank), shared, group, place=None, began=time.perf_counter(), **options)
+        io.save_checkpoint({PREPARED: prepared}, f"{url}/{tag}")
+
+    def write_without(*args, **kwargs):
+        if rank == 0:
+            go_away()
+        return write(*args, **kwargs)
+
+    save("one")
+    io = ZeroCheckpointIO()
+    if away == "meanwhile":
+        saving._write_file = write_without
+    elif rank == 1:
+        go_away()
+    with pytest.raises(CheckpointWriteError, match=rf"rank {int(away == 'before')} on .*Could not connect"):
+        save("two")
 
 
 def test_ranks_of_which_one_cannot_fetch_fail_together(server, url):
