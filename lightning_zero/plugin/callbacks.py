@@ -38,6 +38,7 @@ from lightning_zero.checkpoint.resolution import is_checkpoint, resolve
 from lightning_zero.checkpoint.retention import Retention
 from lightning_zero.checkpoint.storage import Location, PathOrUrl, absolute, is_remote, locate, names_in
 from lightning_zero.errors import UnsupportedModelError
+from lightning_zero.plugin.arguments import require_bool
 from lightning_zero.plugin.strategy import ZeroStrategy
 
 
@@ -81,6 +82,8 @@ class ZeroCheckpoint(ModelCheckpoint):
         for name, value in (("keep_last", keep_last), ("keep_every_n_steps", keep_every_n_steps)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number from 1 on, or None, not {value!r}")
+        if async_save is not None:
+            require_bool("async_save", async_save)
         if dirpath is not None:
             locate(dirpath)  # Lightning would make a path even of what has to be refused
         self.keep_last = keep_last

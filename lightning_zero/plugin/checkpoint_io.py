@@ -27,6 +27,7 @@ from lightning_zero.checkpoint.save import begin_save
 from lightning_zero.checkpoint.snapshot import Snapshot
 from lightning_zero.checkpoint.storage import Location, locate, remove_file
 from lightning_zero.errors import CheckpointNotFoundError, CorruptCheckpointError
+from lightning_zero.plugin.arguments import require_bool
 
 PREPARED = "lightning_zero_prepared_save"
 """Where a `PreparedSave` is in Lightning's dict: an entry comes through a wrapper that makes another dict of it."""
@@ -104,6 +105,9 @@ class ZeroCheckpointIO(TorchCheckpointIO):
         super().__init__()
         if verify not in get_args(Depth):
             raise ValueError(f'verify must be "none", "sizes" or "full", not {verify!r}')
+        require_bool("async_save", async_save)
+        require_bool("fsync", fsync)
+        require_bool("node_local", node_local)
         self.async_save = async_save
         self.verify = verify
         self.fsync = fsync

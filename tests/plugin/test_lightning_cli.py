@@ -120,18 +120,22 @@ def test_a_wrong_value_is_refused_with_the_valid_ones(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("make", "name", "value"),
     [
-        ("offload_optimizer", {"device": "none"}),
-        ("offload_optimizer", "cpu"),
-        ("find_unused_parameters", "false"),
-        ("broadcast_buffers", None),
-        ("overlap_gather", 1),
+        (ZeroStrategy, "offload_optimizer", {"device": "none"}),
+        (ZeroStrategy, "offload_optimizer", "cpu"),
+        (ZeroStrategy, "find_unused_parameters", "false"),
+        (ZeroStrategy, "broadcast_buffers", None),
+        (ZeroStrategy, "overlap_gather", 1),
+        (ZeroCheckpointIO, "async_save", "no"),
+        (ZeroCheckpointIO, "fsync", "no"),
+        (ZeroCheckpointIO, "node_local", None),
+        (ZeroCheckpoint, "async_save", "no"),
     ],
 )
-def test_what_is_no_switch_switches_nothing_on(name, value):
+def test_what_is_no_switch_switches_nothing_on(make, name, value):
     with pytest.raises(TypeError, match=f"^{name} must be True or False, not {re.escape(repr(value))}$"):
-        ZeroStrategy(**{name: value})
+        make(**{name: value})
 
 
 @pytest.mark.parametrize("stranger", [DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy])
