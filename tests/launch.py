@@ -127,7 +127,7 @@ def _run_rank(
     import torch
     import torch.distributed as dist
 
-    from lightning_zero.plugin.ranks import _join_without_the_lock
+    from lightning_zero.plugin.ranks import join_without_the_lock
 
     os.environ |= rank_environment(rank, world_size, port)
     torch.set_num_threads(1)
@@ -148,5 +148,5 @@ def _run_rank(
         results.put((rank, None, pickle.dumps(value)))  # whole: shared memory would go with this process
     finally:
         if dist.is_initialized():
-            _join_without_the_lock(dist.group.WORLD)
+            join_without_the_lock(dist.group.WORLD)
             dist.destroy_process_group()

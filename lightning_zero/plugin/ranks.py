@@ -107,7 +107,7 @@ class Ranks:
         world = dist.group.WORLD
         if self._groups is None or self._groups.world is not world:
             assert world is not None
-            _join_without_the_lock(world)
+            join_without_the_lock(world)
             _destroy_abandoned()
             data = self._new_group()
             control = self._new_group("gloo")
@@ -138,7 +138,7 @@ class Ranks:
 
     def _new_group(self, backend: str | None = None) -> dist.ProcessGroup:
         group: dist.ProcessGroup = dist.new_group(timeout=self._timeout, backend=backend)
-        _join_without_the_lock(group)
+        join_without_the_lock(group)
         return group
 
     def renew(self) -> None:
@@ -301,7 +301,7 @@ def _leave(of: weakref.ref[Ranks]) -> None:
         dist.destroy_process_group()
 
 
-def _join_without_the_lock(group: dist.ProcessGroup) -> None:
+def join_without_the_lock(group: dist.ProcessGroup) -> None:
     """Have a group's threads joined, when it goes, without the interpreter's lock.
 
     Up to torch 2.7 a group holds that lock as it joins them, and one that is just letting go of a tensor waits for it:
