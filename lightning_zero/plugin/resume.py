@@ -94,7 +94,8 @@ class Resume:
         """The checkpoint's epoch was begun, and isn't over."""
         others = [of(other) for other in range(rank + world_size, saved_by, world_size)]
         self._metrics: list[dict[str, MetricState]] = [state.get("metrics", {}) for state in (own, *others) if state]
-        self._metric_names: set[str] = set((own if rank == 0 else of(0)).get("metrics", {}))
+        self._metrics_of_first: dict[str, MetricState] = (own if rank == 0 else of(0)).get("metrics", {})
+        self._on_more_ranks = world_size > saved_by
         loaders = (own or of(0)).get("loaders", [])
         with_states = bool(loops.get("fit_loop", {}).get("state_dict", {}).get("combined_loader"))
         in_the_fit = epoch.get("completed", 0) < epoch.get("processed", 0)  # behind it, states are others by now
@@ -110,7 +111,7 @@ class Resume:
 
     def restore_metrics(self, module: Module) -> None:
         """Let the module's metrics go on, when the module's own state has been loaded."""
-        set_metric_states(module, self._metrics, self._metric_names)
+        set_metric_states(module, self._metrics, self._metrics_of_first, on_more_ranks=self._on_more_ranks)
 
     def when_loops_are_restored(self, fit_loop: _Loop) -> None:
         """Lightning has given them their state, and hasn't made use of it."""
