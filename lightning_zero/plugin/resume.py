@@ -29,6 +29,7 @@ from lightning_zero.plugin.data_order import has_state, order_of, set_generator_
 from lightning_zero.plugin.loader_state import (
     Iterators,
     dont_restart,
+    draw_seeds_of_later_loaders,
     finish_epochs,
     forget_untrained_batch,
     is_at_epochs_end,
@@ -147,7 +148,8 @@ class Resume:
     def pass_over_validation(self, trainer: Trainer) -> None:
         """Let Lightning pass over the validation that came after an epoch's last batch, if one did.
 
-        It makes an iterator for it, which draws a number, but asks the epoch that comes whether there is one. Between
+        It makes an iterator for it, which draws a number, but only one where it has several loaders, each after the
+        other; and it asks the epoch that comes whether there is a validation. Between
         two batches all that came of the first is done; Lightning takes a validation there for one that has just ended,
         counts a step for the loggers, and steps a plateau's scheduler, both a second time.
         """
@@ -161,6 +163,8 @@ class Resume:
 
         def was_due(_: object) -> bool:
             let_lightning_decide(loop)
+            if due:
+                draw_seeds_of_later_loaders(loop.val_loop)
             return due
 
         loop.__dict__["_should_check_val_fx"] = was_due
