@@ -200,7 +200,9 @@ class _Division:
                 state = dict(optimizer.state.get(piece.master, {}))
                 if not all(isinstance(key, str) for key in state):
                     state = {KEYED: state}
-                if piece.slot.parameter not in self._stored_names and piece.master.dtype != piece.slot.parameter.dtype:
+                parameter = piece.slot.parameter
+                left_out = not parameter.requires_grad and piece.slot.name not in self._state_dict
+                if parameter not in self._stored_names and piece.master.dtype != parameter.dtype and not left_out:
                     state[MASTER] = piece.master.detach()
                 for key, value in state.items() if piece.segment.numel else ():
                     self._add_state(index, names[piece.slot.parameter], piece, key, value)

@@ -21,8 +21,9 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.loop import _Loop
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 
 class _Resumable(DistributedSampler[Any]):
@@ -195,6 +196,17 @@ def dont_restart(loop: _Loop) -> None:
     for inner in vars(loop).values():
         if isinstance(inner, _Loop):
             dont_restart(inner)
+
+
+def draw_seeds_of_later_loaders(loop: _EvaluationLoop) -> None:
+    """Draw what the iterators of a validation's loaders would have drawn, but for the first loader's."""
+    loop.setup_data()
+    combined = loop._combined_loader
+    if combined is None or combined._mode != "sequential":  # else Lightning makes all of them at once
+        return
+    for loader in combined.flattened[1:]:
+        if isinstance(loader, DataLoader):
+            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
 
 
 def _has_generator(state: dict[str, Any]) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from lightning.pytorch import LightningModule
+import lightning.pytorch.callbacks
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.saving import _load_state
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -63,6 +64,31 @@ def load_module(module: Module, state_dict: Mapping[str, Any], path: str, *, str
         missing, unexpected = module.load_state_dict(state_dict, strict=strict)
     if missing or unexpected:
         rank_zero_warn(f"{path} was loaded in part: missing {list(missing)}, unexpected {list(unexpected)}")
+
+
+def load_averages(
+    trainer: Trainer, module: LightningModule, checkpoint: Mapping[str, Any], *, strict: bool
+) -> Mapping[str, Any]:
+    """Let a callback that averages weights have its average, and the module the weights that are trained.
+
+    Such a callback saves the average as the module's state dict, and the module's own beside it.
+
+    Returns:
+        The state dict that the module has then.
+    """
+    kinds = ("state_dict", "current_model_state")
+    saved: dict[str, Mapping[str, Any]] = {kind: checkpoint[kind] for kind in kinds if kind in checkpoint}
+    averaging: type[Callback] | None = getattr(lightning.pytorch.callbacks, "WeightAveraging", None)  # Lightning 2.6's
+    callbacks: list[Callback] = vars(trainer)["callbacks"]
+    for callback in callbacks:
+        if averaging is None or not isinstance(callback, averaging):
+            continue
+        if not strict:  # the callback is
+            own = module.state_dict()
+            saved = {kind: {name: weights.get(name, own[name]) for name in own} for kind, weights in saved.items()}
+        callback.on_load_checkpoint(trainer, module, {**checkpoint, **saved})
+        return saved.get("current_model_state", saved["state_dict"])
+    return saved["state_dict"]
 
 
 def read_together(module: Module, state_dict: Mapping[str, Any], ranks: Ranks) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ saves its own, and finds it again. On another number of ranks, states are merged
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,16 +51,23 @@ def get_metric_states(module: Module, *, without: Sequence[Metric] = ()) -> dict
     }
 
 
-def set_metric_states(module: Module, of_ranks: Sequence[dict[str, MetricState]], names: Collection[str]) -> None:
+def set_metric_states(
+    module: Module,
+    of_ranks: Sequence[dict[str, MetricState]],
+    of_first: Mapping[str, MetricState],
+    *,
+    on_more_ranks: bool = False,
+) -> None:
     """Let a module's metrics go on from what one or several ranks have saved.
 
     Args:
         module: the module.
         of_ranks: what each of these ranks had; none where there were fewer ranks then than there are now.
-        names: of the metrics that were saved; others are left as they are.
+        of_first: what the first rank had; metrics that aren't in it are left as they are.
+        on_more_ranks: there were fewer.
     """
-    named = [(name, metric) for name, metric in _metrics(module) if name in names]
-    if lost := set(names) - {name for name, _ in named}:
+    named = [(name, metric) for name, metric in _metrics(module) if name in of_first]
+    if lost := of_first.keys() - {name for name, _ in named}:
         rank_zero_warn(f"the module has no metrics {sorted(lost)} any more, of which the checkpoint has states")
     for _, metric in named:
         metric.reset()  # all of them first: a metric that wraps another resets that too
@@ -89,6 +96,8 @@ def set_metric_states(module: Module, of_ranks: Sequence[dict[str, MetricState]]
                 )
                 break
             metric._update_count += state[_UPDATES]
+        if on_more_ranks:
+            _let_lists_be_gathered(metric, of_first[name]["states"])
 
 
 def finished_metrics(module: LightningModule, loops: Mapping[str, Any]) -> list[Metric]:
@@ -114,6 +123,19 @@ def finished_metrics(module: LightningModule, loops: Mapping[str, Any]) -> list[
 def _metrics(module: Module) -> Iterator[tuple[str, Metric]]:
     # `isinstance` asks every class of torchmetrics, for each new class of module: 2 ms of the first save
     return ((name, child) for name, child in module.named_modules() if Metric in type(child).__mro__)
+
+
+def _let_lists_be_gathered(metric: Metric, of_first: Mapping[str, Any]) -> None:
+    """Have a rank's lists be joined with others', though it had nothing, and may see no batch of this epoch.
+
+    torchmetrics gathers an empty list as one of fp32 numbers, and a single number by another collective than several.
+    """
+    for key, values in of_first.items():
+        is_joined = metric._reductions.get(key) is dim_zero_cat and isinstance(getattr(metric, key), list)
+        if not is_joined or not isinstance(values, list) or not all(isinstance(value, Tensor) for value in values):
+            continue
+        own = getattr(metric, key) or [value.new_empty((0, *value.shape[1:])) for value in values[:1]]
+        setattr(metric, key, [value.to(metric.device).reshape(value.shape or 1) for value in own])
 
 
 def _fits(values: Mapping[str, Any], metric: Metric) -> bool:

@@ -30,6 +30,7 @@ from lightning_zero.plugin.data_order import has_state, order_of, set_generator_
 from lightning_zero.plugin.loader_state import (
     Iterators,
     dont_restart,
+    draw_seeds_of_later_loaders,
     finish_epochs,
     forget_untrained_batch,
     is_at_epochs_end,
@@ -95,7 +96,8 @@ class Resume:
         """The checkpoint's epoch was begun, and isn't over."""
         others = [of(other) for other in range(rank + world_size, saved_by, world_size)]
         self._metrics: list[dict[str, MetricState]] = [state.get("metrics", {}) for state in (own, *others) if state]
-        self._metric_names: set[str] = set((own if rank == 0 else of(0)).get("metrics", {}))
+        self._metrics_of_first: dict[str, MetricState] = (own if rank == 0 else of(0)).get("metrics", {})
+        self._on_more_ranks = world_size > saved_by
         loaders = (own or of(0)).get("loaders", [])
         with_states = bool(loops.get("fit_loop", {}).get("state_dict", {}).get("combined_loader"))
         in_the_fit = epoch.get("completed", 0) < epoch.get("processed", 0)  # behind it, states are others by now
@@ -111,7 +113,7 @@ class Resume:
 
     def restore_metrics(self, module: Module) -> None:
         """Let the module's metrics go on, when the module's own state has been loaded."""
-        set_metric_states(module, self._metrics, self._metric_names)
+        set_metric_states(module, self._metrics, self._metrics_of_first, on_more_ranks=self._on_more_ranks)
 
     def when_loops_are_restored(self, fit_loop: _Loop) -> None:
         """Lightning has given them their state, and hasn't made use of it."""
@@ -147,7 +149,8 @@ class Resume:
     def pass_over_validation(self, trainer: Trainer) -> None:
         """Let Lightning pass over the validation that came after an epoch's last batch, if one did.
 
-        It makes an iterator for it, which draws a number, but asks the epoch that comes whether there is one. Between
+        It makes an iterator for it, which draws a number, but only one where it has several loaders, each after the
+        other; and it asks the epoch that comes whether there is a validation. Between
         two batches all that came of the first is done; Lightning takes a validation there for one that has just ended,
         counts a step for the loggers, and steps a plateau's scheduler, both a second time.
         """
@@ -161,6 +164,8 @@ class Resume:
 
         def was_due(_: object) -> bool:
             let_lightning_decide(loop)
+            if due:
+                draw_seeds_of_later_loaders(loop.val_loop)
             return due
 
         loop.__dict__["_should_check_val_fx"] = was_due

@@ -50,7 +50,13 @@ from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown, requ
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ZeroCheckpointIO, weights_option
 from lightning_zero.plugin.choice import Choice, choose
 from lightning_zero.plugin.contents import contents
-from lightning_zero.plugin.loading import fits_module, load_module, read_together, restore_optimizer_states
+from lightning_zero.plugin.loading import (
+    fits_module,
+    load_averages,
+    load_module,
+    read_together,
+    restore_optimizer_states,
+)
 from lightning_zero.plugin.logged_metrics import get_logged
 from lightning_zero.plugin.materialize import materialize, require_values
 from lightning_zero.plugin.metric_state import finished_metrics, get_metric_states
@@ -698,12 +704,15 @@ class ZeroStrategy(DDPStrategy):
         state_dict = {} if custom_load_fn is not None else self._read_together(checkpoint)
 
         def load() -> dict[str, Any]:
+            weights: Mapping[str, Any] = checkpoint["state_dict"]
             if custom_load_fn is not None:
                 custom_load_fn(checkpoint["state_dict"], module)
             else:
                 load_module(module, state_dict, choice.path, strict=load_module_strict)
+                if not load_module_only:
+                    weights = load_averages(self._trainer, module, checkpoint, strict=load_module_strict)
             if partition is not None:
-                partition.load_masters(checkpoint["state_dict"])
+                partition.load_masters(weights)
             if load_optimizer_states and not load_module_only:
                 restore_optimizer_states(checkpoint, module, self.optimizers, self._partitioned)
             if load_lr_scheduler_states and not load_module_only:

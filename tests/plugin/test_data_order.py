@@ -7,7 +7,7 @@ import random
 import warnings
 
 import torch
-from lightning.pytorch import Callback, LightningModule, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import (
@@ -131,7 +131,7 @@ class Watched(LightningModule):
         self.seen.append((self.current_epoch, batch_idx, rows, torch.rand(1).item()))
         return self.layer(torch.ones(1, 1)).sum()
 
-    def validation_step(self, batch, batch_idx):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
         pass
 
     def configure_optimizers(self):
@@ -248,6 +248,19 @@ def test_what_was_saved_at_an_epochs_last_batch_goes_on_whether_a_validation_com
             path = tmp_path / f"{often} {steps}"
             before = cut(make, 1, path, steps, validate=True, **often)
             assert before + fit(make, 1, ckpt_path=path, validate=True, **often) == whole, (often, steps)
+
+
+@distributed(world_size=1, process_group=False)
+def test_what_was_saved_before_a_validation_of_several_loaders_goes_on_too(tmp_path):
+    class Validated(LightningDataModule):
+        def train_dataloader(self):
+            return LOADERS["shuffled"]()
+
+        def val_dataloader(self):
+            return [DataLoader(ROWS, batch_size=8), DataLoader(ROWS, batch_size=12)]
+
+    whole = fit(Validated, 1)
+    assert cut(Validated, 1, tmp_path, 6) + fit(Validated, 1, ckpt_path=tmp_path) == whole
 
 
 @distributed(world_size=2, process_group=False)

@@ -1,5 +1,6 @@
 """Parameters that aren't trained are written once, and are whole in every tag."""
 
+import copy
 import json
 import os
 import shutil
@@ -10,13 +11,14 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
-from lightning_zero import ZeroCheckpoint
+from lightning_zero import ZeroCheckpoint, ZeroStrategy
 from lightning_zero import get_fp32_state_dict_from_zero_checkpoint as get_fp32
 from lightning_zero.checkpoint import storage
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.cli import main
 from tests.launch import distributed, run_ranks
 from tests.models import Data, Model, fit
+from tests.plugin import parity
 
 
 class Adapted(Model):
@@ -163,3 +165,29 @@ def test_a_layer_that_is_unfrozen_later_is_in_the_shards_from_then_on(tmp_path):
         Checkpoint(tmp_path / f"step={step}.ckpt", "full").state_dict()["backbone.weight"] for step in (1, 3)
     )
     assert not torch.equal(before, after)
+
+
+class PartlyFrozen(parity.Plain):
+    def __init__(self):
+        super().__init__()
+        self.net[0].requires_grad_(False)  # and its optimizer holds it all the same
+
+
+class BackAndForth(Callback):
+    def __init__(self, directory):
+        self.directory = directory
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step == 2:
+            trainer.strategy.save_zero_checkpoint(self.directory, exclude_frozen_parameters=True)
+            self.saved = copy.deepcopy(module.state_dict())
+        if trainer.global_step == 4:
+            trainer.strategy.load_zero_checkpoint(self.directory, load_module_strict=False)
+            for name, value in module.state_dict().items():
+                assert torch.equal(value, self.saved[name])
+
+
+@distributed(world_size=2, process_group=False)
+def test_what_was_saved_without_frozen_16_bit_parameters_that_an_optimizer_holds_is_loaded(tmp_path):
+    options = {"max_steps": 5, "precision": "bf16-true"}
+    parity.fit(PartlyFrozen, ZeroStrategy(), callbacks=[lambda: BackAndForth(tmp_path)], **options)

@@ -144,6 +144,52 @@ def states(directory, **options):
     return ours.held
 
 
+class Listed(Plain):
+    """Metrics that keep lists: of numbers; of rows, and of integers."""
+
+    def __init__(self, length=64):
+        super().__init__(torch.optim.SGD)
+        self.length, self.batches = length, []
+        self.numbers = torchmetrics.CatMetric()
+        self.ranking = torchmetrics.AUROC(task="multiclass", num_classes=3)
+
+    def measure(self, batch):
+        self.numbers.update(batch.mean())
+        self.ranking.update(batch[:, :3].softmax(-1), batch[:, 3:6].argmax(-1))
+
+    def training_step(self, batch, batch_idx):
+        self.batches.append(batch)
+        self.measure(batch)
+        return self.loss(batch)
+
+    def on_train_epoch_end(self):
+        self.computed = {"numbers": self.numbers.compute().reshape(-1), "ranking": self.ranking.compute()}
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(Rows(self.length), batch_size=4)
+
+
+def computed_at_the_epochs_end(directory, length, cut=None):
+    """Of a whole epoch, which saves at every step; or of one that goes on from a step."""
+    path = None if cut is None else directory / f"step={cut}.ckpt"
+    callbacks = [] if cut else [lambda: ZeroCheckpoint(directory, every_n_train_steps=1, save_top_k=-1)]
+    ours, _ = fit(lambda: Listed(length), ZeroStrategy(), callbacks=callbacks, ckpt_path=path, max_epochs=1)
+    return ours.batches, ours.computed
+
+
+def test_lists_are_gathered_on_more_ranks_though_these_see_no_batch_of_the_epoch(tmp_path):
+    for cut in (1, 8):
+        length, directory = 8 * cut, tmp_path / str(cut)
+        [(batches, _)] = run_ranks(computed_at_the_epochs_end, 1, directory, length, process_group=False)
+        expected = Listed()
+        for batch in batches[:cut]:
+            expected.measure(batch)
+        for batches, computed in run_ranks(computed_at_the_epochs_end, 2, directory, length, cut, process_group=False):
+            assert not batches
+            torch.testing.assert_close(computed["numbers"], expected.numbers.compute().reshape(-1))
+            torch.testing.assert_close(computed["ranking"], expected.ranking.compute())
+
+
 class Averaged(Plain):
     """A metric whose ranks' states are averaged: it can't be put together from parts."""
 
