@@ -162,7 +162,10 @@ class Partition:
             equal_shards=self._collectives.equal_shards,
         )
         by_name = {names[parameter]: parameter for parameter in parameters}
-        if self._state_bytes_to_load and (self._master_device or parameters[0].device).type == "cpu":
+        # An optimizer that brings states from an earlier fit gets them read into those
+        brings_states = any(self._optimizers[index].state for index in indices)
+        on_host = (self._master_device or parameters[0].device).type == "cpu"
+        if self._state_bytes_to_load and on_host and not brings_states:
             owned = [segment for plan in plans for segment, _ in plan.owned(self._collectives.rank)]
             nbytes = self._state_bytes_to_load
             self._state_memory.expect(

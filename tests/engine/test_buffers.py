@@ -152,12 +152,8 @@ def _in_a_file(whole):
 
 @distributed(world_size=2)
 def test_states_are_loaded_where_parameters_were_and_then_in_place():
-    def trained(state_bytes):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
-        memory = {p.data_ptr() for p in net.parameters()}
-        optimizer = torch.optim.AdamW(net.parameters())
-        partition = Partition(
+    def partitioned(net, optimizer, state_bytes):
+        return Partition(
             net,
             [optimizer],
             collectives_for(dist.group.WORLD),
@@ -165,7 +161,13 @@ def test_states_are_loaded_where_parameters_were_and_then_in_place():
             bucket_bytes=10**6,
             state_bytes_to_load=state_bytes,
         )
-        return net, optimizer, partition, memory
+
+    def trained(state_bytes):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
+        memory = {p.data_ptr() for p in net.parameters()}
+        optimizer = torch.optim.AdamW(net.parameters())
+        return net, optimizer, partitioned(net, optimizer, state_bytes), memory
 
     net, optimizer, partition, _ = trained({})
     net(torch.ones(4, 40)).pow(2).mean().backward()
@@ -173,7 +175,8 @@ def test_states_are_loaded_where_parameters_were_and_then_in_place():
     optimizer.step()
     whole = partition.whole_state_dict(optimizer)
     sizes = {name: parameter.nbytes for name, parameter in net.named_parameters()}
-    _, optimizer, partition, memory = trained({name: 2 * nbytes for name, nbytes in sizes.items()})
+    state_bytes = {name: 2 * nbytes for name, nbytes in sizes.items()}
+    net, optimizer, partition, memory = trained(state_bytes)
     partition.load_state(optimizer, whole)
     partition.release_state_memory()
     states = [segment.state["exp_avg"] for segment in partition.segments(optimizer)]
@@ -185,3 +188,6 @@ def test_states_are_loaded_where_parameters_were_and_then_in_place():
         index = [name for name, _ in net.named_parameters()].index(segment.name)
         expected = again["state"][index]["exp_avg"].view(-1)[segment.start : segment.stop]
         assert torch.equal(segment.state["exp_avg"].view(-1), expected)
+    partition.detach()
+    memory = partitioned(net, optimizer, state_bytes)._state_memory
+    assert (memory._wanted, memory._touching, memory._blocks) == (0, [], [])  # the optimizer has its states already
