@@ -20,6 +20,7 @@ from typing import Literal
 
 from lightning_zero.checkpoint import kernel
 from lightning_zero.checkpoint.report import SaveReport
+from lightning_zero.threads import start_thread
 
 _State = Literal["idle", "running", "failed"]
 
@@ -101,13 +102,7 @@ def start_aside(work: Callable[[], object], name: str) -> threading.Thread | Non
         kernel.yield_to_others()
         work()
 
-    # Not a daemon: a process that ends in order finishes what it has begun
-    thread = threading.Thread(target=run, name=name, daemon=False)
-    try:
-        thread.start()
-    except RuntimeError:
-        return None
-    return thread
+    return start_thread(run, name)
 
 
 def _quietly(action: Callable[[], object]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +22,7 @@ from lightning_zero.checkpoint.content import RankContent, TensorToSave
 from lightning_zero.checkpoint.shards import place_in_file
 from lightning_zero.checkpoint.storage import DIRECT_ALIGNMENT
 from lightning_zero.memory import prefault
+from lightning_zero.threads import start_thread
 
 
 class Snapshot:
@@ -44,11 +44,7 @@ class Snapshot:
             self._memory = _allocate(nbytes, pinned=pinned)
 
         if self._reserving is None and len(self._memory) < nbytes:
-            # Not a daemon: a process that ends while torch is at work in one is aborted
-            thread = threading.Thread(target=get, name="lightning_zero-reserve", daemon=False)
-            with suppress(RuntimeError):  # there can be no more threads: `take` gets it
-                thread.start()
-                self._reserving = thread
+            self._reserving = start_thread(get, "lightning_zero-reserve")  # if there can be none, `take` gets it
 
     def _reserved(self) -> None:
         reserving, self._reserving = self._reserving, None

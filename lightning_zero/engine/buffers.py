@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_zero.memory import prefault
+from lightning_zero.threads import start_thread
 
 
 class BufferPool:
@@ -95,10 +96,8 @@ class StateMemory:
             with suppress(RuntimeError):  # there is too little: whoever needs it will be told
                 touched.append(prefault(torch.empty(nbytes, dtype=torch.uint8)))
 
-        # Not a daemon: a process that ends while torch is at work in one is aborted
-        thread = threading.Thread(target=touch, name="lightning_zero-touch", daemon=False)
-        with suppress(RuntimeError):  # there can be no more threads: the memory will be cold
-            thread.start()
+        thread = start_thread(touch, "lightning_zero-touch")
+        if thread is not None:  # else the memory will be cold
             self._touching.append((thread, touched))
 
     def _take_touched(self) -> None:
