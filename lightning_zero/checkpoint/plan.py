@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, TypeVar
@@ -111,13 +112,13 @@ class Proposal:
         failure = self._staged if isinstance(self._staged, Failure) else None
         self._step = -1 if isinstance(content, Exception) else content.step
         said = self._directory.name, self._step, self._place.node, token, failure
-        self._arrive = self._reaching_all(partial(begin_all_gather, group, said))
+        with abandoning(self):
+            self._arrive = self._reaching_all(partial(begin_all_gather, group, said))
 
     def _reaching_all(self, do: Callable[[], _T]) -> _T:
         try:
             return do()
         except RuntimeError as error:
-            self.abandon()
             raise unreachable(self._directory, error) from error
 
     def abandon(self) -> None:
@@ -126,7 +127,7 @@ class Proposal:
             self._staged.abandon()
 
     def agreed(self) -> Plan:
-        """Make sure that all ranks save the same.
+        """Make sure that all ranks save the same. To be called `abandoning` the proposal.
 
         Raises:
             TagMismatchError: they don't.
@@ -159,10 +160,8 @@ class Proposal:
         )
         failed = next((found for *_, found in answers if found is not None), None)
         if failed is not None:
-            plan.abandon()
             raise plan.error(failed) from (failure.error if failure is not None and failure == failed else None)
         if (differ and self._tag_validation == "fail") or len({step for _, step in wanted}) > 1:
-            plan.abandon()
             raise TagMismatchError(
                 f"the ranks were asked to save different things ({_list_wanted(wanted)}). "
                 "Every rank has to save the same tag at the same step"
@@ -174,6 +173,16 @@ class Proposal:
                 stacklevel=2,
             )
         return plan
+
+
+@contextmanager
+def abandoning(save: Proposal | Plan) -> Iterator[None]:
+    """Whatever is raised, an interrupt too, takes away what was written: the process may live on, and hold its lock."""
+    try:
+        yield
+    except BaseException:
+        save.abandon()
+        raise
 
 
 def _list_wanted(wanted: Sequence[tuple[str, int]]) -> str:

@@ -12,8 +12,7 @@ import io
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -30,7 +29,7 @@ from lightning_zero.checkpoint.finish import finish
 from lightning_zero.checkpoint.integrity import read_manifest
 from lightning_zero.checkpoint.manifest import FileEntry, Manifest, StoredTensor, StoredValue, TrainerFile
 from lightning_zero.checkpoint.nodes import Place
-from lightning_zero.checkpoint.plan import Plan, Proposal, TagValidation
+from lightning_zero.checkpoint.plan import Plan, Proposal, TagValidation, abandoning
 from lightning_zero.checkpoint.report import MOST_LINKS, SaveReport, StoredFile, Written
 from lightning_zero.checkpoint.shards import Item, check_header, shard_name, trainer_name, verify_tensors, write_shard
 from lightning_zero.checkpoint.snapshot import Snapshot
@@ -113,7 +112,7 @@ def begin_save(
     proposal = Proposal(
         directory, content, group, tag_validation=tag_validation, place=place, clean=snapshot is None, began=began
     )
-    with _abandoning(proposal):
+    with abandoning(proposal):
         if isinstance(content, Exception):
             proposal.agreed()  # raises it, everywhere
             raise content
@@ -124,7 +123,7 @@ def begin_save(
     stall_seconds = time.perf_counter() - plan.began
 
     def rest() -> SaveReport:
-        with _abandoning(plan):
+        with abandoning(plan):
             if snapshot is not None:
                 if plan.staged is not None:
                     commit.clean_leftovers(plan.directory.parent)  # nobody has: training would have waited for it
@@ -161,22 +160,13 @@ def save_for_ranks(
     """
     ranks = iter(contents)
     content = next(ranks)
-    plan = replace(Proposal(directory, content, None).agreed(), world_size=world_size)
-    with _abandoning(plan):
+    proposal = Proposal(directory, content, None)
+    with abandoning(proposal):
+        plan = replace(proposal.agreed(), world_size=world_size)
         written = [write(plan, prepare(0, directory, content, shared), fsync=fsync)]
         for rank, content in enumerate(ranks, 1):
             written.append(write(replace(plan, rank=rank), prepare(rank, directory, content, shared), fsync=fsync))
     return finish(plan, written[0], shared, others=written[1:], update_latest=update_latest, fsync=fsync)
-
-
-@contextmanager
-def _abandoning(save: Proposal | Plan) -> Iterator[None]:
-    """An interrupt too takes away what was written: the process may live on, and hold its lock."""
-    try:
-        yield
-    except BaseException:
-        save.abandon()
-        raise
 
 
 def _refuse_to_leave_latest_without_states(

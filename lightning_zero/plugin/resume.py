@@ -150,9 +150,9 @@ class Resume:
         """Let Lightning pass over the validation that came after an epoch's last batch, if one did.
 
         It makes an iterator for it, which draws a number, but only one where it has several loaders, each after the
-        other; and it asks the epoch that comes whether there is a validation. Between
-        two batches all that came of the first is done; Lightning takes a validation there for one that has just ended,
-        counts a step for the loggers, and steps a plateau's scheduler, both a second time.
+        other; and it asks the epoch that comes whether there is a validation. Between two batches all that came of the
+        first is done; Lightning takes a validation there for one that has just ended, counts a step for the loggers,
+        and steps a plateau's scheduler, both a second time.
         """
         loop, every_epoch, every = trainer.fit_loop.epoch_loop, trainer.check_val_every_n_epoch, trainer.val_check_batch
         by_time = getattr(trainer, "_val_check_time_interval", None) is not None
