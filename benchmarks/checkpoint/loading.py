@@ -40,6 +40,7 @@ class LoadClock(Callback):
             setattr(strategy, name, functools.partial(self._piece, getattr(strategy, name)))
 
     def _piece(self, piece: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        dist.barrier()  # as before a peer's load: what one rank's set-up takes longer is no part of the other's load
         reset_peak()
         before = resident_mib()
         began = time.perf_counter()
