@@ -18,6 +18,8 @@ from benchmarks.checkpoint import __main__ as checkpoint
 from benchmarks.checkpoint.table import ROWS
 from benchmarks.export import __main__ as export
 from benchmarks.export import conversions, plain
+from benchmarks.scale import __main__ as scale
+from benchmarks.scale.models import llama
 from benchmarks.step import __main__ as step
 from tests.launch import run_ranks
 from tests.models import FSDP2_TRAINS_ON_CPU
@@ -97,6 +99,20 @@ def test_ranks_are_processes_of_their_own_and_the_machine_tells_its_limits(tmp_p
     assert set(limits) == set(machine.LIMITS)
     assert all(value > 0 for value in limits.values())
     assert "write + fsync" in machine.limits_text([limits])
+
+
+def test_a_model_is_planned_saved_and_resumed_on_ranks_that_nobody_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scale, "MODELS", {"small": llama(2, 64, 32, 128)})
+    monkeypatch.setattr(scale, "RANKS", (2, 4))
+    results = tmp_path / "results.json"
+    monkeypatch.setattr("sys.argv", ["scale", "--rounds", "1", "--json", str(results), "--directory", str(tmp_path)])
+    scale.main()
+    assert "| small | 4 |" in capsys.readouterr().out
+    cell = json.loads(results.read_text())["cells"]["small"]["4"]
+    assert cell["resume"]["ranges"] > 0
+    assert cell["manifest"]["segments"] >= 4
 
 
 # ----------------------------------------------------------------------------------------- what is told and drawn

@@ -30,7 +30,7 @@ from lightning_zero.checkpoint.load import Checkpoint, as_tensor
 from lightning_zero.checkpoint.manifest import Entry, FileEntry, Manifest, OptimizerEntry, StoredTensor, TrainerFile
 from lightning_zero.checkpoint.plan import Plan
 from lightning_zero.checkpoint.report import Written
-from lightning_zero.checkpoint.shards import Item, _header, shard_name
+from lightning_zero.checkpoint.shards import Item, safetensors_header, shard_name
 from lightning_zero.segments import Segment, plan_buckets
 
 RANKS = (8, 64, 256, 1024, 4096)
@@ -69,7 +69,8 @@ def written(segments: list[Segment], rank: int, world_size: int) -> Written:
         items.append(Item("optimizer", *place, (), list, 0, "step"))
         items += [Item("optimizer", *place, (s.numel,), list, 0, state) for state in STATES]
     items.append(Item("rank", "state", 0, RANK_STATE_BYTES, "U8", (RANK_STATE_BYTES,), list))
-    header = _header(items, {"rank": str(rank), "step": str(STEP), "save_id": "0" * 16})
+    about = {"rank": str(rank), "step": str(STEP), "save_id": "0" * 16}
+    header = safetensors_header(about, ((i.key, i.dtype, i.shape, i.nbytes) for i in items), 4096)
     tensors, offset = [], len(header)
     for i in items:
         checksum = os.urandom(8).hex()
@@ -80,7 +81,8 @@ def written(segments: list[Segment], rank: int, world_size: int) -> Written:
         )
         offset += i.nbytes
     name = shard_name(rank, world_size)
-    file = FileEntry(name, offset, len(header), os.urandom(8).hex(), tuple(tensors), (), rank, STEP)
+    digest = os.urandom(8).hex()
+    file = FileEntry(name, rank, STEP, False, offset, len(header), digest, tuple(tensors), ())
     trainer = TrainerFile("trainer.pt", 1000, "0" * 16) if rank == 0 else None
     return Written((file,), trainer, offset, 1.0, 1.0)
 
