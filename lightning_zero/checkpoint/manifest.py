@@ -21,29 +21,28 @@ that flips in a place that still reads as JSON (a step, a version) is found as w
 from __future__ import annotations
 
 import gc
-import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import islice
-from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Annotated, Final, Literal, TypeAlias, cast
 
+import msgspec
 import xxhash
 
 from lightning_zero.errors import CorruptCheckpointError, IncompleteCheckpointError
 from lightning_zero.segments import Segment, SegmentIndex
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
 TRAINER_NAME = "trainer.pt"
 
 Kind = Literal["model", "optimizer", "rank"]
 Role = Literal["parameter", "frozen", "buffer", "given", "elsewhere"]
 Form = Literal["elementwise", "whole", "value"]
-Plain: TypeAlias = "bool | int | float | str | None"
+Plain: TypeAlias = bool | int | float | str | None
 PLAIN = (bool, int, float, str, type(None))
 """The same, for `isinstance`."""
 
@@ -76,19 +75,26 @@ ITEM_BYTES: Mapping[str, int] = dict(DTYPES.values())
 MASTER_CODES = frozenset(("F32", "F64", "C64", "C128"))
 """What a parameter's masters are stored in."""
 
-_KINDS = get_args(Kind)
 LARGEST = 2**63 - 1
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=LARGEST)]
+Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
 _LARGEST_NUMEL = LARGEST // 16  # so the bytes fit in 63 bits in every dtype, stored or asked for
 _LARGEST_HEADER = 8 + 100_000_000  # safetensors' own limit; a header is read into memory
-_XXH3 = re.compile(r"[0-9a-f]{16}")
 _TRAINER = re.compile(r"trainer(-[0-9a-f]{16})?\.pt")
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]{0,199}")
 _SEAL = re.compile(r',\n"manifest_xxh3": "([0-9a-f]{16})"\n\}\n')
 _SEAL_LENGTH = len(f',\n"manifest_xxh3": "{0:016x}"\n}}\n')
 
 
-class StoredTensor(NamedTuple):
-    """One tensor in a shard file, and the elements that it belongs to. A tuple, since there are many.
+class _Part(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+    """What a manifest is made of: its fields are the JSON's, in that order, and their types are checked as it is read.
+
+    None of them refers back to another, so there is nothing in them for the garbage collector.
+    """
+
+
+class StoredTensor(_Part, frozen=True, gc=False, omit_defaults=True):
+    """One tensor in a shard file, and the elements that it belongs to.
 
     Attributes:
         kind: `model`: elements of an entry; `optimizer`: state of one; `rank`: what one rank alone needs.
@@ -106,14 +112,14 @@ class StoredTensor(NamedTuple):
 
     kind: Kind
     name: str
-    start: int
-    stop: int
+    start: Count
+    stop: Count
     dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-    xxh3: str
-    optimizer: int | None = None
+    shape: tuple[Count, ...]
+    offset: Count
+    nbytes: Count
+    xxh3: Digest
+    optimizer: Count | None = None
     state: str | None = None
 
     @property
@@ -132,16 +138,26 @@ class StoredTensor(NamedTuple):
         return key(self.label, self.kind, self.start, self.stop)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredValue:
+class _NonFinite(_Part, frozen=True, gc=False):
+    """A number that JSON doesn't know, as every JSON reader can read it."""
+
+    float: Literal["inf", "-inf", "nan"]
+
+
+class StoredValue(_Part, frozen=True, gc=False):
     """An optimizer's state that is a plain number, string or None, and the segment that it belongs to."""
 
-    optimizer: int
+    optimizer: Count
     name: str
-    start: int
-    stop: int
+    start: Count
+    stop: Count
     state: str
-    value: Plain
+    value: Plain | _NonFinite
+
+    def __post_init__(self) -> None:
+        """A number is a number, once it is read."""
+        if isinstance(self.value, _NonFinite):
+            msgspec.structs.force_setattr(self, "value", float(self.value.float))
 
     @property
     def label(self) -> str:
@@ -159,48 +175,45 @@ def key(of: str, kind: Kind, start: int, stop: int) -> str:
     return of if kind == "rank" else f"{of}[{start}:{stop}]"
 
 
-@dataclass(frozen=True, slots=True)
-class FileEntry:
+class FileEntry(_Part, frozen=True, gc=False):
     """A shard file: what one rank has written.
 
     Attributes:
         name: a plain file name within the checkpoint's directory.
+        rank: who wrote it.
+        step: of training, as that rank saw it.
+        frozen: it holds this rank's part of the parameters that weren't trained, and nothing else. Nothing in it has
+            changed since it was written, which may have been by an earlier save, at that `step`.
         nbytes: the size of the file.
         header_nbytes: where the first tensor's bytes begin.
         header_xxh3: xxh3_64 of everything before.
         tensors: in the order in which they lie in the file, without a hole.
         values: the optimizer states of this rank's segments that are no tensors.
-        rank: who wrote it.
-        step: of training, as that rank saw it.
-        frozen: it holds this rank's part of the parameters that weren't trained, and nothing else. Nothing in it has
-            changed since it was written, which may have been by an earlier save, at that `step`.
     """
 
     name: str
-    nbytes: int
-    header_nbytes: int
-    header_xxh3: str
+    rank: Count
+    step: Count
+    frozen: bool
+    nbytes: Count
+    header_nbytes: Count
+    header_xxh3: Digest
     tensors: tuple[StoredTensor, ...]
     values: tuple[StoredValue, ...]
-    rank: int
-    step: int
-    frozen: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class TrainerFile:
+class TrainerFile(_Part, frozen=True, gc=False):
     """`trainer.pt`: its name, its size and the xxh3_64 of its bytes.
 
     Where nothing can be renamed (`remote`), a file's name says of which save it is: `trainer-0123456789abcdef.pt`.
     """
 
     name: str
-    nbytes: int
-    xxh3: str
+    nbytes: Count
+    xxh3: Digest
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(_Part, frozen=True, gc=False):
     """One tensor of the module's state dict, or one from elsewhere in Lightning's dict.
 
     Attributes:
@@ -213,7 +226,7 @@ class Entry:
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     dtype: str
     role: Role
 
@@ -223,8 +236,7 @@ class Entry:
         return math.prod(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class OptimizerEntry:
+class OptimizerEntry(_Part, frozen=True, gc=False):
     """One optimizer: its class, and the names of its parameters, group by group, in their order.
 
     The class is empty where whoever wrote the checkpoint was not told.
@@ -238,8 +250,7 @@ Stored: TypeAlias = tuple[str, StoredTensor | StoredValue]
 """What is stored, with the name of the file that it is stored in (a value: that its rank wrote)."""
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(msgspec.Struct, frozen=True, dict=True, forbid_unknown_fields=True):
     """Everything that a checkpoint says about itself.
 
     Attributes:
@@ -251,26 +262,26 @@ class Manifest:
         stage: the ZeRO stage, for the record.
         created: ISO 8601, UTC.
         versions: of the packages that wrote it, for the record.
+        trainer: everything that is no tensor of the model or of an optimizer.
         entries: the module's state dict, in its order; then the tensors from elsewhere.
         aliases: tied tensors: the other name, to the name under which it is stored.
         optimizers: in the trainer's order.
         files: a shard for each rank, in the order of the ranks; then those of the frozen parameters, in the same order.
-        trainer: everything that is no tensor of the model or of an optimizer.
     """
 
-    format_version: int
+    format_version: Literal[1]
     save_id: str
-    step: int
-    epoch: int
-    world_size: int
-    stage: int
+    step: Count
+    epoch: Count
+    world_size: Count
+    stage: Count
     created: str
     versions: dict[str, str]
+    trainer: TrainerFile
     entries: tuple[Entry, ...]
     aliases: dict[str, str]
     optimizers: tuple[OptimizerEntry, ...]
     files: tuple[FileEntry, ...]
-    trainer: TrainerFile
 
     @property
     def nbytes(self) -> int:
@@ -310,21 +321,13 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of `manifest.json`, sealed: see [Note: the manifest's own checksum]."""
-        body = ",\n".join(
-            [
-                *(
-                    f'"{name}": {_encode(getattr(self, name))}'
-                    for name in ("format_version", "save_id", "step", "epoch", "world_size", "stage", "created")
-                ),
-                f'"versions": {_encode(self.versions)}',
-                f'"trainer": {_encode(_row(self.trainer))}',
-                f'"entries": {_lines(map(_row, self.entries))}',
-                f'"aliases": {_encode(self.aliases)}',
-                f'"optimizers": {_lines(map(_row, self.optimizers))}',
-                f'"files": [{", ".join(map(_file_text, self.files))}]',
-            ]
-        )
-        body = "{\n" + body
+        parts = {field: _encode(getattr(self, field)) for field in self.__struct_fields__[:-4]} | {
+            "entries": _rows(self.entries),
+            "aliases": _encode(self.aliases),
+            "optimizers": _rows(self.optimizers),
+            "files": f"[{', '.join(map(_file_text, self.files))}]",
+        }
+        body = "{\n" + ",\n".join(f'"{field}": {text}' for field, text in parts.items())
         return f'{body},\n"manifest_xxh3": "{xxhash.xxh3_64_hexdigest(body.encode())}"\n}}\n'
 
     @classmethod
@@ -341,7 +344,7 @@ class Manifest:
         """
         try:
             with _without_collector():
-                manifest = cls(**_manifest_fields(_unseal(text)))
+                manifest = _parse(_unseal(text))
                 _check(manifest)
         except (CorruptCheckpointError, IncompleteCheckpointError) as error:
             raise type(error)(f"{where}: {error}") from None
@@ -350,35 +353,37 @@ class Manifest:
 
 # ---------------------------------------------------------------------------------------------------- to JSON
 
-_encode = json.JSONEncoder(allow_nan=False).encode
+
+def _encode(item: object) -> str:
+    return _encoder.encode(item).decode()
 
 
-def _row(item: StoredValue | Entry | OptimizerEntry | TrainerFile) -> dict[str, Any]:
-    fields: Iterable[str] = item.__slots__
-    return {field: value for field in fields if (value := getattr(item, field)) is not None}
+def _plain(item: object) -> object:
+    """NumPy's numbers, and names of a class of their own."""
+    for kind in (str, int, float):
+        if isinstance(item, kind):
+            return kind(item)
+    raise TypeError(f"a manifest can't hold a {type(item).__name__}")
 
 
-def _tensor_row(item: StoredTensor) -> dict[str, Any]:
-    return {field: value for field, value in item._asdict().items() if value is not None}
+_encoder = msgspec.json.Encoder(enc_hook=_plain)
 
 
-def _value_row(item: StoredValue) -> dict[str, Any]:
-    value = item.value
-    finite = not isinstance(value, float) or math.isfinite(value)
-    # JSON knows no infinity: {"float": "inf"} is what every JSON reader can read
-    return _row(item) | {"value": value if finite else {"float": str(value)}}
-
-
-def _lines(rows: Iterable[dict[str, Any]]) -> str:
-    text = ",\n".join(map(_encode, rows))
-    return f"[\n{text}\n]" if text else "[]"
+def _rows(items: Iterable[object]) -> str:
+    """A list, a line for each."""
+    return f"[\n{text}\n]" if (text := ",\n".join(map(_encode, items))) else "[]"
 
 
 def _file_text(file: FileEntry) -> str:
-    plain = ("name", "rank", "step", "frozen", "nbytes", "header_nbytes", "header_xxh3")
-    about = {name: getattr(file, name) for name in plain}
-    tensors, values = _lines(map(_tensor_row, file.tensors)), _lines(map(_value_row, file.values))
-    return f'{_encode(about)[:-1]},\n"tensors": {tensors},\n"values": {values}}}'
+    about = {field: getattr(file, field) for field in file.__struct_fields__[:-2]}
+    values = (_value_row(value) for value in file.values)
+    return f'{_encode(about)[:-1]},\n"tensors": {_rows(file.tensors)},\n"values": {_rows(values)}}}'
+
+
+def _value_row(item: StoredValue) -> object:
+    if not isinstance(item.value, float) or math.isfinite(item.value):
+        return item
+    return msgspec.structs.asdict(item) | {"value": {"float": str(item.value)}}
 
 
 # -------------------------------------------------------------------------------------------------- from JSON
@@ -396,209 +401,37 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _unseal(text: str) -> object:
+def _unseal(text: str) -> bytes:
+    """The JSON without its last member, which is right."""
     seal = _SEAL.fullmatch(text[-_SEAL_LENGTH:])
     if seal is None:
         raise CorruptCheckpointError("the manifest does not end as one does; it was cut short, or is something else")
-    body = text[:-_SEAL_LENGTH]
     try:
-        digest = xxhash.xxh3_64_hexdigest(body.encode())
+        body = text[:-_SEAL_LENGTH].encode()
     except UnicodeEncodeError as error:
         raise CorruptCheckpointError(f"the manifest is not valid text ({error})") from None
-    if digest != seal[1]:
+    if xxhash.xxh3_64_hexdigest(body) != seal[1]:
         raise CorruptCheckpointError("the manifest's checksum does not match: it was damaged or edited")
-    body += "\n}"
+    return body + b"\n}"
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+
+
+def _parse(content: bytes) -> Manifest:
     try:
-        parsed: object = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise CorruptCheckpointError(f"the manifest is not JSON ({error})") from None
-    return parsed
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_SCHEMAS: dict[str, dict[str, type[Any]]] = {
-    "the manifest": {
-        "format_version": int,
-        "save_id": str,
-        "step": int,
-        "epoch": int,
-        "world_size": int,
-        "stage": int,
-        "created": str,
-        "versions": dict,
-        "trainer": dict,
-        "entries": list,
-        "aliases": dict,
-        "optimizers": list,
-        "files": list,
-    },
-    "a file": {
-        "name": str,
-        "rank": int,
-        "step": int,
-        "frozen": bool,
-        "nbytes": int,
-        "header_nbytes": int,
-        "header_xxh3": str,
-        "tensors": list,
-        "values": list,
-    },
-    "a tensor": {
-        "kind": str,
-        "name": str,
-        "start": int,
-        "stop": int,
-        "dtype": str,
-        "shape": list,
-        "offset": int,
-        "nbytes": int,
-        "xxh3": str,
-    },
-    "a value": {"optimizer": int, "name": str, "start": int, "stop": int, "state": str, "value": object},
-    "an entry": {"name": str, "shape": list, "dtype": str, "role": str},
-    "an optimizer": {"class_name": str, "parameters": list},
-    "the trainer file": {"name": str, "nbytes": int, "xxh3": str},
-}
-_SCHEMAS["an optimizer's tensor"] = _SCHEMAS["a tensor"] | {"optimizer": int, "state": str}
-
-_AS_WRITTEN = {
-    what: (tuple(schema), tuple(schema.values()), [field for field, kind in schema.items() if kind is int])
-    for what, schema in _SCHEMAS.items()
-}
-"""The fields in the order in which `to_json` writes them, their types, and which of them are numbers."""
-
-
-def _fields(row: object, what: str, where: str) -> dict[str, Any]:
-    """The row itself, once it has just the fields of the schema, each of its type, and no number out of range."""
-    if type(row) is dict:  # most rows are just as they were written, which is seen at once
-        names, kinds, numbers = _AS_WRITTEN[what]
-        if tuple(row) == names and tuple(map(type, row.values())) == kinds:
-            for number in numbers:
-                if not 0 <= row[number] <= LARGEST:
-                    break
-            else:
-                return row
-    schema = _SCHEMAS[what]
-    if type(row) is not dict:
-        raise CorruptCheckpointError(f"{where}: {what} is {row!r:.80}, not an object")
-    if row.keys() != schema.keys():
-        missing, unknown = sorted(schema.keys() - row.keys()), sorted(row.keys() - schema.keys())
-        raise CorruptCheckpointError(f"{where}: {what} lacks {missing} and has the unknown fields {unknown!r:.200}")
-    for field, kind in schema.items():
-        value = row[field]
-        if type(value) is not kind and kind is not object:
-            raise CorruptCheckpointError(f"{where}: {field!r} of {what} is {value!r:.80}, not of type {kind.__name__}")
-        if kind is int and not 0 <= value <= LARGEST:
-            raise CorruptCheckpointError(f"{where}: {field!r} of {what} is {value}, which no checkpoint has")
-    return row
-
-
-def _shape(value: list[object], where: str, name: str) -> tuple[int, ...]:
-    # The product is bounded one factor at a time: a list of a million large factors must not cost a bignum
-    numel = 1
-    for size in value:
-        if type(size) is not int or not 0 <= size <= LARGEST:
-            raise CorruptCheckpointError(f"{where}: {name!r}: the shape {value!r:.80} is not a list of sizes")
-        numel *= size or 1
-        if numel > _LARGEST_NUMEL:
-            raise CorruptCheckpointError(f"{where}: {name!r}: the shape {value!r:.80} is larger than any tensor")
-    return tuple(cast("list[int]", value))
-
-
-def _strings(value: dict[Any, object], what: str) -> dict[str, str]:
-    if not all(type(item) is str for item in value.values()):
-        raise CorruptCheckpointError(f"the manifest's {what} are not all strings")
-    return cast("dict[str, str]", value)
-
-
-def _manifest_fields(parsed: object) -> dict[str, Any]:
-    if type(parsed) is dict and parsed.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-        raise CorruptCheckpointError(
-            f"the checkpoint has the format version {parsed['format_version']!r:.40}, and this release of "
-            f"lightning_zero reads version {FORMAT_VERSION}; upgrade lightning_zero"
-        )
-    row = _fields(parsed, "the manifest", "the manifest")
-    trainer = _fields(row["trainer"], "the trainer file", TRAINER_NAME)
-    _check_digest(trainer["xxh3"], TRAINER_NAME)
-    if not is_trainer_name(trainer["name"]):
-        raise CorruptCheckpointError(f"{trainer['name']!r:.200} is not the name of a {TRAINER_NAME}")
-    return row | {
-        "versions": _strings(row["versions"], "versions"),
-        "aliases": _strings(row["aliases"], "aliases"),
-        "entries": tuple(map(_entry, row["entries"])),
-        "optimizers": tuple(map(_optimizer, row["optimizers"])),
-        "files": tuple(map(_file, row["files"])),
-        "trainer": TrainerFile(**trainer),
-    }
-
-
-def _entry(row: object) -> Entry:
-    fields = _fields(row, "an entry", "entries")
-    if fields["role"] not in get_args(Role):
-        raise CorruptCheckpointError(f"entry {fields['name']!r} has the unknown role {fields['role']!r:.40}")
-    if fields["dtype"] not in DTYPES:
-        raise CorruptCheckpointError(f"entry {fields['name']!r} has the unknown dtype {fields['dtype']!r:.40}")
-    return Entry(**fields | {"shape": _shape(fields["shape"], "entries", fields["name"])})
-
-
-def _optimizer(row: object) -> OptimizerEntry:
-    fields = _fields(row, "an optimizer", "optimizers")
-    for group in fields["parameters"]:
-        if type(group) is not list or not all(type(name) is str for name in group):
-            raise CorruptCheckpointError(f"optimizers: {group!r:.80} is not a list of parameter names")
-    return OptimizerEntry(fields["class_name"], tuple(map(tuple, fields["parameters"])))
-
-
-def _file(row: object) -> FileEntry:
-    fields = _fields(row, "a file", "files")
-    where = fields["name"]
-    _check_plain_name(where)
-    _check_digest(fields["header_xxh3"], where)
-    # In their place, so that the rows go as the tensors come: a large manifest is not in memory twice
-    fields["tensors"] = tuple(_tensor(tensor, where) for tensor in fields["tensors"])
-    fields["values"] = tuple(_value(value, where) for value in fields["values"])
-    return FileEntry(**fields)
-
-
-def _tensor(row: object, where: str) -> StoredTensor:
-    kind = row.get("kind") if type(row) is dict else None
-    fields = _fields(row, "an optimizer's tensor" if kind == "optimizer" else "a tensor", where)
-    if kind not in _KINDS:
-        raise CorruptCheckpointError(f"{where}: a tensor is of the unknown kind {kind!r:.40}")
-    fields["shape"] = shape = _shape(fields["shape"], where, fields["name"])
-    tensor = StoredTensor(**fields)
-    if not _XXH3.fullmatch(tensor.xxh3):
-        _check_digest(tensor.xxh3, f"{where}: {tensor.name!r}")
-    if tensor.dtype not in ITEM_BYTES:
-        raise CorruptCheckpointError(f"{where}: {tensor.name!r} has the unknown dtype {tensor.dtype!r:.40}")
-    if tensor.nbytes != math.prod(shape) * ITEM_BYTES[tensor.dtype]:
-        raise CorruptCheckpointError(
-            f"{where}: {tensor.name!r} is said to have {tensor.nbytes} bytes, "
-            f"which is not what the shape {shape} makes in {tensor.dtype}"
-        )
-    if kind != "optimizer" and not tensor.elementwise:
-        raise CorruptCheckpointError(
-            f"{where}: {tensor.name!r}: elements {tensor.start} to {tensor.stop} are stored with the shape {shape}"
-        )
-    return tensor
-
-
-def _value(row: object, where: str) -> StoredValue:
-    value = row.get("value") if type(row) is dict else None
-    fields = _fields(row, "a value", where)
-    if type(value) is dict and value.keys() == {"float"} and value["float"] in ("inf", "-inf", "nan"):
-        value = float(value["float"])
-    if not isinstance(value, bool | int | float | str | None):
-        raise CorruptCheckpointError(f"{where}: the value of {fields['state']!r} is {value!r:.80}")
-    return StoredValue(**fields | {"value": value})
-
-
-def _check_digest(digest: str, where: str) -> None:
-    if not _XXH3.fullmatch(digest):
-        raise CorruptCheckpointError(f"{where}: {digest!r:.40} is not an xxh3_64 checksum")
+        return msgspec.json.decode(content, type=Manifest)
+    except (msgspec.DecodeError, RecursionError) as error:
+        said = error
+    with suppress(msgspec.DecodeError, RecursionError):
+        version = msgspec.json.decode(content, type=_Version).format_version
+        if version != FORMAT_VERSION:
+            raise CorruptCheckpointError(
+                f"the checkpoint has the format version {version}, and this release of lightning_zero reads version "
+                f"{FORMAT_VERSION}; upgrade lightning_zero"
+            )
+    raise CorruptCheckpointError(f"the manifest isn't one: {said!s:.300}")
 
 
 def is_trainer_name(name: str) -> bool:
@@ -606,16 +439,16 @@ def is_trainer_name(name: str) -> bool:
     return _TRAINER.fullmatch(name) is not None
 
 
-def _check_plain_name(name: str) -> None:
-    """A name in a manifest never leaves the checkpoint's directory, nor means another file in it."""
-    if not _SHARD.fullmatch(name) or name == MANIFEST_NAME or is_trainer_name(name):
-        raise CorruptCheckpointError(f"files: {name!r:.200} is not the name of a shard file")
-
-
 # ----------------------------------------------------------------------------------------------- consistency
 
 
 def _check(manifest: Manifest) -> None:
+    if not is_trainer_name(manifest.trainer.name):
+        raise CorruptCheckpointError(f"{manifest.trainer.name!r:.200} is not the name of a {TRAINER_NAME}")
+    for entry in manifest.entries:
+        if entry.dtype not in DTYPES:
+            raise CorruptCheckpointError(f"entry {entry.name!r} has the unknown dtype {entry.dtype!r:.40}")
+        _check_shape(entry.shape, f"entry {entry.name!r}")
     entries = {entry.name: entry for entry in manifest.entries}
     if len(entries) != len(manifest.entries):
         raise CorruptCheckpointError("entries: a name stands there twice")
@@ -636,6 +469,7 @@ def _check(manifest: Manifest) -> None:
     if len(set(frozen_ranks)) != len(frozen_ranks):
         raise CorruptCheckpointError(f"files: two files of frozen parameters of one rank, of the ranks {ranks!s:.80}")
     for file in manifest.files:
+        _check_plain_name(file.name)
         if file.frozen:
             _check_frozen(file, entries, manifest.world_size)
         elif file.step != manifest.step:
@@ -669,6 +503,7 @@ def _check_layout(file: FileEntry) -> None:
         raise CorruptCheckpointError(f"{file.name}: a header of {file.header_nbytes} bytes is larger than any")
     position = file.header_nbytes
     for tensor in file.tensors:
+        _check_tensor(tensor, file.name)
         if tensor.offset != position:
             raise CorruptCheckpointError(
                 f"{file.name}: {tensor.key!r} begins at byte {tensor.offset}, and not at {position}, "
@@ -677,6 +512,39 @@ def _check_layout(file: FileEntry) -> None:
         position += tensor.nbytes
     if position != file.nbytes:
         raise CorruptCheckpointError(f"{file.name}: its tensors end at byte {position}, the file at {file.nbytes}")
+
+
+def _check_tensor(tensor: StoredTensor, file: str) -> None:
+    if tensor.dtype not in ITEM_BYTES:
+        raise CorruptCheckpointError(f"{file}: {tensor.name!r} has the unknown dtype {tensor.dtype!r:.40}")
+    if (tensor.optimizer is None, tensor.state is None) != (tensor.kind != "optimizer",) * 2:
+        raise CorruptCheckpointError(f"{file}: {tensor.name!r} is of kind {tensor.kind}, and isn't told as one")
+    _check_shape(tensor.shape, f"{file}: {tensor.name!r}")
+    if tensor.nbytes != math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]:
+        raise CorruptCheckpointError(
+            f"{file}: {tensor.name!r} is said to have {tensor.nbytes} bytes, "
+            f"which is not what the shape {tensor.shape} makes in {tensor.dtype}"
+        )
+    if tensor.kind != "optimizer" and not tensor.elementwise:
+        raise CorruptCheckpointError(
+            f"{file}: {tensor.name!r}: elements {tensor.start} to {tensor.stop} are stored with the shape "
+            f"{tensor.shape}"
+        )
+
+
+def _check_shape(shape: Sequence[int], what: str) -> None:
+    # The product is bounded one factor at a time: a list of a million large factors must not cost a bignum
+    numel = 1
+    for size in shape:
+        numel *= size or 1
+        if numel > _LARGEST_NUMEL:
+            raise CorruptCheckpointError(f"{what}: the shape {shape!r:.80} is larger than any tensor")
+
+
+def _check_plain_name(name: str) -> None:
+    """A name in a manifest never leaves the checkpoint's directory, nor means another file in it."""
+    if not _SHARD.fullmatch(name) or name == MANIFEST_NAME or is_trainer_name(name):
+        raise CorruptCheckpointError(f"files: {name!r:.200} is not the name of a shard file")
 
 
 def _check_cover(manifest: Manifest, entries: Mapping[str, Entry]) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 import xxhash
@@ -344,7 +345,8 @@ def _write(plan: Plan, prepared: _Prepared, fsync: bool, direct: bool, stall_sec
         files.append(write_file([_item(tensor) for tensor in content.unchanging], (), frozen=True))
     nbytes = sum(file.nbytes for file in files)
     if prepared.linked is not None:
-        linked, damaged = replace(prepared.linked.entry, name=_frozen_name(plan), rank=plan.rank), False
+        entry = prepared.linked.entry
+        linked, damaged = msgspec.structs.replace(entry, name=_frozen_name(plan), rank=plan.rank), False
         if prepared.linked.links == 0:
             damaged = any(verify_tensors(open_file(plan.staging / linked.name), linked, linked.tensors))
         if damaged:

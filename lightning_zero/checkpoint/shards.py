@@ -157,9 +157,16 @@ def write_shard(
                     item.state,
                 )
             )
-    digest_of_header = xxhash.xxh3_64_hexdigest(header)
     return FileEntry(
-        path.name, offset, len(header), digest_of_header, tuple(tensors), tuple(values), rank, step, frozen
+        name=path.name,
+        rank=rank,
+        step=step,
+        frozen=frozen,
+        nbytes=offset,
+        header_nbytes=len(header),
+        header_xxh3=xxhash.xxh3_64_hexdigest(header),
+        tensors=tuple(tensors),
+        values=tuple(values),
     )
 
 

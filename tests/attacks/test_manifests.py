@@ -44,6 +44,8 @@ EDITS: dict[str, Edit] = {
     "a shape that is no list": lambda m: m["entries"][0].update(shape="75"),
     "another shape": lambda m: m["entries"][0].update(shape=[7, 6]),
     "a shape that is too small": lambda m: m["entries"][0].update(shape=[7, 4]),
+    "a model's tensor that is an optimizer's": lambda m: tensor(m).update(optimizer=0),
+    "a state of no name": lambda m: state(m, "step").pop("state"),
     "an unknown dtype": lambda m: tensor(m).update(dtype="F31"),
     "another dtype": lambda m: m["entries"][-1].update(dtype="uint64"),
     "an unknown role": lambda m: m["entries"][0].update(role="king"),

@@ -3,8 +3,9 @@
 import json
 import pickle
 
+import msgspec
+import numpy as np
 import pytest
-import xxhash
 
 from lightning_zero.checkpoint.manifest import (
     Entry,
@@ -16,6 +17,7 @@ from lightning_zero.checkpoint.manifest import (
     TrainerFile,
 )
 from lightning_zero.errors import CorruptCheckpointError
+from tests.attacks.forge import seal
 
 DIGEST = "0123456789abcdef"
 
@@ -31,7 +33,7 @@ def manifest_of(count: int) -> Manifest:
         ]
     names = tuple(f"layer.{number}.weight" for number in range(count))
     values = (StoredValue(0, names[0], 0, 2, "inf", float("inf")), StoredValue(0, names[0], 0, 2, "none", None))
-    file = FileEntry("rank-0.safetensors", 64 + 12 * count, 64, DIGEST, tuple(tensors), values, 0, 7)
+    file = FileEntry("rank-0.safetensors", 0, 7, False, 64 + 12 * count, 64, DIGEST, tuple(tensors), values)
     return Manifest(
         format_version=1,
         save_id="x",
@@ -64,9 +66,7 @@ def backwards(item: object) -> object:
 def test_the_order_of_members_means_nothing() -> None:
     parsed = json.loads(manifest_of(5).to_json())
     del parsed["manifest_xxh3"]
-    text = json.dumps(backwards(parsed))[:-1]
-    seal = f',\n"manifest_xxh3": "{xxhash.xxh3_64_hexdigest(text.encode())}"\n}}\n'
-    assert Manifest.from_json(text + seal, "m") == manifest_of(5)
+    assert Manifest.from_json(seal(backwards(parsed)), "m") == manifest_of(5)
 
 
 def test_a_report_travels_as_it_is() -> None:
@@ -81,6 +81,30 @@ def test_the_text_is_strict_json_with_a_line_for_each_tensor() -> None:
     text = manifest_of(5).to_json()
     json.loads(text, parse_constant=refuse)
     assert sum('"kind"' in line for line in text.splitlines()) == 10
+
+
+def test_numbers_of_numpys_and_what_json_has_no_number_for_are_values_too() -> None:
+    manifest = manifest_of(1)
+    given = (np.float64(0.1), float("-inf"), 2**80, "text", True, None)
+    values = tuple(StoredValue(0, "layer.0.weight", 0, 2, f"state{i}", value) for i, value in enumerate(given))
+    file = msgspec.structs.replace(manifest.files[0], values=values)
+    read = Manifest.from_json(msgspec.structs.replace(manifest, files=(file,)).to_json(), "m")
+    assert [value.value for value in read.files[0].values] == [0.1, float("-inf"), 2**80, "text", True, None]
+
+
+def test_a_later_format_says_that_it_is_one() -> None:
+    parsed = json.loads(manifest_of(1).to_json()) | {"format_version": 2, "compression": "zstd"}
+    del parsed["manifest_xxh3"]
+    with pytest.raises(CorruptCheckpointError, match="m: .* format version 2, .* upgrade"):
+        Manifest.from_json(seal(parsed), "m")
+
+
+def test_a_field_of_another_type_is_named() -> None:
+    parsed = json.loads(manifest_of(1).to_json())
+    del parsed["manifest_xxh3"]
+    parsed["files"][0]["tensors"][1]["offset"] = -1
+    with pytest.raises(CorruptCheckpointError, match=r"m: .*files\[0\].tensors\[1\].offset"):
+        Manifest.from_json(seal(parsed), "m")
 
 
 def test_the_key_of_a_tensor_says_what_it_is() -> None:

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
+
+import msgspec
 
 from lightning_zero.checkpoint.deepspeed.files import LIGHTNING_TAG, Files
 from lightning_zero.checkpoint.deepspeed.flat_groups import (
@@ -161,7 +162,7 @@ def read_deepspeed(
         name=directory.parent.name if is_lightnings and directory.name == LIGHTNING_TAG else directory.name,
         stage=stage,
         step=step,
-        entries=[replace(entry, name=rename(entry.name)) for entry in entries],
+        entries=[msgspec.structs.replace(entry, name=rename(entry.name)) for entry in entries],
         aliases={rename(alias): rename(stored) for alias, stored in aliases.items()},
         odd={rename(name): value for name, value in module.odd.items()},
         optimizers=[Optimizer(class_name, groups).renamed(rename)] if groups else [],
