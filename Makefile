@@ -8,6 +8,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+SIDE_BY_SIDE := -n 2 --dist loadfile
 
 .PHONY: example test test-oldest soak check clean
 
@@ -27,7 +28,7 @@ example: .venv/.examples
 	$(BIN)/python examples/generate.py runs/gpt_zero2/model.ckpt
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 .venv-oldest/.dev: pyproject.toml tests/oldest.txt
 	$(PYTHON) -m venv .venv-oldest
@@ -35,7 +36,7 @@ test: .venv/.dev
 	touch $@
 
 test-oldest: .venv-oldest/.dev
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest $(SIDE_BY_SIDE)
 
 soak: .venv/.dev
 	$(BIN)/python -m benchmarks.soak --minutes 3
