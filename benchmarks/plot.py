@@ -3,7 +3,7 @@
     python -m benchmarks.plot step benchmarks/step/results.json benchmarks/step/step.svg
 
 What is ours has the strong colour; a dashed line is what everybody is compared with, and a dotted one a bar that ours
-should stay below. Needs matplotlib (the extra `plot`).
+should stay below.
 """
 
 from __future__ import annotations

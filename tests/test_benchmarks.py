@@ -165,7 +165,6 @@ def made_up_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_prints_its_table_and_its_figures_become_a_picture(
     benchmark: Any, name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
     results, picture = tmp_path / "results.json", tmp_path / "picture.svg"
     benchmark.main(["--quick", "--json", str(results)])
     assert said in capsys.readouterr().out
@@ -182,7 +181,6 @@ def test_contestants_take_turns_in_being_the_first() -> None:
 
 
 def test_all_runs_each_benchmark_and_draws_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     calls: list[tuple[str, ...]] = []
     monkeypatch.setattr(everything, "run", lambda *call: calls.append(tuple(map(str, call))) or call[0] == "export")
     assert everything.main(["all", "--quick", "--only", "step", "export", "--directory", str(tmp_path)]) == 1

@@ -246,7 +246,7 @@ def test_what_a_stores_own_package_says_is_one_line_too(tmp_path: Path) -> None:
     [
         ["ls", "DIR"],
         ["verify", "DIR"],
-        ["inspect", "DIR", "--plot", "DIR/owners.svg"],
+        ["inspect", "DIR"],
         ["diff", "DIR", "DIR"],
         ["prune", "DIR", "--keep-last", "1"],
         ["plan", "--params", "7e9", "--world-size", "64"],

@@ -1,18 +1,18 @@
 """`lightning-zero inspect`: what is inside, and the picture of who owns it."""
 
 import json
-import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from lightning_zero.checkpoint.integrity import read_manifest
 from lightning_zero.cli import main
-from lightning_zero.cli.drawing import Box, Label, Picture, svg
 from lightning_zero.cli.holdings import Holdings
-from lightning_zero.cli.picture import draw
+from lightning_zero.cli.picture import draw, write
 from lightning_zero.segments import ParameterSpec, plan_buckets
 from tests.checkpoint.sample import SHAPES, Sample
 
@@ -106,8 +106,9 @@ def large(layers: int, kinds: int = 8) -> dict[str, tuple[int, ...]]:
     return {"net.embed.weight": (5000, 64), **hidden, "net.norm.bias": (64,)}
 
 
-def texts(picture: Picture) -> list[str]:
-    return [shape.text for shape in picture.shapes if isinstance(shape, Label)]
+def texts(figure: Figure) -> list[str]:
+    figure.canvas.draw()
+    return [text.get_text() for text in figure.findobj(lambda item: isinstance(item, Text) and item.get_visible())]
 
 
 def test_the_svg_names_every_parameter_and_rank(save_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,25 +117,14 @@ def test_the_svg_names_every_parameter_and_rank(save_dir: Path, capsys: pytest.C
     assert f"drawn: {path}" in capsys.readouterr().out
     root = ElementTree.parse(path).getroot()
     words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"embed.weight", "layer.weight", "bias", "frozen", "counter", "rank 0", "rank 1"} <= set(words)
+    assert {"embed.weight", "layer.weight", "bias", "frozen", "counter", "rank", "0", "1"} <= set(words)
 
 
 @pytest.mark.parametrize(("layers", "world_size"), [(0, 2), (2, 1), (50, 64), (120, 200), (500, 3)])
-def test_the_picture_stays_readable_and_within_itself(layers: int, world_size: int) -> None:
-    held = holdings(large(layers), world_size)
-    picture = draw(held, "step=1.ckpt")
-    assert picture.width < 1500
-    assert picture.height < 1000
-    for shape in picture.shapes:
-        if isinstance(shape, Box):
-            assert shape.x >= 0
-            assert shape.x + shape.width <= picture.width + 0.01
-            assert shape.y + shape.height <= picture.height + 0.01
-        else:
-            start = shape.x - {"start": 0, "middle": 0.5, "end": 1}[shape.anchor] * 0.5 * shape.size * len(shape.text)
-            assert start >= 0
-            assert start + 0.5 * shape.size * len(shape.text) <= picture.width
-    rows = [text for text in texts(picture) if text.startswith("net.")]
+def test_the_picture_stays_readable(layers: int, world_size: int) -> None:
+    figure = draw(holdings(large(layers), world_size), "step=1.ckpt")
+    assert figure.get_figheight() < 12
+    rows = [text for text in texts(figure) if text.startswith("net.")]
     assert 2 <= len(rows) <= 36
     assert rows[0] == "net.embed.weight" or layers == 500
 
@@ -149,29 +139,21 @@ def test_where_there_are_too_many_parameters_layers_share_rows() -> None:
 
 def test_all_bytes_are_in_the_picture() -> None:
     held = holdings({"a": (7000, 10), "b": (3,)}, 2)
-    cells = Counter(texts(draw(held, "step=1.ckpt")))
+    cells = Counter(text.strip() for text in texts(draw(held, "step=1.ckpt")))
     assert cells["840.0 kB"] == 1  # all of a
-    assert cells["36 B"] == 2  # b is one cell, and one bar
+    assert cells["36 B"] == 3  # b is one cell, one bar, and the least of the scale
 
 
-def test_names_in_the_picture_are_no_markup() -> None:
-    picture = draw(holdings({"<script>&": (3,), "\x1b[31m$x$\ud800": (4,)}, 1), "a]]><b>")
-    text = svg(picture)
+def test_names_in_the_picture_are_no_markup(tmp_path: Path) -> None:
+    odd = {"<script>&": (3,), "\x1b[31m$x$\ud800": (4,), "\u5c42": (2,)}
+    write(draw(holdings(odd, 1), "a]]><b>$y$"), tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
     assert "&lt;script&gt;&amp;" in text
+    assert "$x$" in text
     assert "\x1b" not in text
     ElementTree.fromstring(text.encode())
 
 
-def test_a_png_needs_matplotlib_and_says_so(
-    save_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("matplotlib", "matplotlib.backends.backend_agg"):  # another test may have imported it
-        monkeypatch.setitem(sys.modules, name, None)
-    assert main(["inspect", str(save_dir), "--plot", str(save_dir / "owners.png")]) == 1
-    assert "pip install 'lightning-zero[plot]'" in capsys.readouterr().err
-
-
-def test_a_png_is_written_with_matplotlib(save_dir: Path) -> None:
-    pytest.importorskip("matplotlib")
+def test_a_png_is_a_png(save_dir: Path) -> None:
     assert main(["inspect", str(save_dir), "--plot", str(save_dir.parent / "owners.PNG")]) == 0
     assert (save_dir.parent / "owners.PNG").read_bytes().startswith(b"\x89PNG")

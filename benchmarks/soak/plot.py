@@ -1,8 +1,6 @@
 """Draws what `--json` has written: the killed chain's loss over the undisturbed one's, and the memory of every rank.
 
-    python -m benchmarks.soak.plot results.json soak.svg
-
-Needs matplotlib (the extra `plot`).
+python -m benchmarks.soak.plot results.json soak.svg
 """
 
 import argparse

@@ -55,8 +55,7 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.hyper_parameters:
         report |= _hyper_parameters(directory, manifest)
     if options.plot is not None:
-        from lightning_zero.cli.drawing import write
-        from lightning_zero.cli.picture import draw
+        from lightning_zero.cli.picture import draw, write
 
         write(draw(holdings, f"{directory.name}: step {manifest.step}, {bytes_text(manifest.nbytes)}"), options.plot)
         report["plot"] = str(options.plot)

@@ -7,27 +7,38 @@ parameters than can be read, neighbours of one layer share a row; where there ar
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, groupby
+from pathlib import Path
 
-from lightning_zero.cli.drawing import INK, Box, Label, Picture, PlottingError
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
 from lightning_zero.cli.holdings import HOLDINGS, Holding, Holdings
 from lightning_zero.cli.output import bytes_text, plain
+from lightning_zero.errors import ZeroError
 
 _MOST_ROWS = 36
 _MOST_COLUMNS = 64
+_COLUMNS_WITH_TEXT = 10
 _LABEL_CHARACTERS = 44
 
-_INK, _FAINT, _PAPER, _EMPTY = INK, "#64748b", "#ffffff", "#f1f5f9"
-_RAMP = ("#dbeafe", "#93c5fd", "#60a5fa", "#2563eb", "#1e3a8a")
 _KINDS: Mapping[Holding, tuple[str, str]] = {
-    "parameters": ("parameters", "#2563eb"),
-    "states": ("optimizer states", "#f59e0b"),
-    "frozen": ("frozen", "#94a3b8"),
-    "others": ("buffers, others", "#10b981"),
-    "own": ("a rank's own", "#a78bfa"),
+    "parameters": ("parameters", "tab:blue"),
+    "states": ("optimizer states", "tab:orange"),
+    "frozen": ("frozen", "tab:gray"),
+    "others": ("buffers, others", "tab:green"),
+    "own": ("a rank's own", "tab:purple"),
 }
+
+
+class PlottingError(ZeroError):
+    """There is nothing to draw."""
 
 
 # --------------------------------------------------------------------------------------------- what is shown
@@ -39,6 +50,12 @@ class _Row:
 
     label: str
     held: Mapping[tuple[int, Holding], int]
+
+    def of_kind(self, kind: Holding) -> int:
+        return sum(nbytes for (_, of), nbytes in self.held.items() if of == kind)
+
+    def on(self, ranks: range) -> int:
+        return sum(self.held.get((rank, kind), 0) for rank in ranks for kind in HOLDINGS)
 
 
 def _rows(holdings: Holdings) -> list[_Row]:
@@ -98,57 +115,11 @@ def _summed(many: Sequence[Mapping[tuple[int, Holding], int]]) -> dict[tuple[int
     return total
 
 
-# ----------------------------------------------------------------------------------------- how it is laid out
-
-_MARGIN = 28.0
-_TOP, _RANKS_HEIGHT, _BARS_WIDTH = 92.0, 106.0, 190.0
-_NUMBER_WIDTH = 100.0
-_LEGEND_HEIGHT = 24.0
+# ------------------------------------------------------------------------------------------- how it is drawn
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """Where the cells are, and what is in them."""
-
-    rows: Sequence[_Row]
-    columns: Sequence[range]
-    cells: Sequence[Sequence[int]]
-    left: float
-    top: float
-    column_width: float
-    row_height: float
-
-    @classmethod
-    def of(cls, holdings: Holdings, left: float) -> _Grid:
-        rows, world_size = _rows(holdings), holdings.world_size
-        several = -(-world_size // _MOST_COLUMNS)
-        columns = [range(first, min(first + several, world_size)) for first in range(0, world_size, several)]
-        cells = [
-            [sum(row.held.get((rank, kind), 0) for rank in column for kind in HOLDINGS) for column in columns]
-            for row in rows
-        ]
-        width = max([len(_shortened(row.label)) for row in rows], default=0) * 7.3 + _MARGIN + 12
-        column_width = min(120.0, max(11.0, 720.0 / len(columns)))
-        row_height = min(44.0, max(17.0, 560.0 / max(1, len(rows))))
-        return cls(rows, columns, cells, max(left, width), _TOP + _RANKS_HEIGHT + 34, column_width, row_height)
-
-    @property
-    def right(self) -> float:
-        return self.left + self.column_width * len(self.columns)
-
-    @property
-    def bottom(self) -> float:
-        return self.top + self.row_height * len(self.rows)
-
-    @property
-    def scale(self) -> tuple[int, int]:
-        """The fewest and the most bytes of a cell that has any."""
-        held = [nbytes for row in self.cells for nbytes in row if nbytes]
-        return min(held, default=1), max(held, default=1)
-
-
-def draw(holdings: Holdings, title: str) -> Picture:
-    """Lay the picture out.
+def draw(holdings: Holdings, title: str) -> Figure:
+    """Draw it.
 
     Args:
         holdings: what there is to show.
@@ -159,132 +130,80 @@ def draw(holdings: Holdings, title: str) -> Picture:
     """
     if not any(holdings.by_name.values()):
         raise PlottingError("the checkpoint holds no tensors to draw")
+    rows, world_size = _rows(holdings), holdings.world_size
+    several = -(-world_size // _MOST_COLUMNS)
+    columns = [range(first, min(first + several, world_size)) for first in range(0, world_size, several)]
+    height = 1.8 + 0.24 * max(len(rows), 6)
+    figure = Figure((12, height), layout="constrained")
+    figure.suptitle(f"{plain(title)}: who owns what, in bytes", parse_math=False)
+    (above, corner), (cells, beside) = figure.subplots(
+        2, 2, sharex="col", sharey="row", width_ratios=(3, 1), height_ratios=(1, height - 1)
+    )
+    corner.axis("off")
+    _draw_cells(cells, rows, columns)
     by_rank = holdings.by_rank()
-    sizes = [sum(held.values()) for held in by_rank]
-    first, last = bytes_text(min(sizes)), bytes_text(max(sizes))
-    each = first if first == last else f"{first} to {last}"
-    title = plain(title)
-    grid = _Grid.of(holdings, left=len(each) * 8.4 + _MARGIN + 12)
-    kinds = [kind for kind in HOLDINGS if any(held[kind] for held in by_rank)]
-    width = max(grid.right + 20 + _BARS_WIDTH + _NUMBER_WIDTH, 2 * _MARGIN + 12.5 * len(title))
-    picture = Picture(width, grid.bottom + 52)
-    add = picture.shapes.append
-    ranks = "1 rank" if holdings.world_size == 1 else f"{holdings.world_size} ranks"
-    add(Label(_MARGIN, 40, title, 20, bold=True))
-    add(Label(_MARGIN, 62, f"who owns what: bytes by parameter and rank, on {ranks}", 13, _FAINT))
-    add(Label(grid.left - 12, _TOP + 14, "a rank holds", 12, _FAINT, "end"))
-    add(Label(grid.left - 12, _TOP + 32, each, 12, _INK, "end", bold=True))
-    _draw_ranks(picture, grid, by_rank)
-    _draw_cells(picture, grid)
-    _draw_parameters(picture, grid)
-    _draw_legend(picture, grid, kinds)
-    picture.shapes.insert(0, Box(0, 0, picture.width, picture.height, _PAPER))
-    return picture
+    _stack(above, {kind: [_mean([by_rank[rank][kind] for rank in ranks]) for ranks in columns] for kind in HOLDINGS})
+    above.set_ylabel("a rank holds")
+    _stack(beside, {kind: [row.of_kind(kind) for row in rows] for kind in HOLDINGS}, across=True)
+    for place, row in enumerate(rows):
+        nbytes = sum(row.held.values())
+        beside.text(nbytes, place, f" {bytes_text(nbytes)}", va="center", size="small")
+    beside.margins(x=0.3)  # room for these
+    for axes in (above, beside):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*above.get_legend_handles_labels(), loc="outside lower left", ncols=len(_KINDS), frameon=False)
+    return figure
 
 
-def _draw_ranks(picture: Picture, grid: _Grid, by_rank: Sequence[Mapping[Holding, int]]) -> None:
-    """What each rank holds, above the cells; the average, where several share a column."""
-    means = [
-        {kind: sum(by_rank[rank][kind] for rank in column) / len(column) for kind in HOLDINGS}
-        for column in grid.columns
-    ]
-    tallest = max(sum(held.values()) for held in means) or 1
-    gap, width = _gap(grid.column_width), grid.column_width
-    for index, held in enumerate(means):
-        y = _TOP + _RANKS_HEIGHT
-        for kind, nbytes in held.items():
-            height = _RANKS_HEIGHT * nbytes / tallest
-            y -= height
+def write(figure: Figure, path: Path) -> None:
+    """Write a picture as .svg or .png, by the path's ending; the words in an SVG are words."""
+    with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # from matplotlib's own font, and a browser has others
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def _draw_cells(axes: Axes, rows: Sequence[_Row], columns: Sequence[range]) -> None:
+    held = np.array([[row.on(ranks) for ranks in columns] for row in rows])
+    fewest, most = held[held > 0].min(), held.max()
+    image = axes.imshow(np.ma.masked_equal(held, 0), cmap="Blues", norm=LogNorm(fewest / 2, most), aspect="auto")
+    legend = axes.figure.colorbar(image, ax=axes, location="bottom", shrink=0.4, label="a cell holds")
+    legend.set_ticks([fewest, most], labels=[bytes_text(int(fewest)), bytes_text(int(most))])
+    legend.minorticks_off()
+    axes.set_yticks(range(len(rows)), [_shortened(row.label) for row in rows], parse_math=False)
+    texts = [str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}" for ranks in columns]
+    every = -(-len(texts) // 16)
+    axes.set_xticks(range(0, len(texts), every), texts[::every])
+    axes.set_xlabel("rank")
+    if len(columns) <= _COLUMNS_WITH_TEXT:
+        dark = math.sqrt(fewest / 2 * most)
+        for (place, column), nbytes in np.ndenumerate(held):
             if nbytes:
-                picture.shapes.append(Box(grid.left + index * width + gap, y, width - 2 * gap, height, _KINDS[kind][1]))
-    texts = [str(column[0]) if len(column) == 1 else f"{column[0]}-{column[-1]}" for column in grid.columns]
-    spacious = width >= 60
-    every = 2 ** math.ceil(math.log2(max(1.0, (max(map(len, texts)) * 7 + 6) / width)))
-    y = _TOP + _RANKS_HEIGHT + 18
-    for index in range(0, len(texts), every):
-        text = f"rank {texts[index]}" if spacious else texts[index]
-        picture.shapes.append(Label(grid.left + (index + 0.5) * width, y, text, 11, _FAINT, "middle"))
-    if not spacious:
-        picture.shapes.append(Label(grid.left - 12, y, "rank", 11, _FAINT, "end"))
+                ink = "white" if nbytes > dark else "black"
+                axes.text(column, place, bytes_text(int(nbytes)), ha="center", va="center", size="small", color=ink)
 
 
-def _draw_cells(picture: Picture, grid: _Grid) -> None:
-    """The names, and a cell for each row and column."""
-    width, height = grid.column_width, grid.row_height
-    gap, radius = min(_gap(width), _gap(height)), 3.0 if min(width, height) >= 16 else 1.0
-    fewest, most = grid.scale
-    for index, (row, cells) in enumerate(zip(grid.rows, grid.cells, strict=True)):
-        y = grid.top + index * height
-        picture.shapes.append(Label(grid.left - 12, y + height / 2 + 4, _shortened(row.label), 12, _INK, "end"))
-        for number, nbytes in enumerate(cells):
-            x = grid.left + number * width
-            depth = _depth(nbytes, fewest, most)
-            colour = _shade(depth) if nbytes else _EMPTY
-            picture.shapes.append(Box(x + gap, y + gap, width - 2 * gap, height - 2 * gap, colour, radius))
-            if nbytes and width >= 64:
-                ink = _PAPER if depth > 0.55 else _INK
-                text = bytes_text(nbytes)
-                picture.shapes.append(Label(x + width / 2, y + height / 2 + 4, text, 11, ink, "middle"))
+def _stack(axes: Axes, bars: Mapping[Holding, Sequence[float]], *, across: bool = False) -> None:
+    """Bars, each made of what there is of each kind."""
+    ends = np.zeros(len(bars["parameters"]))
+    for kind, nbytes in bars.items():
+        if any(nbytes):
+            label, colour = _KINDS[kind]
+            if across:
+                axes.barh(range(len(ends)), nbytes, left=ends, label=label, color=colour)
+            else:
+                axes.bar(range(len(ends)), nbytes, bottom=ends, label=label, color=colour)
+            ends += nbytes
+    (axes.xaxis if across else axes.yaxis).set_major_formatter(_bytes_of)
 
 
-def _draw_parameters(picture: Picture, grid: _Grid) -> None:
-    """What each row takes, beside the cells."""
-    widest = max([sum(row.held.values()) for row in grid.rows], default=0) or 1
-    gap = _gap(grid.row_height)
-    for index, row in enumerate(grid.rows):
-        x, y = grid.right + 20, grid.top + index * grid.row_height
-        for kind in HOLDINGS:
-            width = _BARS_WIDTH * sum(nbytes for (_, of), nbytes in row.held.items() if of == kind) / widest
-            if width:
-                height = grid.row_height - 2 * gap
-                picture.shapes.append(Box(x, y + gap, max(width, 0.75), height, _KINDS[kind][1]))
-                x += width
-        text = bytes_text(sum(row.held.values()))
-        picture.shapes.append(Label(x + 7, y + grid.row_height / 2 + 4, text, 11, _FAINT))
+def _mean(numbers: Sequence[int]) -> float:
+    return sum(numbers) / len(numbers)
 
 
-def _draw_legend(picture: Picture, grid: _Grid, kinds: Sequence[Holding]) -> None:
-    """What the colours mean, in one line or in two."""
-    add, x, y = picture.shapes.append, _MARGIN, grid.bottom + 36
-    for kind in kinds:
-        text, colour = _KINDS[kind]
-        add(Box(x, y - 10, 12, 12, colour, 2))
-        add(Label(x + 18, y, text))
-        x += 18 + 7 * len(text) + 20
-    steps, step_width = 24, 6.0
-    fewest, most = map(bytes_text, grid.scale)
-    fewest = f"a cell: {fewest}"
-    ramp = picture.width - _MARGIN - 7.5 * len(most) - 8 - steps * step_width
-    if ramp - 8 - 7.5 * len(fewest) < x:
-        y += _LEGEND_HEIGHT
-        ramp = _MARGIN + 7.5 * len(fewest) + 8
-        picture.height += _LEGEND_HEIGHT
-    add(Label(ramp - 8, y, fewest, 12, _FAINT, "end"))
-    for step in range(steps):
-        add(Box(ramp + step * step_width, y - 10, step_width + 0.3, 12, _shade(step / (steps - 1))))
-    add(Label(ramp + steps * step_width + 8, y, most, 12, _FAINT))
+def _bytes_of(value: float, _: object) -> str:
+    return bytes_text(int(value))
 
 
 def _shortened(label: str) -> str:
     label, half = plain(label), _LABEL_CHARACTERS // 2
     return label if len(label) <= _LABEL_CHARACTERS else f"{label[: half - 1]}…{label[-half:]}"
-
-
-def _gap(size: float) -> float:
-    """Half of what lies between neighbours of some size."""
-    return 2.0 if size >= 24 else 1.0 if size >= 14 else 0.5
-
-
-def _depth(nbytes: int, fewest: int, most: int) -> float:
-    """Where a number of bytes lies between the fewest and the most, from 0 to 1, by its logarithm."""
-    if nbytes <= 0 or fewest >= most:
-        return 0.75
-    return (math.log(nbytes) - math.log(fewest)) / (math.log(most) - math.log(fewest))
-
-
-def _shade(depth: float) -> str:
-    position = min(max(depth, 0.0), 1.0) * (len(_RAMP) - 1)
-    index = min(int(position), len(_RAMP) - 2)
-    low, high = (bytes.fromhex(colour[1:]) for colour in _RAMP[index : index + 2])
-    mixed = (round(a + (b - a) * (position - index)) for a, b in zip(low, high, strict=True))
-    return "#" + "".join(f"{channel:02x}" for channel in mixed)
