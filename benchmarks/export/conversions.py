@@ -45,7 +45,7 @@ class Conversion:
 
 
 def _ours(name: str, out: str, beside: str, *options: str) -> Conversion:
-    command = ("-m", "lightning_zero.cli", "export", "{saved}", "{out}", *options)
+    command = ("-m", "lightning_zero", "export", "{saved}", "{out}", *options)
     return Conversion(f"**lightning_zero, {name}**", "zero", command, out, beside)
 
 

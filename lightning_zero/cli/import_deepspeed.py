@@ -28,8 +28,7 @@ def add_to(commands: Commands) -> None:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from lightning_zero.checkpoint.deepspeed.directory import read_deepspeed
-    from lightning_zero.checkpoint.deepspeed.files import find_deepspeed_tag
+    from lightning_zero.checkpoint.deepspeed.directory import find_deepspeed_tag, read_deepspeed
 
     directory = find_deepspeed_tag(options.source, options.tag)
     return imports.run(

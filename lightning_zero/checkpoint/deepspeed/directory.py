@@ -26,7 +26,8 @@ from typing import Any
 
 import msgspec
 
-from lightning_zero.checkpoint.deepspeed.files import LIGHTNING_TAG, Files
+from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint.deepspeed.files import LIGHTNING_TAG, Files, is_deepspeed_tag
 from lightning_zero.checkpoint.deepspeed.flat_groups import (
     FlatGroups,
     frozen_pieces,
@@ -44,12 +45,15 @@ from lightning_zero.checkpoint.foreign import (
     ParameterGroup,
     Piece,
     Rank,
+    refuse_ours,
 )
+from lightning_zero.checkpoint.origins import advice
 from lightning_zero.checkpoint.pickled import Object
-from lightning_zero.checkpoint.storage import Location, names_in
+from lightning_zero.checkpoint.storage import Location, PathOrUrl, absolute, locate, names_in
 from lightning_zero.checkpoint.torch_file import Progress, is_tensor, part_of, unread_tensor
 from lightning_zero.errors import (
     CheckpointMismatchError,
+    CheckpointNotFoundError,
     CorruptCheckpointError,
     IncompleteCheckpointError,
     UnsupportedModelError,
@@ -83,6 +87,40 @@ _OWN = frozenset(
     )
 )
 """What DeepSpeed itself puts into the model's file: all else there is the client state."""
+
+
+def find_deepspeed_tag(path: PathOrUrl, tag: str | None = None) -> Location:
+    """The directory of the tag that is meant.
+
+    Args:
+        path: a save directory, a tag's, a file in one of them, or one of Lightning's `NAME.ckpt`.
+        tag: of the save directory; DeepSpeed's own `latest` decides where it is None, or there is but one.
+
+    Raises:
+        CheckpointNotFoundError: there is none, or it can't be told which one.
+        CorruptCheckpointError: `latest` is damaged.
+    """
+    where = absolute(locate(path))
+    where = where.parent if where.is_file() else where
+    if tag is None and is_deepspeed_tag(where):
+        return where
+    refuse_ours(where)
+    there = sorted(name for name in names_in(where) if is_deepspeed_tag(where / name))
+    if tag is None:
+        tag = commit.read_latest(where) or (there[0] if len(there) == 1 else None)
+        if tag is None:
+            if there:
+                problem = f"has no `latest` to say which of {there} is meant; give the tag"
+            else:
+                problem = f"holds no checkpoint of DeepSpeed{advice(where)}" if where.is_dir() else "is no directory"
+            raise CheckpointNotFoundError(f"{where} {problem}")
+    directory = where / commit.validate_tag(tag)
+    if not is_deepspeed_tag(directory):
+        refuse_ours(directory)
+        raise CheckpointNotFoundError(
+            f"there is no checkpoint {tag!r} of DeepSpeed in {where}; there {f'are {there}' if there else 'is none'}"
+        )
+    return directory
 
 
 def read_deepspeed(

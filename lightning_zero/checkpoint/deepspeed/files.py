@@ -10,14 +10,11 @@ import re
 from functools import lru_cache
 from typing import Any, Literal
 
-from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.descriptions import require
-from lightning_zero.checkpoint.foreign import refuse_ours
 from lightning_zero.checkpoint.pickled import Global
-from lightning_zero.checkpoint.storage import Location, PathOrUrl, absolute, is_remote, locate, names_in, open_file
+from lightning_zero.checkpoint.storage import Location, is_remote, names_in, open_file
 from lightning_zero.checkpoint.torch_file import Progress, describe_torch_file, harmless
 from lightning_zero.errors import (
-    CheckpointNotFoundError,
     CorruptCheckpointError,
     IncompleteCheckpointError,
     UnsupportedModelError,
@@ -31,39 +28,6 @@ LIGHTNING_TAG = "checkpoint"
 
 _STATES = re.compile(r"(?:bf16_|fp16_)?(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_?(model|optim)_states\.pt")
 _EXPERTS_OR_LAYERS = re.compile(r"(layer|expert|expp_rank)_.*_states\.pt")
-
-
-def find_deepspeed_tag(path: PathOrUrl, tag: str | None = None) -> Location:
-    """The directory of the tag that is meant.
-
-    Args:
-        path: a save directory, a tag's, a file in one of them, or one of Lightning's `NAME.ckpt`.
-        tag: of the save directory; DeepSpeed's own `latest` decides where it is None, or there is but one.
-
-    Raises:
-        CheckpointNotFoundError: there is none, or it can't be told which one.
-        CorruptCheckpointError: `latest` is damaged.
-    """
-    where = absolute(locate(path))
-    where = where.parent if where.is_file() else where
-    if tag is None and is_deepspeed_tag(where):
-        return where
-    refuse_ours(where)
-    there = sorted(name for name in names_in(where) if is_deepspeed_tag(where / name))
-    if tag is None:
-        tag = commit.read_latest(where) or (there[0] if len(there) == 1 else None)
-        if tag is None:
-            named = f"{where} has no `latest` to say which of {there} is meant; give the tag" if there else ""
-            raise CheckpointNotFoundError(
-                named or f"{where} {'holds no checkpoint of DeepSpeed' if where.is_dir() else 'is no directory'}"
-            )
-    directory = where / commit.validate_tag(tag)
-    if not is_deepspeed_tag(directory):
-        refuse_ours(directory)
-        raise CheckpointNotFoundError(
-            f"there is no checkpoint {tag!r} of DeepSpeed in {where}; there {f'are {there}' if there else 'is none'}"
-        )
-    return directory
 
 
 def is_deepspeed_tag(directory: Location) -> bool:

@@ -5,8 +5,7 @@ The loss scale, the data sampler and DeepSpeed's configuration go nowhere.
 
 from __future__ import annotations
 
-from lightning_zero.checkpoint.deepspeed.directory import read_deepspeed
-from lightning_zero.checkpoint.deepspeed.files import find_deepspeed_tag
+from lightning_zero.checkpoint.deepspeed.directory import find_deepspeed_tag, read_deepspeed
 from lightning_zero.checkpoint.importing import write_imported
 from lightning_zero.checkpoint.storage import Location, PathOrUrl, locate
 from lightning_zero.checkpoint.torch_file import Progress

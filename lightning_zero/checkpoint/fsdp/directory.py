@@ -29,6 +29,7 @@ from lightning_zero.checkpoint.fsdp.metadata import Chunked, KeyPath, Leaf, is_d
 from lightning_zero.checkpoint.fsdp.nesting import below, is_below, joined, nested
 from lightning_zero.checkpoint.fsdp.optimizer import optimizer_keys, read_groups, read_states
 from lightning_zero.checkpoint.manifest import Entry
+from lightning_zero.checkpoint.origins import advice
 from lightning_zero.checkpoint.storage import Location, PathOrUrl, absolute, locate, names_in, open_file
 from lightning_zero.checkpoint.torch_file import Progress, describe_torch_file
 from lightning_zero.errors import CheckpointMismatchError, CheckpointNotFoundError
@@ -57,7 +58,8 @@ def find_distributed(path: PathOrUrl) -> Location:
             refuse_ours(directory)
         there = [name for name in names if is_distributed(where / name)]
         raise CheckpointNotFoundError(
-            f"{where} holds no checkpoint of torch.distributed.checkpoint{f'; there are {there}' if there else ''}"
+            f"{where} holds no checkpoint of torch.distributed.checkpoint"
+            f"{f'; there are {there}' if there else advice(where)}"
         )
     return where
 

@@ -240,3 +240,14 @@ def test_whoever_takes_it_for_one_of_ours_is_told_the_command(
     if command != "ls":
         assert main([command, str(source.parent), *more, "--tag", source.name]) == 1
         assert f"lightning-zero import-fsdp {source} DST" in capsys.readouterr().err
+
+
+def test_each_of_the_imports_names_the_other_where_that_one_is_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fsdps = forge(tmp_path / "run" / "step-5", in_loops(*training()))
+    deepspeeds = trained(stage=2).save(tmp_path / "other")
+    for used, meant, tag in (("deepspeed", "fsdp", fsdps), ("fsdp", "deepspeed", deepspeeds)):
+        for given in (tag, tag.parent):
+            assert main([f"import-{used}", str(given), str(tmp_path / "ours")]) == 1
+            assert f"lightning-zero import-{meant} {tag} DST" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`python -m lightning_zero.cli`."""
+"""`python -m lightning_zero`, where the command isn't on the path."""
 
 import sys
 
