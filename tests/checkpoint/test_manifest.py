@@ -95,7 +95,7 @@ def test_numbers_of_numpys_and_what_json_has_no_number_for_are_values_too() -> N
 def test_a_later_format_says_that_it_is_one() -> None:
     parsed = json.loads(manifest_of(1).to_json()) | {"format_version": 2, "compression": "zstd"}
     del parsed["manifest_xxh3"]
-    with pytest.raises(CorruptCheckpointError, match="m: .* format version 2, .* upgrade"):
+    with pytest.raises(CorruptCheckpointError, match=r"m: .* format version 2, .* upgrade"):
         Manifest.from_json(seal(parsed), "m")
 
 
