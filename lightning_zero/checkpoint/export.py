@@ -255,6 +255,8 @@ def require_suitable(output: Location, wanted: Wanted, max_shard_bytes: int | No
     if not output.name:
         raise ValueError(f"{str(output)!r} names nothing to write; give a file's name, such as 'model.ckpt'")
     if not is_remote(output):
+        if output.exists() and not output.is_file() and not output.is_dir():
+            raise ValueError(f"{output} is a device or a pipe, and no file; name a new one")
         if max_shard_bytes is None and output.is_dir():
             raise ValueError(f"{output} is a directory; name a file, or give a shard size to have a folder of several")
         if max_shard_bytes is not None and output.is_file():
@@ -331,6 +333,7 @@ def _appears(output: Location, *, folder: bool) -> Iterator[Location]:
     if is_remote(output):
         yield from _appears_behind_url(output, folder)
         return
+    output = Path(os.path.realpath(output))  # a link stays, and leads to what is written
     output.parent.mkdir(parents=True, exist_ok=True)
     hidden = output.parent / f".{output.name}.{secrets.token_hex(4)}"
     try:

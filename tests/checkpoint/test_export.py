@@ -187,6 +187,22 @@ def test_an_export_that_fails_leaves_what_was_there(
     assert {path: path.read_bytes() for path in output.parent.rglob("*") if path.is_file()} == before
 
 
+def test_a_link_leads_to_what_is_written_and_what_is_no_file_stays(tmp_path: Path) -> None:
+    Sample().save(tmp_path / "tag")
+    (tmp_path / "disk" / "hf").mkdir(parents=True)
+    for name, size in (("hf", "1GB"), ("m.ckpt", None)):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+        for _ in range(2):
+            convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / name, max_shard_size=size)
+        assert (tmp_path / name).is_symlink()
+    assert (tmp_path / "disk" / "hf" / "model.safetensors").is_file()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="is a device or a pipe"):
+        convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "pipe")
+    assert sorted(os.listdir(tmp_path)) == ["disk", "hf", "latest", "m.ckpt", "pipe", "tag"]
+    assert sorted(os.listdir(tmp_path / "disk")) == ["hf", "m.ckpt"]
+
+
 def test_wide_and_complex_and_other_tensors_keep_their_dtype(tmp_path: Path) -> None:
     given = {
         str(dtype): torch.arange(4).to(dtype)
