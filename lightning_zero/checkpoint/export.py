@@ -88,6 +88,11 @@ class Wanted:
                 "leave dtype and submodule out"
             )
 
+    @property
+    def prefix(self) -> str:
+        """What the names that are wanted begin with, and are written without."""
+        return f"{self.submodule}." if self.submodule else ""
+
     def of(self, checkpoint: Reader) -> dict[str, Elements]:
         """The module's state dict, unread; tied tensors are one object.
 
@@ -102,13 +107,12 @@ class Wanted:
         }
         first = {name: checkpoint.manifest.aliases.get(name, name) for name in stored}
         left_out = checkpoint.manifest.frozen if self.exclude_frozen_parameters else frozenset()
-        prefix = f"{self.submodule}." if self.submodule else ""
         found = {
-            name.removeprefix(prefix): shown[first[name]]
+            name.removeprefix(self.prefix): shown[first[name]]
             for name in stored
-            if name.startswith(prefix) and first[name] not in left_out
+            if name.startswith(self.prefix) and first[name] not in left_out
         }
-        if not found and prefix:
+        if not found and self.submodule:
             parts = sorted({name.split(".")[0] for name in stored if "." in name})
             raise CheckpointMismatchError(
                 f"{checkpoint.directory} has no submodule {self.submodule!r} with tensors in it; the module has {parts}"
@@ -213,7 +217,11 @@ def export(
             if is_lightnings(output, max_shard_bytes):
                 loaded = checkpoint.trainer_content(trainer, weights_only=weights_only)
                 content = _lightning_content(checkpoint, wanted, loaded)
-                content["state_dict"] = tensors | content.get("state_dict", {})
+                content["state_dict"] = tensors | {
+                    str(name).removeprefix(wanted.prefix): value
+                    for name, value in content.get("state_dict", {}).items()
+                    if str(name).startswith(wanted.prefix)
+                }
             try:
                 write_torch_file(path, content, output.name, progress, overflows)
             except PicklingError as error:

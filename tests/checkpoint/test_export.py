@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -226,13 +228,15 @@ def test_a_name_that_safetensors_has_for_itself_is_refused_there_alone(tmp_path:
     assert "__metadata__" in torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
 
 
-def save_tensors(directory: Path, tensors: dict[str, tuple[Role, torch.Tensor]]) -> Path:
+def save_tensors(
+    directory: Path, tensors: dict[str, tuple[Role, torch.Tensor]], trainer: Mapping[str, object] = MappingProxyType({})
+) -> Path:
     """A checkpoint of one rank with just these."""
     items = [TensorToSave("model", name, 0, t.numel(), t.reshape(-1)) for name, (_, t) in tensors.items()]
     entries = [
         Entry(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), role) for name, (role, t) in tensors.items()
     ]
-    shared = SharedContent(0, 1, entries, {}, [], {"epoch": 0, "global_step": 1})
+    shared = SharedContent(0, 1, entries, {}, [], {"epoch": 0, "global_step": 1, **trainer})
     return Path(save_checkpoint(directory, RankContent(items, [], b"", 1), shared, group=None).path)
 
 
@@ -326,6 +330,31 @@ def test_a_submodule_under_the_names_that_it_has_by_itself(save_dir: Path, sampl
     assert torch.equal(loaded["weight"], sample.state_dict["head.weight"])
     with pytest.raises(CheckpointMismatchError, match=r"no submodule 'net'.*'embed'"):
         convert_zero_checkpoint_to_fp32_state_dict(save_dir, tmp_path / "m.safetensors", submodule="net")
+
+
+def test_what_is_no_tensor_in_a_state_dict_comes_under_its_name(tmp_path: Path) -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(4))
+
+        def get_extra_state(self) -> object:
+            return {"scale": 0}
+
+        def set_extra_state(self, state: object) -> None:
+            self.extra = state
+
+    states = {"_extra_state": {"scale": 1}, "layer._extra_state": {"scale": 2}}
+    save_dir, layer = tmp_path / "ckpts", Layer()
+    save_tensors(save_dir, {"layer.weight": ("given", torch.ones(4))}, {"state_dict": states})
+    convert_zero_checkpoint_to_fp32_state_dict(save_dir, tmp_path / "m.ckpt", submodule="layer")
+    layer.load_state_dict(torch.load(tmp_path / "m.ckpt", weights_only=True)["state_dict"])
+    assert layer.extra == {"scale": 2}
+    whole = Layer()
+    del whole.weight
+    whole.layer = Layer()
+    load_state_dict_from_zero_checkpoint(whole, save_dir)
+    assert (whole.extra, whole.layer.extra) == ({"scale": 1}, {"scale": 2})
 
 
 @pytest.mark.parametrize("size", ["100MB", "60KB"])
