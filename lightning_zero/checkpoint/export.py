@@ -270,6 +270,8 @@ def require_suitable(output: Location, wanted: Wanted, max_shard_bytes: int | No
         if max_shard_bytes is not None and output.is_file():
             raise ValueError(f"{output} is a file; with a shard size, give the name of a folder")
         if max_shard_bytes is not None and output.is_dir():
+            if os.path.ismount(os.path.realpath(output)):
+                raise ValueError(f"{output} is a mount point, which can't be replaced at once; name a folder in it")
             _beside_weights(output)
     if wanted.with_optimizer and not is_lightnings(output, max_shard_bytes):
         raise ValueError(f"an optimizer's state goes into one .ckpt, and not into {output.name!r}")

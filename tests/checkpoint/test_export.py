@@ -205,6 +205,15 @@ def test_a_link_leads_to_what_is_written_and_what_is_no_file_stays(tmp_path: Pat
     assert sorted(os.listdir(tmp_path / "disk")) == ["hf", "m.ckpt"]
 
 
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Sample().save(tmp_path / "tag")
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "volume")
+    with pytest.raises(ValueError, match="is a mount point"):
+        convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "volume", max_shard_size="1GB")
+    convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "volume" / "hf", max_shard_size="1GB")
+
+
 def test_wide_and_complex_and_other_tensors_keep_their_dtype(tmp_path: Path) -> None:
     given = {
         str(dtype): torch.arange(4).to(dtype)
