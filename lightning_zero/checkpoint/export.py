@@ -393,5 +393,7 @@ def _replace_folder(new: Path, output: Path) -> None:
     for name in _beside_weights(output):
         shutil.copy2(output / name, new / name)
     if not kernel.exchange(new, output):
-        shutil.rmtree(output)
+        old = new.with_name(f"{new.name}.old")
+        os.rename(output, old)
         os.rename(new, output)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,7 +1,9 @@
 """The fp32 model, out of a checkpoint."""
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_zero.checkpoint import read_ahead
+from lightning_zero.checkpoint import kernel, read_ahead
 from lightning_zero.checkpoint.content import RankContent, SharedContent, TensorToSave
 from lightning_zero.checkpoint.export import (
     Wanted,
@@ -203,6 +205,25 @@ def test_a_link_leads_to_what_is_written_and_what_is_no_file_stays(tmp_path: Pat
         convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "pipe")
     assert sorted(os.listdir(tmp_path)) == ["disk", "hf", "latest", "m.ckpt", "pipe", "tag"]
     assert sorted(os.listdir(tmp_path / "disk")) == ["hf", "m.ckpt"]
+
+
+def test_where_names_cannot_be_exchanged_what_resists_is_left_and_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove(path: Path, ignore_errors: bool = False) -> None:
+        for name in os.listdir(path):
+            os.unlink(path / name)
+        if not ignore_errors:  # as over NFS, where somebody reads a file in it
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(kernel, "exchange", lambda one, other: False)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    Sample().save(tmp_path / "tag", update_latest=False)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    for _ in range(2):
+        convert_zero_checkpoint_to_fp32_state_dict(tmp_path / "tag", tmp_path / "hf", max_shard_size="1GB")
+    assert sorted(os.listdir(tmp_path / "hf")) == ["config.json", "model.safetensors"]
 
 
 def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
