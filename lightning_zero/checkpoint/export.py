@@ -52,7 +52,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MI
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
 """The codes of the dtypes to export in."""
 
-_BESIDE_WEIGHTS = (".json", ".jinja", ".md", ".model", ".txt")
+_BESIDE_WEIGHTS = (".jinja", ".json", ".md", ".model", ".spm", ".tiktoken", ".txt")
 """What a Hugging Face folder has beside its weights: the configuration, the tokenizer, the model card."""
 PLAIN_STATE_DICTS = (".bin", ".pt", ".pth")
 _OURS = "lightning_zero_"

@@ -169,6 +169,11 @@ def test_a_folder_in_the_hugging_face_layout(save_dir: Path, sample: Sample, tmp
             assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in loaded.values())
             for name, file in index["weight_map"].items():
                 assert name in load_file(tmp_path / "hf" / file)
+    beside = {"config.json", "source.spm", "qwen.tiktoken", "merges.txt"}
+    for name in beside:
+        (tmp_path / "hf" / name).touch()
+    convert_zero_checkpoint_to_fp32_state_dict(save_dir, tmp_path / "hf", max_shard_size=size)
+    assert beside < set(os.listdir(tmp_path / "hf"))
     (tmp_path / "hf" / "thesis.tex").touch()
     with pytest.raises(FileExistsError, match=r"thesis\.tex"):
         convert_zero_checkpoint_to_fp32_state_dict(save_dir, tmp_path / "hf", max_shard_size=size)
