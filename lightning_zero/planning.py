@@ -279,8 +279,9 @@ def _runs(model: Model, setup: Setup) -> list[_Run]:
         pieces = [piece] * (_PIECES - 1) + [piece + rest]
         return [ParameterSpec(str(index), (size,), model.element_bytes) for index, size in enumerate(pieces) if size]
 
-    full, rest = divmod(model.trained, max(1, setup.bucket_bytes // model.element_bytes))
-    runs = [_Run(bucket, full) for bucket in buckets(made_up(setup.bucket_bytes // model.element_bytes)) if full]
+    numel = max(1, setup.bucket_bytes // model.element_bytes)
+    full, rest = divmod(model.trained, numel)
+    runs = [_Run(bucket, full) for bucket in buckets(made_up(numel)) if full]
     return runs + [_Run(bucket) for bucket in buckets(made_up(rest))]
 
 

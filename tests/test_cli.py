@@ -291,6 +291,14 @@ def test_nobody_who_stops_reading_is_complained_to(save_dir: Path) -> None:
     os.close(writing)
 
 
+def test_where_there_is_nothing_to_print_to_nothing_is_printed(save_dir: Path) -> None:
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "lightning_zero.cli"]
+    for arguments in (["ls", save_dir], ["--version"]):
+        assert subprocess.run([*closed, *arguments], text=True, stderr=subprocess.PIPE).returncode == 0
+    done = subprocess.run([*closed, "ls", save_dir / "no"], text=True, stderr=subprocess.PIPE)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+
+
 def test_control_c_ends_quietly(
     save_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,6 +124,22 @@ def test_a_sign_of_zero_is_a_difference(tmp_path: Path, capsys: pytest.CaptureFi
     assert (status, unlike["scale", "parameter"]["differing"]) == (1, 1)
 
 
+def test_settings_are_compared_to_the_last_digit_and_sets_in_any_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def save(name: str, **settings: object) -> Path:
+        return saved(tmp_path / name, trainer={"hyper_parameters": settings})
+
+    weights, nan = torch.arange(5000.0), float("nan")
+    a = save("a", weights=weights, lr=torch.tensor(0.00101), nan=torch.tensor(nan), classes={0, 8})
+    b = save("b", weights=weights.clone(), lr=torch.tensor(0.00101), nan=torch.tensor(nan), classes={8, 0})
+    assert diff(a, b, capsys) == (0, {}, {})
+    c = save("c", weights=weights.index_fill(0, torch.tensor(2500), 7), lr=torch.tensor(0.00102), nan=nan, classes={8})
+    status, _, settings = diff(a, c, capsys)
+    assert (status, len(settings)) == (1, 4)
+    assert all(ours != theirs for ours, theirs in settings.values())
+
+
 def test_settings_are_compared_and_how_it_was_trained_is_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

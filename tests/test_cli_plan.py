@@ -292,6 +292,22 @@ def test_a_number_of_parameters_is_planned_as_a_module_of_as_many_is(capsys: pyt
             assert number["checkpoint"] == pytest.approx(module["checkpoint"] - 2 * frozen, rel=0.03)
 
 
+def test_buckets_that_hold_less_than_an_element_hold_one(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = planned(capsys, "--params", "1000", "--world-size", "2", "--bucket-size-mb", "1e-7")["stages"]
+    assert [stage["checkpoint"] for stage in stages] == [12 * 1000] * 3
+
+
+def noisy() -> Net:
+    print("a line")
+    return Net()
+
+
+def test_what_the_users_code_prints_is_none_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "tests.test_cli_plan:noisy", "--world-size", "2", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert (json.loads(printed.out)["world_size"], printed.err) == (2, "a line\n")
+
+
 @pytest.mark.parametrize(("name", "make"), [
     ("adamw-amsgrad", lambda p: torch.optim.AdamW(p, amsgrad=True)),
     ("sgd-momentum", lambda p: torch.optim.SGD(p, momentum=0.9)),
@@ -330,6 +346,7 @@ def test_the_table_has_a_column_for_each_stage(capsys: pytest.CaptureFixture[str
     ("arguments", "status"),
     [
         (["--params", "0"], 2),
+        (["--params", "0.3"], 2),
         (["--params", "many"], 2),
         (["--params", "1e9", "--model", "a:B"], 2),
         (["--params", "1e9", "--model-args", "{}"], 2),

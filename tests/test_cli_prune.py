@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint.retention import Retention
 from lightning_zero.cli import main
 from tests.checkpoint.sample import Sample
 
@@ -79,3 +80,18 @@ def test_a_torn_directory_is_left_alone(save_dir: Path) -> None:
     next((save_dir / "step=1.ckpt").glob("rank-*")).unlink()
     assert main(["prune", str(save_dir), "--keep-last", "1"]) == 0
     assert tags(save_dir) == {1, 5}
+
+
+def test_a_tag_that_another_prune_removes_meanwhile_is_no_error(
+    save_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def superseded(retention: Retention, directory: Path) -> list[commit.TagInfo]:
+        old = found(retention, directory)
+        commit.remove_tag(directory, old[0].name)
+        return old
+
+    found = Retention.superseded
+    monkeypatch.setattr(Retention, "superseded", superseded)
+    assert main(["prune", str(save_dir), "--keep-last", "2"]) == 0
+    assert tags(save_dir) == {4, 5}
+    assert capsys.readouterr().err == ""

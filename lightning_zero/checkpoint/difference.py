@@ -312,5 +312,18 @@ def _unlike(path: str, ours: Any, theirs: Any) -> Iterator[tuple[str, str, str]]
     elif isinstance(ours, list | tuple) and isinstance(theirs, list | tuple) and len(ours) == len(theirs):
         for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             yield from _unlike(f"{path}.{index}".lstrip("."), one, other)
-    elif repr(ours) != repr(theirs):  # a tensor has no plain `!=`, and a NaN is no difference from itself
-        yield path, str(ours), str(theirs)
+    elif (exact := (_exact(ours), _exact(theirs)))[0] != exact[1]:
+        shown = str(ours), str(theirs)
+        yield path, *(shown if shown[0] != shown[1] else exact)
+
+
+def _exact(value: Any) -> str:
+    """A text that tells it from any other value, where a NaN is no difference from itself.
+
+    A tensor's `repr` leaves out digits, and elements; a set's has them in any order.
+    """
+    if str(getattr(value, "layout", "")) == "torch.strided":
+        return f"{value.dtype} {tuple(value.shape)} {value.tolist()}"
+    if isinstance(value, set | frozenset):
+        return f"{type(value).__name__} {sorted(map(repr, value))}"
+    return repr(value)

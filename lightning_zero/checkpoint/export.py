@@ -52,7 +52,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MI
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
 """The codes of the dtypes to export in."""
 
-_BESIDE_WEIGHTS = (".json", ".jinja", ".md", ".model", ".txt")
+_BESIDE_WEIGHTS = (".jinja", ".json", ".md", ".model", ".spm", ".tiktoken", ".txt")
 """What a Hugging Face folder has beside its weights: the configuration, the tokenizer, the model card."""
 PLAIN_STATE_DICTS = (".bin", ".pt", ".pth")
 _OURS = "lightning_zero_"
@@ -88,6 +88,11 @@ class Wanted:
                 "leave dtype and submodule out"
             )
 
+    @property
+    def prefix(self) -> str:
+        """What the names that are wanted begin with, and are written without."""
+        return f"{self.submodule}." if self.submodule else ""
+
     def of(self, checkpoint: Reader) -> dict[str, Elements]:
         """The module's state dict, unread; tied tensors are one object.
 
@@ -102,13 +107,12 @@ class Wanted:
         }
         first = {name: checkpoint.manifest.aliases.get(name, name) for name in stored}
         left_out = checkpoint.manifest.frozen if self.exclude_frozen_parameters else frozenset()
-        prefix = f"{self.submodule}." if self.submodule else ""
         found = {
-            name.removeprefix(prefix): shown[first[name]]
+            name.removeprefix(self.prefix): shown[first[name]]
             for name in stored
-            if name.startswith(prefix) and first[name] not in left_out
+            if name.startswith(self.prefix) and first[name] not in left_out
         }
-        if not found and prefix:
+        if not found and self.submodule:
             parts = sorted({name.split(".")[0] for name in stored if "." in name})
             raise CheckpointMismatchError(
                 f"{checkpoint.directory} has no submodule {self.submodule!r} with tensors in it; the module has {parts}"
@@ -213,7 +217,11 @@ def export(
             if is_lightnings(output, max_shard_bytes):
                 loaded = checkpoint.trainer_content(trainer, weights_only=weights_only)
                 content = _lightning_content(checkpoint, wanted, loaded)
-                content["state_dict"] = tensors | content.get("state_dict", {})
+                content["state_dict"] = tensors | {
+                    str(name).removeprefix(wanted.prefix): value
+                    for name, value in content.get("state_dict", {}).items()
+                    if str(name).startswith(wanted.prefix)
+                }
             try:
                 write_torch_file(path, content, output.name, progress, overflows)
             except PicklingError as error:
@@ -255,11 +263,15 @@ def require_suitable(output: Location, wanted: Wanted, max_shard_bytes: int | No
     if not output.name:
         raise ValueError(f"{str(output)!r} names nothing to write; give a file's name, such as 'model.ckpt'")
     if not is_remote(output):
+        if output.exists() and not output.is_file() and not output.is_dir():
+            raise ValueError(f"{output} is a device or a pipe, and no file; name a new one")
         if max_shard_bytes is None and output.is_dir():
             raise ValueError(f"{output} is a directory; name a file, or give a shard size to have a folder of several")
         if max_shard_bytes is not None and output.is_file():
             raise ValueError(f"{output} is a file; with a shard size, give the name of a folder")
         if max_shard_bytes is not None and output.is_dir():
+            if os.path.ismount(os.path.realpath(output)):
+                raise ValueError(f"{output} is a mount point, which can't be replaced at once; name a folder in it")
             _beside_weights(output)
     if wanted.with_optimizer and not is_lightnings(output, max_shard_bytes):
         raise ValueError(f"an optimizer's state goes into one .ckpt, and not into {output.name!r}")
@@ -331,6 +343,7 @@ def _appears(output: Location, *, folder: bool) -> Iterator[Location]:
     if is_remote(output):
         yield from _appears_behind_url(output, folder)
         return
+    output = Path(os.path.realpath(output))  # a link stays, and leads to what is written
     output.parent.mkdir(parents=True, exist_ok=True)
     hidden = output.parent / f".{output.name}.{secrets.token_hex(4)}"
     try:
@@ -380,5 +393,7 @@ def _replace_folder(new: Path, output: Path) -> None:
     for name in _beside_weights(output):
         shutil.copy2(output / name, new / name)
     if not kernel.exchange(new, output):
-        shutil.rmtree(output)
+        old = new.with_name(f"{new.name}.old")
+        os.rename(output, old)
         os.rename(new, output)
+        shutil.rmtree(old, ignore_errors=True)

@@ -58,14 +58,17 @@ def load_state_dict_from_zero_checkpoint(
         CheckpointMismatchError: a name or a shape differs.
         ZeroError: there is no such checkpoint, or it is damaged; the module may be filled in part.
     """
-    for name, value in model.state_dict().items():
+    own = model.state_dict()
+    for name, value in own.items():
         if isinstance(value, Tensor) and value.is_meta:
             raise UnsupportedModelError(
                 f"{name!r} is on the meta device, and has no memory to read into; call model.to_empty(device=...) first"
             )
     checkpoint = Checkpoint(resolve(checkpoint_dir, tag), check_reads=True)
+    tensors_alone = all(isinstance(value, Tensor) for value in own.values())  # else `trainer.pt` has the rest
+    state_dict = checkpoint.state_dict() if tensors_alone else checkpoint.lightning_checkpoint()["state_dict"]
     try:
-        model.load_state_dict(checkpoint.state_dict())
+        model.load_state_dict(state_dict)
     except RuntimeError as error:
         raise checkpoint.damage or CheckpointMismatchError(
             f"the checkpoint {checkpoint.directory} is of another model: {error}"

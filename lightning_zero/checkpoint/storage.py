@@ -57,7 +57,7 @@ _PARTS = 9000
 
 
 def locate(path: PathOrUrl) -> Location:
-    """What a user gives as a path or a URL.
+    """What a user gives as a path or a URL; `~` is their home, as it is wherever Lightning takes a path.
 
     Raises:
         ValueError: it was a URL, of which `pathlib.Path` has left `s3:/bucket`: that would be a directory named `s3:`.
@@ -68,10 +68,10 @@ def locate(path: PathOrUrl) -> Location:
             raise ValueError(
                 f"{text!r} is no path; as a URL it is a string, '{shortened[1]}://{text[shortened.end() :]}'"
             )
-        return Path(cast("str | os.PathLike[str]", path))
+        return Path(os.path.expanduser(cast("str | os.PathLike[str]", path)))
     protocol, rest = text.split("://", 1)
     if protocol in ("file", "local"):
-        return Path(rest)
+        return Path(os.path.expanduser(rest))
     from upath import UPath
 
     return UPath(text, use_listings_cache=False)  # other ranks, and other runs, write there too

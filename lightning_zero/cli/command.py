@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = _parser().parse_args(arguments)
             status: int = options.run(options)
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # as it is where the shell has closed it
+                sys.stdout.flush()
     except (WrongUseError, InvalidTagError) as error:
         options.parser.error(str(error))
     except BrokenPipeError:

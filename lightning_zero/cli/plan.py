@@ -8,7 +8,7 @@ import importlib
 import json
 import os
 import sys
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
 from lightning_zero.cli.arguments import WrongUseError, add_command, positive
@@ -71,7 +71,7 @@ def _count(text: str) -> int:
     suffix = text[-1:].upper()
     with suppress(ValueError):
         number = float(text[:-1]) * _SUFFIXES[suffix] if suffix in _SUFFIXES else float(text)
-        if 0 < number < 1e18:
+        if 1 <= number < 1e18:
             return round(number)
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of parameters, such as 7e9 or 7B")
 
@@ -165,13 +165,14 @@ def _model_of_module(options: argparse.Namespace) -> Model:
     sys.path.insert(0, os.getcwd())
     does = "imported"
     try:
-        made_by: Any = importlib.import_module(home)
-        for part in name.split("."):
-            made_by = getattr(made_by, part)
-        does = "made on the meta device"
-        with torch.device("meta"):
-            module = made_by(**(options.model_args or {}))
-            getattr(module, "configure_model", lambda: None)()
+        with redirect_stdout(sys.stderr):  # what the user's code prints is none of the plan
+            made_by: Any = importlib.import_module(home)
+            for part in name.split("."):
+                made_by = getattr(made_by, part)
+            does = "made on the meta device"
+            with torch.device("meta"):
+                module = made_by(**(options.model_args or {}))
+                getattr(module, "configure_model", lambda: None)()
         return _model_of(module, PRECISIONS[options.precision])
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"

@@ -6,12 +6,13 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME
 from lightning_zero.checkpoint.retention import Retention
-from lightning_zero.checkpoint.storage import Location, absolute, is_remote
+from lightning_zero.checkpoint.storage import Location, absolute, is_remote, names_in
 from lightning_zero.cli.arguments import add_command, location, positive
 from lightning_zero.cli.output import bytes_text, print_json, print_table
 from lightning_zero.errors import CheckpointNotFoundError
@@ -67,8 +68,9 @@ def _bytes_freed(tags: Iterable[commit.TagInfo]) -> int:
         if is_remote(tag.path):
             freed += tag.manifest.nbytes if tag.manifest else 0
             continue
-        for path in tag.path.iterdir():
-            status = path.lstat()
-            files[status.st_dev, status.st_ino] = status
-            links[status.st_dev, status.st_ino] += 1
+        for name in names_in(tag.path):
+            with suppress(FileNotFoundError):  # whoever trains, or prunes too, is removing it
+                status = (tag.path / name).lstat()
+                files[status.st_dev, status.st_ino] = status
+                links[status.st_dev, status.st_ino] += 1
     return freed + sum(status.st_size for file, status in files.items() if links[file] >= status.st_nlink)

@@ -1,17 +1,21 @@
 """The fp32 model, out of a checkpoint."""
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_zero.checkpoint import read_ahead
+from lightning_zero.checkpoint import kernel, read_ahead
 from lightning_zero.checkpoint.content import RankContent, SharedContent, TensorToSave
 from lightning_zero.checkpoint.export import (
     Wanted,
@@ -165,6 +169,11 @@ def test_a_folder_in_the_hugging_face_layout(save_dir: Path, sample: Sample, tmp
             assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in loaded.values())
             for name, file in index["weight_map"].items():
                 assert name in load_file(tmp_path / "hf" / file)
+    beside = {"config.json", "source.spm", "qwen.tiktoken", "merges.txt"}
+    for name in beside:
+        (tmp_path / "hf" / name).touch()
+    convert_zero_checkpoint_to_fp32_state_dict(save_dir, tmp_path / "hf", max_shard_size=size)
+    assert beside < set(os.listdir(tmp_path / "hf"))
     (tmp_path / "hf" / "thesis.tex").touch()
     with pytest.raises(FileExistsError, match=r"thesis\.tex"):
         convert_zero_checkpoint_to_fp32_state_dict(save_dir, tmp_path / "hf", max_shard_size=size)
@@ -185,6 +194,50 @@ def test_an_export_that_fails_leaves_what_was_there(
     with pytest.raises(IncompleteCheckpointError):
         convert_zero_checkpoint_to_fp32_state_dict(save_dir, output, max_shard_size=size, progress=fail)
     assert {path: path.read_bytes() for path in output.parent.rglob("*") if path.is_file()} == before
+
+
+def test_a_link_leads_to_what_is_written_and_what_is_no_file_stays(tmp_path: Path) -> None:
+    Sample().save(tmp_path / "tag")
+    (tmp_path / "disk" / "hf").mkdir(parents=True)
+    for name, size in (("hf", "1GB"), ("m.ckpt", None)):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+        for _ in range(2):
+            convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / name, max_shard_size=size)
+        assert (tmp_path / name).is_symlink()
+    assert (tmp_path / "disk" / "hf" / "model.safetensors").is_file()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="is a device or a pipe"):
+        convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "pipe")
+    assert sorted(os.listdir(tmp_path)) == ["disk", "hf", "latest", "m.ckpt", "pipe", "tag"]
+    assert sorted(os.listdir(tmp_path / "disk")) == ["hf", "m.ckpt"]
+
+
+def test_where_names_cannot_be_exchanged_what_resists_is_left_and_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove(path: Path, ignore_errors: bool = False) -> None:
+        for name in os.listdir(path):
+            os.unlink(path / name)
+        if not ignore_errors:  # as over NFS, where somebody reads a file in it
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(kernel, "exchange", lambda one, other: False)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    Sample().save(tmp_path / "tag", update_latest=False)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    for _ in range(2):
+        convert_zero_checkpoint_to_fp32_state_dict(tmp_path / "tag", tmp_path / "hf", max_shard_size="1GB")
+    assert sorted(os.listdir(tmp_path / "hf")) == ["config.json", "model.safetensors"]
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Sample().save(tmp_path / "tag")
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "volume")
+    with pytest.raises(ValueError, match="is a mount point"):
+        convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "volume", max_shard_size="1GB")
+    convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "volume" / "hf", max_shard_size="1GB")
 
 
 def test_wide_and_complex_and_other_tensors_keep_their_dtype(tmp_path: Path) -> None:
@@ -210,13 +263,15 @@ def test_a_name_that_safetensors_has_for_itself_is_refused_there_alone(tmp_path:
     assert "__metadata__" in torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
 
 
-def save_tensors(directory: Path, tensors: dict[str, tuple[Role, torch.Tensor]]) -> Path:
+def save_tensors(
+    directory: Path, tensors: dict[str, tuple[Role, torch.Tensor]], trainer: Mapping[str, object] = MappingProxyType({})
+) -> Path:
     """A checkpoint of one rank with just these."""
     items = [TensorToSave("model", name, 0, t.numel(), t.reshape(-1)) for name, (_, t) in tensors.items()]
     entries = [
         Entry(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), role) for name, (role, t) in tensors.items()
     ]
-    shared = SharedContent(0, 1, entries, {}, [], {"epoch": 0, "global_step": 1})
+    shared = SharedContent(0, 1, entries, {}, [], {"epoch": 0, "global_step": 1, **trainer})
     return Path(save_checkpoint(directory, RankContent(items, [], b"", 1), shared, group=None).path)
 
 
@@ -310,6 +365,31 @@ def test_a_submodule_under_the_names_that_it_has_by_itself(save_dir: Path, sampl
     assert torch.equal(loaded["weight"], sample.state_dict["head.weight"])
     with pytest.raises(CheckpointMismatchError, match=r"no submodule 'net'.*'embed'"):
         convert_zero_checkpoint_to_fp32_state_dict(save_dir, tmp_path / "m.safetensors", submodule="net")
+
+
+def test_what_is_no_tensor_in_a_state_dict_comes_under_its_name(tmp_path: Path) -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(4))
+
+        def get_extra_state(self) -> object:
+            return {"scale": 0}
+
+        def set_extra_state(self, state: object) -> None:
+            self.extra = state
+
+    states = {"_extra_state": {"scale": 1}, "layer._extra_state": {"scale": 2}}
+    save_dir, layer = tmp_path / "ckpts", Layer()
+    save_tensors(save_dir, {"layer.weight": ("given", torch.ones(4))}, {"state_dict": states})
+    convert_zero_checkpoint_to_fp32_state_dict(save_dir, tmp_path / "m.ckpt", submodule="layer")
+    layer.load_state_dict(torch.load(tmp_path / "m.ckpt", weights_only=True)["state_dict"])
+    assert layer.extra == {"scale": 2}
+    whole = Layer()
+    del whole.weight
+    whole.layer = Layer()
+    load_state_dict_from_zero_checkpoint(whole, save_dir)
+    assert (whole.extra, whole.layer.extra) == ({"scale": 1}, {"scale": 2})
 
 
 @pytest.mark.parametrize("size", ["100MB", "60KB"])

@@ -125,3 +125,10 @@ def test_a_url_that_has_become_a_path_is_refused_with_the_string_that_was_meant(
         locate(Path("s3://bucket/run"))
     assert locate("C:/run") == Path("C:/run")
     assert locate("./a:/b") == Path("./a:/b")
+
+
+def test_a_tilde_is_the_home_as_in_lightnings_own_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("~/run", Path("~/run"), "file://~/run"):
+        assert locate(path) == tmp_path / "run"
+    assert locate("./~/run") == Path("~/run")

@@ -16,6 +16,7 @@ from itertools import groupby
 from typing import Any
 
 from lightning_zero.checkpoint.descriptions import number_of_steps, require
+from lightning_zero.checkpoint.elements import Elements
 from lightning_zero.checkpoint.foreign import ParameterGroup, Piece
 from lightning_zero.checkpoint.fsdp.archives import Archives, Held
 from lightning_zero.checkpoint.fsdp.metadata import Chunked, KeyPath, Leaf
@@ -58,8 +59,18 @@ def read_groups(leaves: Mapping[KeyPath, Leaf], archives: Archives) -> list[Para
     for path, value in values.items():
         name, _, setting = joined(path).removeprefix(f"{_GROUPS}.").rpartition(".")
         of_each.setdefault(name, {})[setting] = value
-    alike = groupby(of_each.items(), key=lambda one: one[1])
-    return [ParameterGroup(tuple(name for name, _ in ones), settings) for settings, ones in alike]
+    alike = groupby(of_each.items(), key=lambda one: {name: _comparable(value) for name, value in one[1].items()})
+    neighbours = [[*ones] for _, ones in alike]
+    return [ParameterGroup(tuple(name for name, _ in ones), ones[0][1]) for ones in neighbours]
+
+
+def _comparable(setting: Any) -> Any:
+    """What is equal where a setting is: of a tensor (a learning rate that is one), its content."""
+    if not isinstance(setting, Elements):
+        return setting
+    content = bytearray(setting.nbytes)
+    setting.source.read(0, setting.numel, memoryview(content))
+    return setting.stored, setting.shape, content
 
 
 def read_states(

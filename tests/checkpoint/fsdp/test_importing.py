@@ -54,6 +54,8 @@ def in_loops(module: Model, optimizer: Any, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("flat", [False, True])
 def test_everything_is_imported_bit_for_bit(world_size: int, flat: bool, tmp_path: Path) -> None:
     module, optimizer = training()
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(group["lr"])
     state = in_loops(module, optimizer, note={"of": ["a", 1, None], "list": [{"x": 1}, {"x": 2}]})
     if flat:
         state["optimizer"] = flattened(state["optimizer"])
