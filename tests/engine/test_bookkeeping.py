@@ -184,13 +184,16 @@ def test_a_term_added_to_a_partitioned_gradient_is_added():
 
     loss(net, batch(0), None).backward()
     partition.flush()
+    memory = torch.empty(64)  # is written into again
     for parameter in net.parameters():
         assert isinstance(parameter.grad, PartitionedGradient)
+        parameter.grad.add_(torch.mul(parameter.data, 2, out=memory[: parameter.numel()].view_as(parameter)))
+        memory.zero_()
         parameter.grad.add_(parameter.data, alpha=0.5)
         parameter.grad.add_(1.0)
     expected = averaged(net, loss, 0)
     parameters = dict(net.named_parameters())
-    assert_gradients(partition, optimizer, {n: g + 0.5 * parameters[n].data + 1 for n, g in expected.items()})
+    assert_gradients(partition, optimizer, {n: g + 2.5 * parameters[n].data + 1 for n, g in expected.items()})
 
 
 @distributed(world_size=2)
