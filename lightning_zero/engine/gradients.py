@@ -109,6 +109,8 @@ class GradientReducer:
         self._order += range(first, len(self._buckets))
         self._order_is_learned = False
         for index, bucket in enumerate(buckets, first):
+            for slot in bucket.slots:  # another parameter may have had the name
+                self._pieces.pop(slot.name, None)
             self._pieces |= {piece.slot.name: piece for piece in bucket.pieces}
             for slot in bucket.slots:
                 self._slots[slot.name] = (index, slot)

@@ -320,6 +320,19 @@ def test_a_group_that_is_added_later_is_partitioned_and_trained():
         optimizer.step()
         other.step()
     assert_same(net, reference.module)
+    a_parameter_takes_the_name_of_another()
+
+
+def a_parameter_takes_the_name_of_another():
+    net = nn.Linear(8, 8)
+    optimizer = torch.optim.Adam([net.bias])
+    partition = Partition(net, [optimizer], collectives_for(dist.group.WORLD), stage=2, bucket_bytes=10**6)
+    net.bias = nn.Parameter(torch.ones(8))
+    optimizer.param_groups[0]["params"] = list(net.parameters())
+    partition.take_in_new_parameters()
+    net(torch.ones(1, 8)).sum().backward()
+    partition.flush()
+    assert nn.utils.get_total_norm([net.bias.grad]) == torch.ones(8).norm()
 
 
 @distributed(world_size=2)
