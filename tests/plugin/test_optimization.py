@@ -390,9 +390,24 @@ class GroupsByHand(Plain):
         return torch.optim.SGD(self.net[:3].parameters(), lr=1e-2, momentum=0.9)
 
 
+class Renewed(Plain):
+    """A parameter that is replaced by another of the same name."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.net[3].bias = nn.Parameter(torch.zeros(8))
+            self.optimizers().optimizer.param_groups[0]["params"][-1] = self.net[3].bias
+
+
 @distributed(world_size=2, process_group=False)
-def test_param_groups_that_are_edited_in_place_equal_ddp():
+def test_param_groups_that_are_edited_in_place_equal_ddp(tmp_path):
     assert_equals_ddp(GroupsByHand)
+    _, trainer = fit(Renewed, ZeroStrategy())
+    trainer.save_checkpoint(tmp_path / "renewed")
+    whole, _ = fit(Renewed, ZeroStrategy(), max_epochs=3)
+    half, _ = fit(Plain, ZeroStrategy(), max_epochs=3, ckpt_path=tmp_path / "renewed")
+    half.losses = whole.losses
+    assert_same_modules(half, whole)
 
 
 class Buffers(Plain):
