@@ -128,6 +128,12 @@ class GradientReducer:
         finally:
             parameter.requires_grad_(requires_grad)
 
+    def let_others_hooks_go_first(self) -> None:
+        """Let hooks that somebody has added since then have each gradient while it is whole, as under DDP."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [self._hook(index, slot) for index, slot in self._slots.values()]
+
     def detach(self) -> None:
         """Remove the hooks, and the stand-ins that would outlive what they stand for."""
         for hook in self._hooks:

@@ -809,6 +809,7 @@ class ZeroStrategy(DDPStrategy):
         """Called when the iterators are there."""
         super().on_train_start()
         self._partitioned.release_state_memory()
+        self._partitioned.reducer.let_others_hooks_go_first()  # Lightning's hooks are where users add them
         if self._signals is not None:
             self._signals.watch_interrupts()
         self.saves.begin_fit()
