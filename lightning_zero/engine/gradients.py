@@ -184,7 +184,7 @@ class GradientReducer:
             return
         if not self._open:
             self._begin()
-        if index in self._gone:
+        if index in self._gone or index not in self._missing:  # it is gone, or has been added since the first gradient
             self._keep_for_flush(slot)
             return
         self._missing[index] -= not slot.deposited
