@@ -15,7 +15,7 @@ from lightning_zero.engine.buffers import is_unshared
 from lightning_zero.engine.collectives import collectives_for
 from lightning_zero.engine.partition import Partition
 from lightning_zero.engine.stand_in import PartitionedGradient
-from lightning_zero.errors import UnsupportedModelError
+from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError
 from tests.launch import distributed
 
 SMALL, LARGE = 300, 10**6  # bytes: a bucket for each layer, or one for all
@@ -487,22 +487,27 @@ def test_a_step_that_somebody_has_put_in_place_of_torchs_is_called_once():
 
 @distributed(world_size=2)
 def test_a_state_that_was_kept_is_not_written_over_by_loading_another():
-    net = layers("a", "b")
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    partition = Partition(
-        net, [optimizer], collectives_for(dist.group.WORLD), stage=2, partition="parameter", bucket_bytes=SMALL
-    )
-    net["b"](net["a"](batch(0))).pow(2).mean().backward()
-    partition.flush()
-    optimizer.step()
-    kept = optimizer.state_dict()
-    before = {index: state["momentum_buffer"].clone() for index, state in kept["state"].items()}
-    optimizer.load_state_dict({**kept, "state": {i: {"momentum_buffer": b + 1} for i, b in before.items()}})
-    optimizer.load_state_dict(kept)
-    after = optimizer.state_dict()["state"]
-    assert before
-    for index, buffer in before.items():
-        assert torch.equal(after[index]["momentum_buffer"], buffer)
+    for by in ("parameter", "element"):
+        net = layers("a", "b")
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        partition = Partition(
+            net, [optimizer], collectives_for(dist.group.WORLD), stage=2, partition=by, bucket_bytes=SMALL
+        )
+        net["b"](net["a"](batch(0))).pow(2).mean().backward()
+        partition.flush()
+        optimizer.step()
+        kept = optimizer.state_dict()
+        before = {index: state["momentum_buffer"].clone() for index, state in kept["state"].items()}
+        optimizer.load_state_dict({**kept, "state": {i: {"momentum_buffer": b + 1} for i, b in before.items()}})
+        optimizer.load_state_dict(kept)
+        after = optimizer.state_dict()["state"]
+        assert before
+        for index, buffer in before.items():
+            assert torch.equal(after[index]["momentum_buffer"], buffer)
+        others = [None, None]
+        dist.all_gather_object(others, kept)
+        with pytest.raises(CheckpointMismatchError, match="another rank's part"):
+            optimizer.load_state_dict(others[1 - dist.get_rank()])
 
 
 @distributed(world_size=2)
