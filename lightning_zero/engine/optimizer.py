@@ -226,6 +226,8 @@ class SegmentedOptimizer:
 
         The state of a parameter that this rank owns whole has the parameter's shape; a part of one is flat.
         """
+        for hook in self._hooks_of("state_dict_pre"):
+            hook(self.optimizer)
         groups, count = [], 0
         # What an optimizer keeps under a key that is no parameter, it keeps for all of them.
         state: dict[Any, Any] = {k: v for k, v in self.optimizer.state.items() if not isinstance(k, Tensor)}
@@ -246,7 +248,15 @@ class SegmentedOptimizer:
                         else value
                         for key, value in self.optimizer.state.get(piece.master, {}).items()
                     }
-        return {"state": state, "param_groups": groups, **own}
+        result = {"state": state, "param_groups": groups, **own}
+        for hook in self._hooks_of("state_dict_post"):
+            result = hook(self.optimizer, result) or result
+        return result
+
+    def _hooks_of(self, event: str) -> Iterable[_Hook]:
+        """The optimizer's own hooks; of one that has a `state_dict` of its own, that calls them."""
+        hooks: dict[int, _Hook] = getattr(self.optimizer, f"_optimizer_{event}_hooks", {})
+        return () if self._overrides_state_dict else list(hooks.values())
 
     def _ranges(self) -> dict[str, Any]:
         """Of which segments the state is, in the order of the param groups; nothing where all is on this rank."""
@@ -518,6 +528,9 @@ class SegmentedOptimizer:
             CheckpointMismatchError: the groups don't match, or the state can't be cut as the partition asks.
         """
         self._take_in_new_parameters()
+        for hook in self._hooks_of("load_state_dict_pre"):
+            state_dict = dict(state_dict)
+            state_dict = hook(self.optimizer, state_dict) or state_dict
         if not state_dict.keys() >= _TORCHS_ENTRIES:
             raise CheckpointMismatchError(
                 f"the checkpoint's state of {type(self.optimizer).__name__} is none in torch's format, but has "
@@ -575,6 +588,8 @@ class SegmentedOptimizer:
             self.optimizer.state.update(state)
         if self._overrides_state_dict:
             self._load_own_entries(state_dict, {"state": state, "param_groups": groups})
+        for hook in self._hooks_of("load_state_dict_post"):
+            hook(self.optimizer)
 
     @property
     def _overrides_state_dict(self) -> bool:

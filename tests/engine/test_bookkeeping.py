@@ -508,6 +508,19 @@ def test_a_state_that_was_kept_is_not_written_over_by_loading_another():
         dist.all_gather_object(others, kept)
         with pytest.raises(CheckpointMismatchError, match="another rank's part"):
             optimizer.load_state_dict(others[1 - dist.get_rank()])
+        hooks_of_the_optimizer_are_called(optimizer)
+
+
+def hooks_of_the_optimizer_are_called(optimizer):
+    came = []
+    optimizer.register_state_dict_pre_hook(lambda _: came.append("asked"))
+    optimizer.register_state_dict_post_hook(lambda _, state_dict: {**state_dict, "note": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: came.append(state_dict.pop("note")))
+    optimizer.register_load_state_dict_post_hook(lambda it: it.param_groups[0].update(lr=0.5))
+    kept = optimizer.state_dict()
+    optimizer.load_state_dict(kept)
+    assert came == ["asked", kept["note"]]
+    assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 @distributed(world_size=2)
