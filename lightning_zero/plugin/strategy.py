@@ -314,7 +314,7 @@ class ZeroStrategy(DDPStrategy):
 
     @optimizers.setter
     def optimizers(self, optimizers: list[Optimizer]) -> None:
-        """Whatever is set in mid-fit is partitioned in place of what was; gradients that no step has used are dropped."""
+        """Whatever is set in mid-fit is partitioned in place of what was; gradients stay, whole till the next flush."""
         self._optimizers = optimizers
         self._lightning_optimizers = [LightningOptimizer._to_lightning_optimizer(one, self) for one in optimizers]
         former, trainer = self._partition, self.trainer_if_any
@@ -322,12 +322,14 @@ class ZeroStrategy(DDPStrategy):
         if former is None or not fitting or [one.optimizer for one in former.segmented] == list(optimizers):
             return
         former.arrivals.wait()
-        former.reducer.finish()
+        gradients = former.whole_gradients()
         overlaps = former.arrivals.is_watching
         former.detach()
         former.come_to_rest()
         _optimizers_to_device(optimizers, self.root_device)
         self._partition = self._make_partition()
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
         if overlaps:
             self.begin_overlap()
 

@@ -405,7 +405,14 @@ def test_optimizers_that_are_replaced_in_mid_fit_equal_ddp(tmp_path, world_size)
     run_ranks(replaced, world_size, tmp_path, process_group=False)
 
 
+class ReplacedBetweenBackwards(Plain):
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 2:
+            self.trainer.optimizers = [torch.optim.SGD(self.parameters(), lr=1e-2)]
+
+
 def replaced(directory):
+    assert_equals_ddp(ReplacedBetweenBackwards, accumulate_grad_batches=4, max_epochs=1, tolerance=ROUNDED)
     assert_equals_ddp(Replaced, max_epochs=3, strategy_options={"overlap_gather": True})
     epoch = 16 // dist.get_world_size()
     saving = ZeroCheckpoint(directory, every_n_train_steps=epoch + 1, async_save=True)
