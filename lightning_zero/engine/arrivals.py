@@ -62,6 +62,11 @@ class Arrivals:
             if any(True for _ in child.parameters(recurse=False)) and not isinstance(child, torch.jit.ScriptModule):
                 self._hooks.append(child.register_forward_pre_hook(_Hook(self)))
 
+    @property
+    def is_watching(self) -> bool:
+        """Whether modules wait for their parameters."""
+        return bool(self._hooks)
+
     def expect(self, gathering: Iterable[tuple[ParameterBucket, Pending]]) -> None:
         """A step is over, and its parameters are on their way."""
         self._pending.update(gathering)

@@ -109,6 +109,8 @@ class GradientReducer:
         self._order += range(first, len(self._buckets))
         self._order_is_learned = False
         for index, bucket in enumerate(buckets, first):
+            for slot in bucket.slots:  # another parameter may have had the name
+                self._pieces.pop(slot.name, None)
             self._pieces |= {piece.slot.name: piece for piece in bucket.pieces}
             for slot in bucket.slots:
                 self._slots[slot.name] = (index, slot)
@@ -125,6 +127,12 @@ class GradientReducer:
             return hook
         finally:
             parameter.requires_grad_(requires_grad)
+
+    def let_others_hooks_go_first(self) -> None:
+        """Let hooks that somebody has added since then have each gradient while it is whole, as under DDP."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [self._hook(index, slot) for index, slot in self._slots.values()]
 
     def detach(self) -> None:
         """Remove the hooks, and the stand-ins that would outlive what they stand for."""
@@ -176,7 +184,7 @@ class GradientReducer:
             return
         if not self._open:
             self._begin()
-        if index in self._gone:
+        if index in self._gone or index not in self._missing:  # it is gone, or has been added since the first gradient
             self._keep_for_flush(slot)
             return
         self._missing[index] -= not slot.deposited

@@ -51,6 +51,9 @@ Each turn costs a GPU some kernel launches, so they are few."""
 _TORCHS_ENTRIES = frozenset(("state", "param_groups"))
 """What torch has in an optimizer's state dict; whatever else there is, is the optimizer's own."""
 
+_RANGES = "lightning_zero_ranges"
+"""What `optimizer.state_dict()` says beside that: of which segments it is, so that the same can be loaded again."""
+
 _Hook = Callable[..., Any]
 
 _BETWEEN_STEPS = ("train", "eval")
@@ -152,7 +155,7 @@ class SegmentedOptimizer:
 
         @functools.wraps(type(optimizer).state_dict)
         def state_dict(_: Optimizer) -> dict[str, Any]:
-            return self.state_dict()
+            return self.state_dict() | self._ranges()
 
         @functools.wraps(type(optimizer).load_state_dict)
         def load_state_dict(_: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -223,6 +226,8 @@ class SegmentedOptimizer:
 
         The state of a parameter that this rank owns whole has the parameter's shape; a part of one is flat.
         """
+        for hook in self._hooks_of("state_dict_pre"):
+            hook(self.optimizer)
         groups, count = [], 0
         # What an optimizer keeps under a key that is no parameter, it keeps for all of them.
         state: dict[Any, Any] = {k: v for k, v in self.optimizer.state.items() if not isinstance(k, Tensor)}
@@ -243,7 +248,20 @@ class SegmentedOptimizer:
                         else value
                         for key, value in self.optimizer.state.get(piece.master, {}).items()
                     }
-        return {"state": state, "param_groups": groups, **own}
+        result = {"state": state, "param_groups": groups, **own}
+        for hook in self._hooks_of("state_dict_post"):
+            result = hook(self.optimizer, result) or result
+        return result
+
+    def _hooks_of(self, event: str) -> Iterable[_Hook]:
+        """The optimizer's own hooks; of one that has a `state_dict` of its own, that calls them."""
+        hooks: dict[int, _Hook] = getattr(self.optimizer, f"_optimizer_{event}_hooks", {})
+        return () if self._overrides_state_dict else list(hooks.values())
+
+    def _ranges(self) -> dict[str, Any]:
+        """Of which segments the state is, in the order of the param groups; nothing where all is on this rank."""
+        owned = [(piece.segment.name, piece.segment.start, piece.segment.stop) for _, piece in self._in_group_order()]
+        return {_RANGES: owned} if self._reducer.is_distributed else {}
 
     def _owned(self, parameters: Iterable[Parameter]) -> Iterator[Piece]:
         for parameter in parameters:
@@ -501,14 +519,18 @@ class SegmentedOptimizer:
         What is read from a checkpoint is read into the tensors that are there, if they fit.
 
         Args:
-            state_dict: as `torch.optim.Optimizer.state_dict()` gives it for whole parameters, whoever saved it. A
-                tensor may be one that is still in a checkpoint: then only the owned range of it is read.
+            state_dict: as `torch.optim.Optimizer.state_dict()` gives it for whole parameters, whoever saved it, or as
+                this one's gave it on this rank. A tensor may be one that is still in a checkpoint: then only the owned
+                range of it is read.
             memory: where to put new tensors, so far as there is room.
 
         Raises:
             CheckpointMismatchError: the groups don't match, or the state can't be cut as the partition asks.
         """
         self._take_in_new_parameters()
+        for hook in self._hooks_of("load_state_dict_pre"):
+            state_dict = dict(state_dict)
+            state_dict = hook(self.optimizer, state_dict) or state_dict
         if not state_dict.keys() >= _TORCHS_ENTRIES:
             raise CheckpointMismatchError(
                 f"the checkpoint's state of {type(self.optimizer).__name__} is none in torch's format, but has "
@@ -531,7 +553,13 @@ class SegmentedOptimizer:
             for parameter, index in zip(group, saved_group["params"], strict=True)
             for piece in self._owned([parameter])
         ]
-        for piece, values in saved:
+        is_own = _RANGES in state_dict  # this rank's part, as `optimizer.state_dict()` gave it
+        if is_own and state_dict[_RANGES] != self._ranges().get(_RANGES):
+            raise CheckpointMismatchError(
+                f"the state of {type(self.optimizer).__name__} is another rank's part, or was cut in another way; "
+                "self.trainer.save_checkpoint(), called on every rank, saves all of it, and resumes anywhere"
+            )
+        for piece, values in saved if not is_own else ():
             for key, value in values.items():
                 self._require_cuttable(value, key, piece)
         # From here on, what is there is written over.
@@ -560,6 +588,8 @@ class SegmentedOptimizer:
             self.optimizer.state.update(state)
         if self._overrides_state_dict:
             self._load_own_entries(state_dict, {"state": state, "param_groups": groups})
+        for hook in self._hooks_of("load_state_dict_post"):
+            hook(self.optimizer)
 
     @property
     def _overrides_state_dict(self) -> bool:

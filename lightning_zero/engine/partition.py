@@ -397,6 +397,13 @@ class Partition:
         parts = self._parts(bucket, parameter, lambda piece: {"grad": bucket.segment_gradient(piece)})
         return _joined([part["grad"] for part in parts], parameter) if parts else torch.zeros_like(parameter)
 
+    def whole_gradients(self) -> dict[Parameter, Tensor]:
+        """Every whole averaged gradient that there is. A collective."""
+        whole = {parameter: self.full_grad(parameter) for parameter in self._by_parameter}
+        return {
+            parameter: gradient.to(parameter.dtype) for parameter, gradient in whole.items() if gradient is not None
+        }
+
     def _bucket_of(self, parameter: Parameter, asked: str) -> ParameterBucket:
         bucket = self._by_parameter.get(parameter)
         if bucket is None:

@@ -99,6 +99,8 @@ class PartitionedGradient(torch.Tensor):
         addend = addend.to_dense() if addend.is_sparse else addend.expand(self.shape)
         if alpha != 1:
             addend = addend * alpha
+        elif torch._C._current_graph_task_id() < 0:  # not backward, but somebody who may use the memory again
+            addend = addend.clone()
         self.pending = addend if self.pending is None else self.pending + addend
 
     def zero(self) -> None:

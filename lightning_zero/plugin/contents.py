@@ -196,7 +196,10 @@ class _Division:
             optimizer = segmented.optimizer
             groups = tuple(tuple(names[p] for p in group["params"]) for group in optimizer.param_groups)
             self.optimizers.append(OptimizerEntry(type(optimizer).__name__, groups))
+            held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
             for piece in segmented.pieces:
+                if piece.slot.parameter not in held:  # another may have its name by now
+                    continue
                 state = dict(optimizer.state.get(piece.master, {}))
                 if not all(isinstance(key, str) for key in state):
                     state = {KEYED: state}

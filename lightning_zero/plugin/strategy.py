@@ -21,6 +21,7 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
@@ -280,19 +281,8 @@ class ZeroStrategy(DDPStrategy):
             _optimizers_to_device(self.optimizers, self.root_device)
             self._buffers_due = True
             self._ranks.require_same("optimizers or settings", self._deciding_lines)
-            self._partition = Partition(
-                self.model,
-                self.optimizers,
-                self._ranks.collectives,
-                stage=self.stage,
-                partition=self._partition_by,
-                bucket_bytes=self._bucket_bytes,
-                reduce_dtype=self._reduce_dtype,
-                find_unused_parameters=self._find_unused_parameters,
-                before_change=self.saves.before_step,
-                master_device=self._master_device,
-                state_bytes_to_load=None if self._data.resume is None else self._data.resume.state_bytes,
-            )
+            resume = self._data.resume
+            self._partition = self._make_partition(None if resume is None else resume.state_bytes)
             if self.world_size > 1:
                 for optimizer, cut in zip(self.optimizers, self._partition.cuts, strict=True):
                     if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
@@ -300,6 +290,48 @@ class ZeroStrategy(DDPStrategy):
                     rank_zero_info(f"{type(optimizer).__name__} is partitioned by {cut.policy}: {cut.reason}")
         elif self._partition is not None:
             self._partition.come_to_rest()
+
+    def _make_partition(self, state_bytes_to_load: Mapping[str, int] | None = None) -> Partition:
+        assert self.model is not None
+        return Partition(
+            self.model,
+            self.optimizers,
+            self._ranks.collectives,
+            stage=self.stage,
+            partition=self._partition_by,
+            bucket_bytes=self._bucket_bytes,
+            reduce_dtype=self._reduce_dtype,
+            find_unused_parameters=self._find_unused_parameters,
+            before_change=self.saves.before_step,
+            master_device=self._master_device,
+            state_bytes_to_load=state_bytes_to_load,
+        )
+
+    @property
+    @override
+    def optimizers(self) -> list[Optimizer]:
+        return self._optimizers
+
+    @optimizers.setter
+    def optimizers(self, optimizers: list[Optimizer]) -> None:
+        """Whatever is set in mid-fit is partitioned in place of what was; gradients stay, whole till the next flush."""
+        self._optimizers = optimizers
+        self._lightning_optimizers = [LightningOptimizer._to_lightning_optimizer(one, self) for one in optimizers]
+        former, trainer = self._partition, self.trainer_if_any
+        fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.state.stage is not None
+        if former is None or not fitting or [one.optimizer for one in former.segmented] == list(optimizers):
+            return
+        former.arrivals.wait()
+        gradients = former.whole_gradients()
+        overlaps = former.arrivals.is_watching
+        former.detach()
+        former.come_to_rest()
+        _optimizers_to_device(optimizers, self.root_device)
+        self._partition = self._make_partition()
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        if overlaps:
+            self.begin_overlap()
 
     def _deciding_lines(self) -> list[str]:
         """What decides what the ranks send each other, a line each."""
@@ -809,6 +841,7 @@ class ZeroStrategy(DDPStrategy):
         """Called when the iterators are there."""
         super().on_train_start()
         self._partitioned.release_state_memory()
+        self._partitioned.reducer.let_others_hooks_go_first()  # Lightning's hooks are where users add them
         if self._signals is not None:
             self._signals.watch_interrupts()
         self.saves.begin_fit()

@@ -320,6 +320,33 @@ def test_a_group_that_is_added_later_is_partitioned_and_trained():
         optimizer.step()
         other.step()
     assert_same(net, reference.module)
+    a_parameter_takes_the_name_of_another()
+    a_group_is_added_between_two_backwards()
+
+
+def a_group_is_added_between_two_backwards():
+    net, x = nn.Linear(8, 8, bias=False), torch.ones(1, 8)
+    late = nn.Parameter(torch.ones(8))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    Partition(net, [optimizer], collectives_for(dist.group.WORLD), stage=2, bucket_bytes=10**6)
+    net(x * late).sum().backward()
+    optimizer.add_param_group({"params": [late]})
+    net(x * late).sum().backward()
+    expected = late.detach() - 2 * net.weight.detach().sum(0)
+    optimizer.step()
+    torch.testing.assert_close(late.detach(), expected)
+
+
+def a_parameter_takes_the_name_of_another():
+    net = nn.Linear(8, 8)
+    optimizer = torch.optim.Adam([net.bias])
+    partition = Partition(net, [optimizer], collectives_for(dist.group.WORLD), stage=2, bucket_bytes=10**6)
+    net.bias = nn.Parameter(torch.ones(8))
+    optimizer.param_groups[0]["params"] = list(net.parameters())
+    partition.take_in_new_parameters()
+    net(torch.ones(1, 8)).sum().backward()
+    partition.flush()
+    assert nn.utils.get_total_norm([net.bias.grad]) == torch.ones(8).norm()
 
 
 @distributed(world_size=2)

@@ -15,7 +15,7 @@ from lightning_zero.engine.buffers import is_unshared
 from lightning_zero.engine.collectives import collectives_for
 from lightning_zero.engine.partition import Partition
 from lightning_zero.engine.stand_in import PartitionedGradient
-from lightning_zero.errors import UnsupportedModelError
+from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError
 from tests.launch import distributed
 
 SMALL, LARGE = 300, 10**6  # bytes: a bucket for each layer, or one for all
@@ -184,13 +184,16 @@ def test_a_term_added_to_a_partitioned_gradient_is_added():
 
     loss(net, batch(0), None).backward()
     partition.flush()
+    memory = torch.empty(64)  # is written into again
     for parameter in net.parameters():
         assert isinstance(parameter.grad, PartitionedGradient)
+        parameter.grad.add_(torch.mul(parameter.data, 2, out=memory[: parameter.numel()].view_as(parameter)))
+        memory.zero_()
         parameter.grad.add_(parameter.data, alpha=0.5)
         parameter.grad.add_(1.0)
     expected = averaged(net, loss, 0)
     parameters = dict(net.named_parameters())
-    assert_gradients(partition, optimizer, {n: g + 0.5 * parameters[n].data + 1 for n, g in expected.items()})
+    assert_gradients(partition, optimizer, {n: g + 2.5 * parameters[n].data + 1 for n, g in expected.items()})
 
 
 @distributed(world_size=2)
@@ -484,22 +487,40 @@ def test_a_step_that_somebody_has_put_in_place_of_torchs_is_called_once():
 
 @distributed(world_size=2)
 def test_a_state_that_was_kept_is_not_written_over_by_loading_another():
-    net = layers("a", "b")
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    partition = Partition(
-        net, [optimizer], collectives_for(dist.group.WORLD), stage=2, partition="parameter", bucket_bytes=SMALL
-    )
-    net["b"](net["a"](batch(0))).pow(2).mean().backward()
-    partition.flush()
-    optimizer.step()
+    for by in ("parameter", "element"):
+        net = layers("a", "b")
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        partition = Partition(
+            net, [optimizer], collectives_for(dist.group.WORLD), stage=2, partition=by, bucket_bytes=SMALL
+        )
+        net["b"](net["a"](batch(0))).pow(2).mean().backward()
+        partition.flush()
+        optimizer.step()
+        kept = optimizer.state_dict()
+        before = {index: state["momentum_buffer"].clone() for index, state in kept["state"].items()}
+        optimizer.load_state_dict({**kept, "state": {i: {"momentum_buffer": b + 1} for i, b in before.items()}})
+        optimizer.load_state_dict(kept)
+        after = optimizer.state_dict()["state"]
+        assert before
+        for index, buffer in before.items():
+            assert torch.equal(after[index]["momentum_buffer"], buffer)
+        others = [None, None]
+        dist.all_gather_object(others, kept)
+        with pytest.raises(CheckpointMismatchError, match="another rank's part"):
+            optimizer.load_state_dict(others[1 - dist.get_rank()])
+        hooks_of_the_optimizer_are_called(optimizer)
+
+
+def hooks_of_the_optimizer_are_called(optimizer):
+    came = []
+    optimizer.register_state_dict_pre_hook(lambda _: came.append("asked"))
+    optimizer.register_state_dict_post_hook(lambda _, state_dict: {**state_dict, "note": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: came.append(state_dict.pop("note")))
+    optimizer.register_load_state_dict_post_hook(lambda it: it.param_groups[0].update(lr=0.5))
     kept = optimizer.state_dict()
-    before = {index: state["momentum_buffer"].clone() for index, state in kept["state"].items()}
-    optimizer.load_state_dict({**kept, "state": {i: {"momentum_buffer": b + 1} for i, b in before.items()}})
     optimizer.load_state_dict(kept)
-    after = optimizer.state_dict()["state"]
-    assert before
-    for index, buffer in before.items():
-        assert torch.equal(after[index]["momentum_buffer"], buffer)
+    assert came == ["asked", kept["note"]]
+    assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 @distributed(world_size=2)

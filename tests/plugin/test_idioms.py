@@ -145,9 +145,22 @@ def test_step_hooks_see_the_users_parameters_before_and_after_the_step():
     for mine, its in zip(ours.average, theirs.average, strict=True):
         torch.testing.assert_close(mine, its, **ROUNDED)
 
+    assert_equals_ddp(ClippedInBackward, stages=(2,), max_steps=4)
+
 
 class ByHandHooked(Hooked, ByHand):
     pass
+
+
+class ClippedInBackward(Plain):
+    """Each rank's own gradient is clipped when it comes, by a hook that is there from the start of training."""
+
+    def on_train_start(self):
+        def clip(parameter):
+            parameter.grad.clamp_(-0.01, 0.01)
+
+        for parameter in self.parameters():
+            parameter.register_post_accumulate_grad_hook(clip)
 
 
 class TwoOfOne(Plain):

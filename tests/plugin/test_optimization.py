@@ -390,9 +390,56 @@ class GroupsByHand(Plain):
         return torch.optim.SGD(self.net[:3].parameters(), lr=1e-2, momentum=0.9)
 
 
+class Replaced(Plain):
+    """Begins each epoch but the first with other optimizers, as two idioms have it."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+        elif self.current_epoch == 2:
+            self.trainer.optimizers = [torch.optim.SGD(self.net[:3].parameters(), lr=1e-2, momentum=0.9)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_optimizers_that_are_replaced_in_mid_fit_equal_ddp(tmp_path, world_size):
+    run_ranks(replaced, world_size, tmp_path, process_group=False)
+
+
+class ReplacedBetweenBackwards(Plain):
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 2:
+            self.trainer.optimizers = [torch.optim.SGD(self.parameters(), lr=1e-2)]
+
+
+def replaced(directory):
+    assert_equals_ddp(ReplacedBetweenBackwards, accumulate_grad_batches=4, max_epochs=1, tolerance=ROUNDED)
+    assert_equals_ddp(Replaced, max_epochs=3, strategy_options={"overlap_gather": True})
+    epoch = 16 // dist.get_world_size()
+    saving = ZeroCheckpoint(directory, every_n_train_steps=epoch + 1, async_save=True)
+    whole, _ = fit(Replaced, ZeroStrategy(), [lambda: saving])
+    half, _ = fit(Plain, ZeroStrategy(), ckpt_path=directory)
+    half.losses = whole.losses
+    assert_same_modules(half, whole)
+
+
+class Renewed(Plain):
+    """A parameter that is replaced by another of the same name."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.net[3].bias = nn.Parameter(torch.zeros(8))
+            self.optimizers().optimizer.param_groups[0]["params"][-1] = self.net[3].bias
+
+
 @distributed(world_size=2, process_group=False)
-def test_param_groups_that_are_edited_in_place_equal_ddp():
+def test_param_groups_that_are_edited_in_place_equal_ddp(tmp_path):
     assert_equals_ddp(GroupsByHand)
+    _, trainer = fit(Renewed, ZeroStrategy())
+    trainer.save_checkpoint(tmp_path / "renewed")
+    whole, _ = fit(Renewed, ZeroStrategy(), max_epochs=3)
+    half, _ = fit(Plain, ZeroStrategy(), max_epochs=3, ckpt_path=tmp_path / "renewed")
+    half.losses = whole.losses
+    assert_same_modules(half, whole)
 
 
 class Buffers(Plain):
