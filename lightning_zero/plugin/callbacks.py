@@ -181,11 +181,11 @@ class ZeroCheckpoint(ModelCheckpoint):
         if not read_manifest(newest).optimizers:
             rank_zero_warn(f"{newest} holds weights alone, which no training can resume from: it starts afresh")
             return found
-        if not is_remote(save_dir):
-            return {directory, *found}  # which tag, all ranks decide together
-        # Lightning asks when it was written, and what has no directories knows that of files alone
-        latest = save_dir / commit.LATEST
-        return {str(latest if latest.is_file() else newest / MANIFEST_NAME), *found}
+        # Lightning takes whichever was written last, and what has no directories knows that of files alone; the time of
+        # a directory is also that of a dead save in it, or of a removal
+        if (latest := save_dir / commit.LATEST).is_file():
+            return {str(latest), *found}
+        return {str(newest / MANIFEST_NAME) if is_remote(save_dir) else directory, *found}
 
     @override
     def _save_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
