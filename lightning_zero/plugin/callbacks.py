@@ -90,6 +90,7 @@ class ZeroCheckpoint(ModelCheckpoint):
         self.keep_every_n_steps = keep_every_n_steps
         self.async_save = async_save
         self._settled: dict[str, tuple[int, float]] = {}
+        self._over_when_saved = (0, 0)
         name = filename or ""
         if name.startswith("."):
             raise ValueError(
@@ -197,6 +198,7 @@ class ZeroCheckpoint(ModelCheckpoint):
     @override
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         strategy = trainer.strategy
+        self._over_when_saved = _over(trainer)
         if not isinstance(strategy, ZeroStrategy):
             super()._save_checkpoint(trainer, filepath)
             return
@@ -238,6 +240,8 @@ class ZeroCheckpoint(ModelCheckpoint):
             super().on_exception(trainer, pl_module, exception)
         interrupted = isinstance(exception, KeyboardInterrupt) and getattr(strategy, "stopped_together", False)
         stopped = interrupted or isinstance(exception, SIGTERMException)
+        if stopped and self._over_when_saved != _over(trainer):
+            self._last_global_step_saved = 0  # what was saved at this step doesn't have what has come of it since
         if stopped and not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_checkpoint(trainer, self.format_checkpoint_name(candidates))
@@ -281,6 +285,12 @@ class ZeroCheckpoint(ModelCheckpoint):
             ]
         ours = "|".join(".*".join(map(re.escape, re.split(r"{[^}]*}", name))) for name in names)
         return re.compile(rf"(?:{ours})(?:{self.CHECKPOINT_JOIN_CHAR}v\d+)?{re.escape(self.FILE_EXTENSION)}")
+
+
+def _over(trainer: Trainer) -> tuple[int, int]:
+    """How many epochs, and batches of validations, are over: a step may be followed by both before the next."""
+    loop = trainer.fit_loop
+    return loop.epoch_progress.total.completed, loop.epoch_loop.val_loop.batch_progress.total.completed
 
 
 class Fp32Export(Callback):

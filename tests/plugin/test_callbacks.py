@@ -100,6 +100,17 @@ def test_an_interrupt_of_a_rank_that_is_alone_stops_it_with_a_checkpoint(tmp_pat
     assert trainer.global_step == 32
 
 
+@distributed(world_size=1, process_group=False)
+def test_a_stop_saves_what_came_of_a_validation_though_the_step_before_it_is_saved(tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    callbacks = [lambda: EarlyStopping("val_loss"), lambda: ZeroCheckpoint(tmp_path, every_n_train_steps=16)]
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(Normed, ZeroStrategy(), callbacks=[lambda: Interrupt(16), *callbacks])
+    assert tags(tmp_path) == ["step=16.ckpt"]
+    _, trainer = fit(Normed, ZeroStrategy(), callbacks=callbacks, max_epochs=1, ckpt_path="last")
+    assert torch.isfinite(trainer.early_stopping_callback.best_score)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_an_interrupt_after_the_last_batch_leaves_a_checkpoint_too(tmp_path, world_size):
     run_ranks(interrupted_at_the_end, world_size, tmp_path, process_group=False)
