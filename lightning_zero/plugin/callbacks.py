@@ -142,6 +142,12 @@ class ZeroCheckpoint(ModelCheckpoint):
             trainer.strategy.saves.expect_behind()
 
     @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Save where the window of accumulated batches is over: no checkpoint has the gradients of one that isn't."""
+        if not trainer.fit_loop._should_accumulate():
+            super().on_train_batch_end(trainer, *args, **kwargs)
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if isinstance(trainer.strategy, ZeroStrategy):

@@ -301,6 +301,27 @@ class Steps(Callback):
         self.seen.append(trainer.global_step)
 
 
+class Saves(Callback):
+    """How many batches of the epoch had come, whenever something was saved."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_save_checkpoint(self, trainer, *args):
+        self.seen.append(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+@distributed(world_size=1, process_group=False)
+def test_no_checkpoint_lacks_what_a_window_of_batches_has_accumulated(tmp_path):
+    saves = Saves()
+    by_step = lambda: ZeroCheckpoint(tmp_path, every_n_train_steps=1)  # noqa: E731
+    by_time = lambda: ZeroCheckpoint(tmp_path / "b", train_time_interval=timedelta(microseconds=1))  # noqa: E731
+    options = {"callbacks": [lambda: saves, by_step, by_time], "accumulate_grad_batches": 2}
+    fit(Normed, ZeroStrategy(), max_steps=1, **options)
+    fit(Normed, ZeroStrategy(), max_steps=2, ckpt_path="last", **options)
+    assert saves.seen == [2, 2, 4, 4]
+
+
 @distributed(world_size=2, process_group=False)
 def test_signals_have_their_handlers_back_after_a_fit():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
