@@ -289,8 +289,15 @@ class ZeroCheckpoint(ModelCheckpoint):
             names = [
                 re.sub(r"{([^}:]*)", lambda m: f"{m[1]}{self.CHECKPOINT_EQUALS_CHAR}{m[0]}", name) for name in names
             ]
-        ours = "|".join(".*".join(map(re.escape, re.split(r"{[^}]*}", name))) for name in names)
+        # Every second piece is a field
+        pieces = [re.split(r"({[^}]*})", name) for name in names]
+        ours = "|".join("".join(_value(p) if k % 2 else re.escape(p) for k, p in enumerate(name)) for name in pieces)
         return re.compile(rf"(?:{ours})(?:{self.CHECKPOINT_JOIN_CHAR}v\d+)?{re.escape(self.FILE_EXTENSION)}")
+
+
+def _value(field: str) -> str:
+    """What a field of a filename is filled with: a number, where its format is one of those that are usual."""
+    return r"-?(?:\d[\d.]*(?:e[-+]\d+)?|nan|inf)" if re.fullmatch(r"{[^:]*(?::\d*(?:\.\d+)?[defg]?)?}", field) else ".*"
 
 
 def _over(trainer: Trainer) -> tuple[int, int]:
