@@ -292,6 +292,9 @@ def test_a_tag_that_is_there_is_replaced(tmp_path):
 
 @distributed(world_size=1, process_group=False)
 def test_last_starts_afresh_where_there_is_nothing(tmp_path):
+    torn = tmp_path / "checkpoints" / ".staging-step=1.ckpt-0123abcd"  # of a run that was killed in its first save
+    torn.mkdir(parents=True)
+    (torn / "manifest.json").touch()
     _model, trainer = fit(
         strategy=ZeroStrategy(),
         world_size=1,
