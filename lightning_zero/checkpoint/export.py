@@ -22,11 +22,13 @@ the model.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import PicklingError
@@ -55,6 +57,7 @@ _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", 
 _BESIDE_WEIGHTS = (".jinja", ".json", ".md", ".model", ".spm", ".tiktoken", ".txt")
 """What a Hugging Face folder has beside its weights: the configuration, the tokenizer, the model card."""
 PLAIN_STATE_DICTS = (".bin", ".pt", ".pth")
+_DEAD_SECONDS = 24 * 3600
 _OURS = "lightning_zero_"
 """How the keys begin, in Lightning's dict and among an optimizer's states, that only a resume has a use for."""
 
@@ -345,6 +348,7 @@ def _appears(output: Location, *, folder: bool) -> Iterator[Location]:
         return
     output = Path(os.path.realpath(output))  # a link stays, and leads to what is written
     output.parent.mkdir(parents=True, exist_ok=True)
+    _remove_dead(output)
     hidden = output.parent / f".{output.name}.{secrets.token_hex(4)}"
     try:
         if folder:
@@ -359,6 +363,18 @@ def _appears(output: Location, *, folder: bool) -> Iterator[Location]:
             shutil.rmtree(hidden, ignore_errors=True)
         else:
             hidden.unlink(missing_ok=True)
+
+
+def _remove_dead(output: Path) -> None:
+    """Remove what a killed export to the same place has left, after a day: until then another may be writing it."""
+    for name in names_in(output.parent):
+        hidden = output.parent / name
+        with suppress(OSError):
+            if (
+                re.fullmatch(rf"\.{re.escape(output.name)}\.[0-9a-f]{{8}}", name)
+                and time.time() - hidden.lstat().st_mtime > _DEAD_SECONDS
+            ):
+                shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
 
 
 def _appears_behind_url(url: UPath, folder: bool) -> Iterator[UPath]:

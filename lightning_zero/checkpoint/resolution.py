@@ -31,7 +31,9 @@ def is_checkpoint(path: PathOrUrl) -> bool:
     where = where.parent if where.name == commit.LATEST and where.is_file() else where
     if _tag_directory(where) is not None or (where / commit.LATEST).is_file():
         return True
-    return where.is_dir() and any((child / MANIFEST_NAME).is_file() for child in where.iterdir())
+    # What is hidden is a dead save's: its manifest may be there
+    shown = (child for child in where.iterdir() if not child.name.startswith(".")) if where.is_dir() else ()
+    return any((child / MANIFEST_NAME).is_file() for child in shown)
 
 
 def is_tag(path: PathOrUrl) -> bool:

@@ -90,6 +90,7 @@ class ZeroCheckpoint(ModelCheckpoint):
         self.keep_every_n_steps = keep_every_n_steps
         self.async_save = async_save
         self._settled: dict[str, tuple[int, float]] = {}
+        self._over_when_saved = (0, 0)
         name = filename or ""
         if name.startswith("."):
             raise ValueError(
@@ -141,6 +142,12 @@ class ZeroCheckpoint(ModelCheckpoint):
             trainer.strategy.saves.expect_behind()
 
     @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Save where the window of accumulated batches is over: no checkpoint has the gradients of one that isn't."""
+        if not trainer.fit_loop._should_accumulate():
+            super().on_train_batch_end(trainer, *args, **kwargs)
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if isinstance(trainer.strategy, ZeroStrategy):
@@ -181,11 +188,11 @@ class ZeroCheckpoint(ModelCheckpoint):
         if not read_manifest(newest).optimizers:
             rank_zero_warn(f"{newest} holds weights alone, which no training can resume from: it starts afresh")
             return found
-        if not is_remote(save_dir):
-            return {directory, *found}  # which tag, all ranks decide together
-        # Lightning asks when it was written, and what has no directories knows that of files alone
-        latest = save_dir / commit.LATEST
-        return {str(latest if latest.is_file() else newest / MANIFEST_NAME), *found}
+        # Lightning takes whichever was written last, and what has no directories knows that of files alone; the time of
+        # a directory is also that of a dead save in it, or of a removal
+        if (latest := save_dir / commit.LATEST).is_file():
+            return {str(latest), *found}
+        return {str(newest / MANIFEST_NAME) if is_remote(save_dir) else directory, *found}
 
     @override
     def _save_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
@@ -197,6 +204,7 @@ class ZeroCheckpoint(ModelCheckpoint):
     @override
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         strategy = trainer.strategy
+        self._over_when_saved = _over(trainer)
         if not isinstance(strategy, ZeroStrategy):
             super()._save_checkpoint(trainer, filepath)
             return
@@ -238,6 +246,8 @@ class ZeroCheckpoint(ModelCheckpoint):
             super().on_exception(trainer, pl_module, exception)
         interrupted = isinstance(exception, KeyboardInterrupt) and getattr(strategy, "stopped_together", False)
         stopped = interrupted or isinstance(exception, SIGTERMException)
+        if stopped and self._over_when_saved != _over(trainer):
+            self._last_global_step_saved = 0  # what was saved at this step doesn't have what has come of it since
         if stopped and not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_checkpoint(trainer, self.format_checkpoint_name(candidates))
@@ -279,8 +289,21 @@ class ZeroCheckpoint(ModelCheckpoint):
             names = [
                 re.sub(r"{([^}:]*)", lambda m: f"{m[1]}{self.CHECKPOINT_EQUALS_CHAR}{m[0]}", name) for name in names
             ]
-        ours = "|".join(".*".join(map(re.escape, re.split(r"{[^}]*}", name))) for name in names)
+        # Every second piece is a field
+        pieces = [re.split(r"({[^}]*})", name) for name in names]
+        ours = "|".join("".join(_value(p) if k % 2 else re.escape(p) for k, p in enumerate(name)) for name in pieces)
         return re.compile(rf"(?:{ours})(?:{self.CHECKPOINT_JOIN_CHAR}v\d+)?{re.escape(self.FILE_EXTENSION)}")
+
+
+def _value(field: str) -> str:
+    """What a field of a filename is filled with: a number, where its format is one of those that are usual."""
+    return r"-?(?:\d[\d.]*(?:e[-+]\d+)?|nan|inf)" if re.fullmatch(r"{[^:]*(?::\d*(?:\.\d+)?[defg]?)?}", field) else ".*"
+
+
+def _over(trainer: Trainer) -> tuple[int, int]:
+    """How many epochs, and batches of validations, are over: a step may be followed by both before the next."""
+    loop = trainer.fit_loop
+    return loop.epoch_progress.total.completed, loop.epoch_loop.val_loop.batch_progress.total.completed
 
 
 class Fp32Export(Callback):

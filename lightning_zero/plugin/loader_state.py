@@ -183,11 +183,24 @@ def forget_untrained_batch(loops: dict[str, Any]) -> None:
         loops: `checkpoint["loops"]`; changed in place.
     """
     progress = loops.get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    _count_skipped_batches(progress)
     counts = [progress[which] for which in ("total", "current") if which in progress]
     if any(count.get("processed", 0) < count.get("ready", 0) for count in counts):
         progress["is_last_batch"] = False
         for count in counts:
             count["ready"] = count["started"] = count["processed"]
+
+
+def _count_skipped_batches(progress: dict[str, Any]) -> None:
+    """Let batches at which `on_train_batch_start` ended an earlier epoch be begun and completed, as all others are.
+
+    Lightning counts them as processed alone, and sees by these totals in which part of a batch the checkpoint was saved.
+    """
+    total, current = progress.get("total", {}), progress.get("current", {})
+    skipped = [count.get("processed", 0) - count.get("started", 0) for count in (total, current)]
+    if skipped[0] > skipped[1]:
+        for name in ("started", "completed"):
+            total[name] = total.get(name, 0) + skipped[0] - skipped[1]
 
 
 def dont_restart(loop: _Loop) -> None:

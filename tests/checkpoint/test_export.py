@@ -67,6 +67,19 @@ def test_in_memory(save_dir: Path, sample: Sample) -> None:
     assert_same(get_fp32_state_dict_from_zero_checkpoint(save_dir, "tag", True), sample, "frozen")
 
 
+def test_what_killed_exports_to_the_same_place_have_left_goes_after_a_day(save_dir: Path, tmp_path: Path) -> None:
+    folder, file, young, another = (
+        tmp_path / f".{name}" for name in ("m.pt.0123abcd", "m.pt.4567cdef", "m.pt.89abcdef", "n.pt.0123abcd")
+    )
+    folder.mkdir()
+    for left in (file, young, another):
+        left.write_bytes(b"torn")
+    for left in (folder, file, another):
+        os.utime(left, (0, 0))
+    convert_zero_checkpoint_to_fp32_state_dict(save_dir, tmp_path / "m.pt")
+    assert sorted(tmp_path.glob(".*")) == [young, another]
+
+
 def test_unread(save_dir: Path, sample: Sample) -> None:
     loaded = get_fp32_state_dict_from_zero_checkpoint(save_dir / "tag", lazy_mode=True)
     assert {name: tuple(tensor.shape) for name, tensor in loaded.items()} == {

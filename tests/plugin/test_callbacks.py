@@ -100,6 +100,17 @@ def test_an_interrupt_of_a_rank_that_is_alone_stops_it_with_a_checkpoint(tmp_pat
     assert trainer.global_step == 32
 
 
+@distributed(world_size=1, process_group=False)
+def test_a_stop_saves_what_came_of_a_validation_though_the_step_before_it_is_saved(tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    callbacks = [lambda: EarlyStopping("val_loss"), lambda: ZeroCheckpoint(tmp_path, every_n_train_steps=16)]
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(Normed, ZeroStrategy(), callbacks=[lambda: Interrupt(16), *callbacks])
+    assert tags(tmp_path) == ["step=16.ckpt"]
+    _, trainer = fit(Normed, ZeroStrategy(), callbacks=callbacks, max_epochs=1, ckpt_path="last")
+    assert torch.isfinite(trainer.early_stopping_callback.best_score)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_an_interrupt_after_the_last_batch_leaves_a_checkpoint_too(tmp_path, world_size):
     run_ranks(interrupted_at_the_end, world_size, tmp_path, process_group=False)
@@ -288,6 +299,27 @@ class Steps(Callback):
 
     def on_train_batch_start(self, trainer, *args):
         self.seen.append(trainer.global_step)
+
+
+class Saves(Callback):
+    """How many batches of the epoch had come, whenever something was saved."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_save_checkpoint(self, trainer, *args):
+        self.seen.append(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+@distributed(world_size=1, process_group=False)
+def test_no_checkpoint_lacks_what_a_window_of_batches_has_accumulated(tmp_path):
+    saves = Saves()
+    by_step = lambda: ZeroCheckpoint(tmp_path, every_n_train_steps=1)  # noqa: E731
+    by_time = lambda: ZeroCheckpoint(tmp_path / "b", train_time_interval=timedelta(microseconds=1))  # noqa: E731
+    options = {"callbacks": [lambda: saves, by_step, by_time], "accumulate_grad_batches": 2}
+    fit(Normed, ZeroStrategy(), max_steps=1, **options)
+    fit(Normed, ZeroStrategy(), max_steps=2, ckpt_path="last", **options)
+    assert saves.seen == [2, 2, 4, 4]
 
 
 @distributed(world_size=2, process_group=False)

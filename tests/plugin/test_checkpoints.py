@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_zero import Fp32Export, ZeroCheckpoint, ZeroCheckpointIO, ZeroStrategy
+from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
@@ -291,6 +292,9 @@ def test_a_tag_that_is_there_is_replaced(tmp_path):
 
 @distributed(world_size=1, process_group=False)
 def test_last_starts_afresh_where_there_is_nothing(tmp_path):
+    torn = tmp_path / "checkpoints" / ".staging-step=1.ckpt-0123abcd"  # of a run that was killed in its first save
+    torn.mkdir(parents=True)
+    (torn / "manifest.json").touch()
     _model, trainer = fit(
         strategy=ZeroStrategy(),
         world_size=1,
@@ -301,6 +305,16 @@ def test_last_starts_afresh_where_there_is_nothing(tmp_path):
     )
     assert trainer.global_step == 2
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step=2.ckpt"
+
+
+@distributed(world_size=1, process_group=False)
+def test_of_two_callbacks_directories_last_takes_the_one_that_was_committed_last(tmp_path):
+    saved = ((tmp_path / "a", 3), (tmp_path / "b", 2))
+    callbacks = [ZeroCheckpoint(directory, every_n_train_steps=every) for directory, every in saved]
+    fit(strategy=ZeroStrategy(), world_size=1, max_steps=3, callbacks=callbacks)
+    (tmp_path / "b" / ".staging-of-a-dead-save").mkdir()
+    _model, trainer = fit(strategy=ZeroStrategy(), world_size=1, max_steps=3, callbacks=callbacks, ckpt_path="last")
+    assert resolve(trainer.ckpt_path).name == "step=3.ckpt"
 
 
 @distributed(world_size=2, process_group=False)

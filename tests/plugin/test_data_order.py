@@ -6,6 +6,7 @@ import pickle
 import random
 import warnings
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.callbacks import LambdaCallback
@@ -193,6 +194,18 @@ def test_what_was_saved_at_the_end_of_a_validation_or_in_a_first_batch_goes_on_t
                 trainer.save_checkpoint(tmp_path / "first")
 
     assert fit(make, 1, callbacks=[InTheFirst()]) == fit(make, 1, ckpt_path=tmp_path / "first")
+
+
+@distributed(world_size=1, process_group=False)
+def test_what_was_saved_after_an_epoch_that_a_hook_ended_goes_on_with_the_next_batch(tmp_path):
+    def ends_the_first_epoch(module, batch, batch_idx):
+        return -1 if (module.current_epoch, batch_idx) == (0, 4) else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Watched, "on_train_batch_start", ends_the_first_epoch)
+        whole = fit(LOADERS["shuffled"], 1)
+        before = cut(LOADERS["shuffled"], 1, tmp_path, 6)
+        assert before + fit(LOADERS["shuffled"], 1, ckpt_path=tmp_path) == whole
 
 
 @distributed(world_size=2, process_group=False)

@@ -369,11 +369,25 @@ def test_weights_alone_never_take_the_place_of_what_training_resumes_from(tmp_pa
 
 
 @distributed(world_size=2, process_group=False)
-def test_two_callbacks_in_one_directory_leave_each_others_best(tmp_path):
+def test_callbacks_in_one_directory_leave_each_others_tags(tmp_path):
     best = ZeroCheckpoint(tmp_path, monitor="val_loss", save_top_k=1, every_n_epochs=1)
     last = ZeroCheckpoint(tmp_path, every_n_train_steps=3, keep_last=1)
-    fit(strategy=ZeroStrategy(), world_size=2, max_epochs=4, callbacks=[best, last])
+    every = ZeroCheckpoint(tmp_path, "{step}-{epoch}", every_n_epochs=1, save_top_k=-1)
+    fit(strategy=ZeroStrategy(), world_size=2, max_epochs=4, callbacks=[best, last, every])
     assert Path(best.best_model_path).is_dir()
+    assert len(list(tmp_path.glob("step=*-epoch=?.ckpt"))) == 4
+
+
+def test_what_a_filename_is_filled_with_is_recognised_and_nothing_else_is():
+    def recognises(filename, tag):
+        return ZeroCheckpoint("ckpts", filename)._tag_pattern().fullmatch(f"{tag}.ckpt") is not None
+
+    assert recognises("{epoch}-{step:06d}-{loss:.2f}", "epoch=0-step=000005-loss=-0.31")
+    assert recognises("{loss}", "loss=1e-05-v1")
+    assert recognises("{loss:.2f}", "loss=nan")
+    assert recognises("{step:,}", "step=1,000")
+    assert not recognises("{step}", "step=5-mine")
+    assert not recognises("{loss:.2f}", "loss=0.31-best")
 
 
 def test_what_would_make_directories_in_directories_is_refused():
