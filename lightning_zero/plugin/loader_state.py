@@ -194,7 +194,7 @@ def forget_untrained_batch(loops: dict[str, Any]) -> None:
 def _count_skipped_batches(progress: dict[str, Any]) -> None:
     """Let batches at which `on_train_batch_start` ended an earlier epoch be begun and completed, as all others are.
 
-    Lightning counts them as processed alone, and sees by these totals in which part of a batch the checkpoint was saved.
+    Lightning counts them as processed alone, and sees by these totals in which part of a batch a checkpoint was saved.
     """
     total, current = progress.get("total", {}), progress.get("current", {})
     skipped = [count.get("processed", 0) - count.get("started", 0) for count in (total, current)]
