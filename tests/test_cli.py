@@ -292,7 +292,7 @@ def test_nobody_who_stops_reading_is_complained_to(save_dir: Path) -> None:
 
 
 def test_where_there_is_nothing_to_print_to_nothing_is_printed(save_dir: Path) -> None:
-    closed = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "lightning_zero.cli"]
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "lightning_zero"]
     for arguments in (["ls", save_dir], ["--version"]):
         assert subprocess.run([*closed, *arguments], text=True, stderr=subprocess.PIPE).returncode == 0
     done = subprocess.run([*closed, "ls", save_dir / "no"], text=True, stderr=subprocess.PIPE)

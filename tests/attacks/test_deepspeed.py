@@ -29,7 +29,7 @@ from lightning_zero.errors import (
 from tests.attacks.forge import Bomb, archived_pickle, flip, pickled, saved, sparse
 from tests.checkpoint.deepspeed.forger import edit
 from tests.checkpoint.deepspeed.training import assert_holds, trained
-from tests.checkpoint.imports import assert_refused
+from tests.checkpoint.imports import assert_refused, state_of
 
 MODEL = "mp_rank_00_model_states.pt"
 OPTIMIZER = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -287,13 +287,13 @@ def test_deepspeeds_own_files_stay_as_they_are(tmp_path: Path, capsys: pytest.Ca
     run = trained(stage=2)
     run.save(tmp_path / "theirs", "a")
     run.save(tmp_path / "lightnings" / "last.ckpt", "checkpoint")
-    before = {path: path.stat() for path in sorted(tmp_path.rglob("*"))}
+    before = state_of(tmp_path)
     for name in ("theirs", "theirs/a", "lightnings"):
         with pytest.raises(CheckpointWriteError, match="another directory"):
             import_deepspeed_checkpoint(tmp_path / "theirs", tmp_path / name)
     assert main(["import-deepspeed", str(tmp_path / "theirs"), str(tmp_path / "theirs")]) == 1
     assert "Traceback" not in capsys.readouterr().err
-    assert {path: path.stat() for path in sorted(tmp_path.rglob("*"))} == before
+    assert state_of(tmp_path) == before
 
 
 def test_a_write_that_fails_leaves_what_was_there(tag: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from lightning_zero.errors import (
 )
 from tests.attacks.forge import Bomb, flip, pickled, saved, sparse
 from tests.checkpoint.fsdp.forger import edit, forge, optimizer_state, training
-from tests.checkpoint.imports import assert_refused
+from tests.checkpoint.imports import assert_refused, state_of
 
 FILE = "__1_0.distcp"
 WEIGHT = "model.into.weight"
@@ -298,13 +298,13 @@ def test_tags_that_are_none(source: Path, tmp_path: Path) -> None:
 
 
 def test_theirs_stays_as_it_is(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {path: path.stat() for path in sorted(tmp_path.rglob("*"))}
+    before = state_of(tmp_path)
     for name in ("theirs", "theirs/step-5", "theirs/step-5/within/it"):
         with pytest.raises(CheckpointWriteError, match="stays as it is"):
             import_fsdp_checkpoint(source, tmp_path / name, "tag")
     assert main(["import-fsdp", str(source), str(source.parent)]) == 1
     assert "Traceback" not in capsys.readouterr().err
-    assert {path: path.stat() for path in sorted(tmp_path.rglob("*"))} == before
+    assert state_of(tmp_path) == before
     import_fsdp_checkpoint(source, tmp_path / "ours")
     with pytest.raises(CheckpointWriteError, match="is a checkpoint already"):
         import_fsdp_checkpoint(source, tmp_path / "ours", module_only=True)

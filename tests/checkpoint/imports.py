@@ -35,3 +35,9 @@ def memory_of(name: str, source: Path, ours: Path) -> float:
     )
     command = [sys.executable, "-c", script, str(source), str(ours)]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def state_of(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """What would be another if anything in a folder was written, moved or replaced."""
+    found = ((path, path.stat()) for path in sorted(folder.rglob("*")))
+    return {path: (s.st_ino, s.st_mode, s.st_nlink, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in found}
