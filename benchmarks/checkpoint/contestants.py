@@ -29,7 +29,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from benchmarks.checkpoint.loading import PlainReads, load_into, ranges_of_rank, resume, whole_files
+from benchmarks.checkpoint.loading import PlainReads, fill_page_cache, load_into, ranges_of_rank, resume, whole_files
 from benchmarks.checkpoint.saving import SaveBehind, SaveInTurns, Turns
 from benchmarks.gpt import GPT, SIZES, Size
 from benchmarks.peers import DeepSpeed, Fsdp2
@@ -126,6 +126,7 @@ def run_under_lightning(task: Task, part: str, figures: Figures) -> None:
         train_under_lightning(task, strategy_for(task.contestant, async_save=True), behind)
     else:
         ours, reads = task.contestant == "zero", None
+        fill_page_cache(task.path)
         for _ in range(task.turns):
             turn = resume(strategy_for(task.contestant), task.size, task.path, step=task.turns)
             # After the first load, so that this one's memory is a fresh process's
@@ -163,6 +164,7 @@ def run_in_a_loop(task: Task, part: str, figures: Figures) -> None:
     dist.init_process_group("gloo")
     if part == "load":
         reads = None
+        fill_page_cache(task.path)
         for _ in range(task.turns):
             peer = make_peer(task)
             turn = load_into(peer.optimizer, lambda peer=peer: peer.load(task.path))
