@@ -688,6 +688,8 @@ def _taken_over(state: dict[str, Any], former: Piece, piece: Piece, optimizer: O
 
 def _part_of(value: Any, key: str, piece: Piece, room: Callable[..., Tensor]) -> Any:
     """The part of one state of a whole parameter that belongs to a piece of it, in the room that there is for it."""
+    if isinstance(value, Tensor):  # as most are: to walk through a tree takes as long as all else
+        return _part_of_leaf(value, key, piece, room)
     return tree_map(lambda leaf: _part_of_leaf(leaf, key, piece, room), value)
 
 
