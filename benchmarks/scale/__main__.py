@@ -10,6 +10,7 @@ memory the most that the child had above what it was born with (VmHWM).
 """
 
 import argparse
+import gc
 import json
 import os
 import pickle
@@ -232,6 +233,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=None, help="where to put the empty files; a temporary one")
     parser.add_argument("--json", type=Path, default=None, help="where to write the figures")
     arguments = parser.parse_args()
+    gc.collect()  # or the first action of every child would happen to pay for what the imports have made
     ranks, rounds = ((8, 1024), 1) if arguments.quick else (RANKS, arguments.rounds)
     models = {
         model: {str(count): measure(model, count, rounds, arguments.directory) for count in ranks} for model in MODELS
