@@ -14,7 +14,7 @@ import pickle
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -268,12 +268,14 @@ class Ranks:
             store = dist.distributed_c10d._get_default_store()
             key = f"lightning_zero/{groups.control.group_name}/{where}"
             deadline = time.monotonic() + _ARRIVAL_SECONDS
-            arrived = store.add(key, 1)
-            while 0 < arrived < self.count and time.monotonic() < deadline:
-                time.sleep(0.05)
-                arrived = store.add(key, 0)
-            if 0 < arrived < self.count:
-                arrived = store.add(key, _LEFT) - _LEFT
+            arrived = 0
+            with suppress(dist.DistError):  # the store ends with the process that has it, which may be the first rank's
+                arrived = store.add(key, 1)
+                while 0 < arrived < self.count and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    arrived = store.add(key, 0)
+                if 0 < arrived < self.count:
+                    arrived = store.add(key, _LEFT) - _LEFT
             all_arrived = arrived == self.count
             if all_arrived:
                 settle()

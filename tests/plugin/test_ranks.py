@@ -1,10 +1,12 @@
 """What the ranks tell each other."""
 
 import os
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_zero import ZeroStrategy
@@ -148,3 +150,31 @@ def test_the_groups_of_fits_that_nobody_looks_at_any_more_are_let_go_of():
     for _ in range(12):
         fit(strategy=ZeroStrategy(), world_size=2, max_steps=1)
     assert count() < first + 60  # 10 a fit, where none is let go of
+
+
+class Parting(Callback):
+    """The first rank dies without a word, and the other fails, and would save."""
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 2:
+            if trainer.is_global_zero:
+                os._exit(3)
+            time.sleep(1)
+            raise ValueError("its own")
+
+    def on_exception(self, trainer, *_):
+        trainer.save_checkpoint("never")
+
+
+def fail_beside_a_dead_rank(path):
+    try:
+        fit(Model(), ZeroStrategy(), world_size=2, max_steps=5, callbacks=[Parting()])
+    except Exception as error:
+        path.write_text(str(error))
+        os._exit(1)  # what else is to be ended needs the dead one
+
+
+def test_a_rank_keeps_its_own_error_where_the_one_that_has_the_store_is_dead(tmp_path):
+    with pytest.raises(AssertionError, match="rank 0 of 2: died with exit code 3"):
+        run_ranks(fail_beside_a_dead_rank, 2, tmp_path / "error", process_group=False)
+    assert (tmp_path / "error").read_text() == "its own"
