@@ -448,7 +448,10 @@ def _check(manifest: Manifest) -> None:
     for entry in manifest.entries:
         if entry.dtype not in DTYPES:
             raise CorruptCheckpointError(f"entry {entry.name!r} has the unknown dtype {entry.dtype!r:.40}")
-        _check_shape(entry.shape, f"entry {entry.name!r}")
+        if _is_too_large(entry.shape):
+            raise CorruptCheckpointError(
+                f"entry {entry.name!r}: the shape {entry.shape!r:.80} is larger than any tensor"
+            )
     entries = {entry.name: entry for entry in manifest.entries}
     if len(entries) != len(manifest.entries):
         raise CorruptCheckpointError("entries: a name stands there twice")
@@ -517,28 +520,33 @@ def _check_layout(file: FileEntry) -> None:
 def _check_tensor(tensor: StoredTensor, file: str) -> None:
     if tensor.dtype not in ITEM_BYTES:
         raise CorruptCheckpointError(f"{file}: {tensor.name!r} has the unknown dtype {tensor.dtype!r:.40}")
-    if (tensor.optimizer is None, tensor.state is None) != (tensor.kind != "optimizer",) * 2:
+    is_state = tensor.kind == "optimizer"
+    if (tensor.optimizer is not None) != is_state or (tensor.state is not None) != is_state:
         raise CorruptCheckpointError(f"{file}: {tensor.name!r} is of kind {tensor.kind}, and isn't told as one")
-    _check_shape(tensor.shape, f"{file}: {tensor.name!r}")
+    if _is_too_large(tensor.shape):
+        raise CorruptCheckpointError(
+            f"{file}: {tensor.name!r}: the shape {tensor.shape!r:.80} is larger than any tensor"
+        )
     if tensor.nbytes != math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]:
         raise CorruptCheckpointError(
             f"{file}: {tensor.name!r} is said to have {tensor.nbytes} bytes, "
             f"which is not what the shape {tensor.shape} makes in {tensor.dtype}"
         )
-    if tensor.kind != "optimizer" and not tensor.elementwise:
+    if not is_state and not tensor.elementwise:
         raise CorruptCheckpointError(
             f"{file}: {tensor.name!r}: elements {tensor.start} to {tensor.stop} are stored with the shape "
             f"{tensor.shape}"
         )
 
 
-def _check_shape(shape: Sequence[int], what: str) -> None:
+def _is_too_large(shape: Sequence[int]) -> bool:
     # The product is bounded one factor at a time: a list of a million large factors must not cost a bignum
     numel = 1
     for size in shape:
         numel *= size or 1
         if numel > _LARGEST_NUMEL:
-            raise CorruptCheckpointError(f"{what}: the shape {shape!r:.80} is larger than any tensor")
+            return True
+    return False
 
 
 def _check_plain_name(name: str) -> None:
