@@ -109,13 +109,12 @@ class GradientReducer:
         self._order += range(first, len(self._buckets))
         self._order_is_learned = False
         for index, bucket in enumerate(buckets, first):
-            for slot in bucket.slots:  # another parameter may have had the name
-                self._pieces.pop(slot.name, None)
-            self._pieces |= {piece.slot.name: piece for piece in bucket.pieces}
             for slot in bucket.slots:
+                self._pieces.pop(slot.name, None)  # another parameter may have had the name
                 self._slots[slot.name] = (index, slot)
                 self._stand_ins[slot.name] = PartitionedGradient.of(slot.name, slot.parameter, self)
                 self._hooks.append(self._hook(index, slot))
+            self._pieces |= {piece.slot.name: piece for piece in bucket.pieces}
 
     def _hook(self, index: int, slot: Slot) -> RemovableHandle:
         parameter, requires_grad = slot.parameter, slot.parameter.requires_grad
