@@ -21,7 +21,6 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
@@ -315,8 +314,7 @@ class ZeroStrategy(DDPStrategy):
     @optimizers.setter
     def optimizers(self, optimizers: list[Optimizer]) -> None:
         """Whatever is set in mid-fit is partitioned in place of what was; gradients stay, whole till the next flush."""
-        self._optimizers = optimizers
-        self._lightning_optimizers = [LightningOptimizer._to_lightning_optimizer(one, self) for one in optimizers]
+        DDPStrategy.optimizers.fset(self, optimizers)  # type: ignore[attr-defined]
         former, trainer = self._partition, self.trainer_if_any
         fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.state.stage is not None
         if former is None or not fitting or [one.optimizer for one in former.segmented] == list(optimizers):
