@@ -258,6 +258,16 @@ def test_to_look_needs_neither_torch_nor_lightning(save_dir: Path, arguments: li
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_to_draw_needs_neither_torch_nor_lightning(save_dir: Path) -> None:
+    script = (
+        "import sys; from lightning_zero.cli import main; status = main()\n"
+        "assert not {'torch', 'lightning'} & sys.modules.keys(); sys.exit(status)"
+    )
+    arguments = ["inspect", save_dir / "step=1.ckpt", "--plot", save_dir / "owners.svg"]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("name", ["ls", "inspect", "verify", "diff", "export", "prune", "plan"])
 def test_the_help_of_each_command_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

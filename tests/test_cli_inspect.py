@@ -121,9 +121,20 @@ def test_the_svg_names_every_parameter_and_rank(save_dir: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(("layers", "world_size"), [(0, 2), (2, 1), (50, 64), (120, 200), (500, 3)])
-def test_the_picture_stays_readable(layers: int, world_size: int) -> None:
+def test_the_picture_stays_readable_and_within_itself(layers: int, world_size: int, tmp_path: Path) -> None:
     figure = draw(holdings(large(layers), world_size), "step=1.ckpt")
     assert figure.get_figheight() < 12
+    write(figure, tmp_path / "picture.svg")
+    left, top, width, height = map(
+        float, ElementTree.parse(tmp_path / "picture.svg").getroot().attrib["viewBox"].split()
+    )
+    assert (left, top) == (0, 0)
+    assert width < 1500
+    assert height < 1000
+    for text in figure.findobj(lambda item: isinstance(item, Text) and item.get_visible() and item.get_text()):
+        box = text.get_window_extent()
+        assert box.width < figure.bbox.width
+        assert box.height < figure.bbox.height
     rows = [text for text in texts(figure) if text.startswith("net.")]
     assert 2 <= len(rows) <= 36
     assert rows[0] == "net.embed.weight" or layers == 500
