@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -67,8 +67,8 @@ class StateMemory:
     _BYTES_PER_STATE = 4  # of one state's element, as a rule
 
     def __init__(self) -> None:
-        self._wanted = 0
-        """How much of what parameters leave is still worth keeping."""
+        self._wanted: Counter[int] = Counter()
+        """How many blocks of what size are still worth keeping, of what parameters leave."""
         self._touching: list[tuple[threading.Thread, list[Tensor]]] = []
         self._blocks: list[Tensor] = []
         self._sizes: list[int] = []
@@ -81,13 +81,16 @@ class StateMemory:
             owned: how many elements of each are this rank's, and how many bytes their states have.
             leaving: the bytes that each of them will leave.
         """
-        largest = max(leaving, default=0)
-        fitting = sum(nbytes for numel, nbytes in owned if numel * self._BYTES_PER_STATE <= largest)
+        states = Counter[int]()
+        for numel, nbytes in owned:
+            nbytes_of_one = numel * self._BYTES_PER_STATE
+            states[nbytes_of_one] += round(nbytes / nbytes_of_one)  # AdamW has a step count of 4 bytes beside them
+        # A whole parameter's state is as large as a parameter; in another's memory it would leave a useless rest
+        fitting = states & Counter(leaving)
         self._wanted += fitting
-        missing = sum(nbytes for _, nbytes in owned) - min(fitting, sum(leaving))
+        missing = sum(nbytes for _, nbytes in owned) - sum(size * count for size, count in fitting.items())
         if missing > 0:
-            states = sum(math.ceil(nbytes / (numel * self._BYTES_PER_STATE)) for numel, nbytes in owned)
-            self._touch(missing + states * self._ALIGNMENT)
+            self._touch(missing + states.total() * self._ALIGNMENT)
 
     def _touch(self, nbytes: int) -> None:
         touched: list[Tensor] = []
@@ -111,8 +114,8 @@ class StateMemory:
         """Take over the memory of a tensor that nobody needs any more, if nobody else can see it."""
         storage = left.untyped_storage()
         seen = not is_unshared(left) or not storage.resizable() or storage.is_shared()  # NumPy's, a file's
-        if self._wanted >= storage.nbytes() > 0 and left.is_cpu and not seen:
-            self._wanted -= storage.nbytes()
+        if self._wanted[storage.nbytes()] and left.is_cpu and not seen:
+            self._wanted[storage.nbytes()] -= 1
             self._insert(torch.empty(0, dtype=torch.uint8).set_(storage))
 
     def _insert(self, block: Tensor) -> None:
@@ -136,7 +139,7 @@ class StateMemory:
     def release(self) -> None:
         """Let go of what hasn't been used, and keep nothing any more."""
         self._take_touched()
-        self._wanted = 0
+        self._wanted.clear()
         self._blocks.clear()
         self._sizes.clear()
 

@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -67,6 +68,19 @@ def test_no_more_is_kept_than_will_be_needed():
     memory.release()
     memory.keep(torch.ones(1))
     assert not memory._blocks
+
+
+def test_a_part_of_a_parameter_takes_no_memory_from_a_whole_one():
+    memory = StateMemory()
+    # AdamW's: two whole parameters' states fit into what two leave, and those of three quarters of a third don't
+    memory.expect([(1000, 8004), (750, 6004)], [4000, 4000, 4000])
+    for _ in range(3):
+        memory.keep(torch.ones(1000))
+    assert Counter(memory._sizes) == {4000: 2}
+    left = {block.data_ptr() for block in memory._blocks}
+    made = [memory.empty((numel,), torch.float32, CPU).data_ptr() for numel in (1000, 1000, 750, 750)]
+    assert set(made[:2]) == left
+    assert abs(made[3] - made[2]) < 2 * 3000 + 1024  # in what was touched
 
 
 def test_what_parameters_dont_leave_is_touched_ahead_of_time_in_one_block():
@@ -190,4 +204,8 @@ def test_states_are_loaded_where_parameters_were_and_then_in_place():
         assert torch.equal(segment.state["exp_avg"].view(-1), expected)
     partition.detach()
     memory = partitioned(net, optimizer, state_bytes)._state_memory
-    assert (memory._wanted, memory._touching, memory._blocks) == (0, [], [])  # the optimizer has its states already
+    assert (memory._wanted, memory._touching, memory._blocks) == (
+        Counter(),
+        [],
+        [],
+    )  # the optimizer has its states already
