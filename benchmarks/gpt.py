@@ -48,9 +48,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         heads = self.query_key_value(self.norm_1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = functional.scaled_dot_product_attention(*heads, is_causal=True)
+        query, key, value = heads
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.projection(attended.transpose(1, 2).reshape(batch, length, width))
-        return x + self.narrow(functional.gelu(self.widen(self.norm_2(x))))
+        wide: Tensor = self.narrow(functional.gelu(self.widen(self.norm_2(x))))
+        return x + wide
 
 
 class GPT(LightningModule):

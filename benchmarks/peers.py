@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -85,19 +85,19 @@ class Fsdp2:
         return {"model": model, "optimizer": optimizer}
 
     def save(self, path: Path) -> None:
-        dcp.save(self._state(), checkpoint_id=path)
+        state_dict_saver.save(self._state(), checkpoint_id=path)
 
     def async_save(self, path: Path, done: Callable[[], None]) -> None:
         """`done` is called when the checkpoint is complete on disk."""
         if self._saving is None:
             self._saving = dist.new_group(backend="gloo")  # it hangs when it shares the training's
-        future: Any = dcp.async_save(self._state(), checkpoint_id=path, process_group=self._saving)
+        future: Any = state_dict_saver.async_save(self._state(), checkpoint_id=path, process_group=self._saving)
         future = getattr(future, "upload_completion", future)
         future.add_done_callback(lambda _: done())
 
     def load(self, path: Path) -> None:
         state = self._state()
-        dcp.load(state, checkpoint_id=path)
+        state_dict_loader.load(state, checkpoint_id=path)
         set_state_dict(
             self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )

@@ -29,11 +29,11 @@ def run_ranks(module: str, *arguments: object, world_size: int = WORLD_SIZE) -> 
         SystemExit: a rank failed; the message has what all of them wrote.
     """
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    port, ranks = free_port(), []
-    for rank in range(world_size):
+    port, ranks = free_port(), list[subprocess.Popen[str]]()
+    for number in range(world_size):
         # A core a rank, as on a node that has one process for each; and no accelerator for DeepSpeed to look for.
         alone = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        env = os.environ | rank_environment(rank, world_size, port) | alone
+        env = os.environ | rank_environment(number, world_size, port) | alone
         ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     try:
         outputs = [rank.communicate(timeout=TIMEOUT_SECONDS) for rank in ranks]

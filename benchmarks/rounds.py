@@ -31,4 +31,4 @@ def median(rounds: Sequence[Mapping[str, Any]], name: str, key: str) -> float:
 
 def median_ratio(rounds: Sequence[Mapping[str, Any]], name: str, reference: str, key: str) -> float:
     """A contestant's figure, where the reference's of the same round is 1."""
-    return statistics.median(each[name][key] / each[reference][key] for each in rounds if name in each)
+    return statistics.median(float(each[name][key]) / float(each[reference][key]) for each in rounds if name in each)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.ranks import WORLD_SIZE
 
@@ -32,6 +33,11 @@ def quiet_trainer(strategy: Any, callback: Callback, **options: Any) -> Trainer:
 def token_batches(count: int, rows: int, tokens: int, vocabulary: int) -> list[Tensor]:
     """Micro-batches of random ids, of shape (rows, tokens)."""
     return [torch.randint(0, vocabulary, (rows, tokens)) for _ in range(count)]
+
+
+def loader(batches: list[Tensor]) -> DataLoader[Tensor]:
+    """Gives them as they are."""
+    return DataLoader(cast("Dataset[Tensor]", batches), batch_size=None)
 
 
 def silence() -> None:

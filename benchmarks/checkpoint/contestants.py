@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from torch.utils.data import DataLoader
 
 from benchmarks.checkpoint.loading import PlainReads, fill_page_cache, load_into, ranges_of_rank, resume, whole_files
 from benchmarks.checkpoint.saving import SaveBehind, SaveInTurns, Turns
 from benchmarks.gpt import GPT, SIZES, Size
 from benchmarks.peers import DeepSpeed, Fsdp2
 from benchmarks.ranks import WORLD_SIZE, Figures
-from benchmarks.training import quiet_trainer, silence, token_batches
+from benchmarks.training import loader, quiet_trainer, silence, token_batches
 from lightning_zero import ZeroCheckpointIO, ZeroStrategy
 
 CONTESTANTS = ("zero", "ddp", "fsdp2", "deepspeed")
@@ -91,7 +91,7 @@ def train_under_lightning(task: Task, strategy: Any, make_turns: Callable[[Train
     trainer = quiet_trainer(strategy, callback, max_steps=STEPS_AT_MOST)
     callback.turns = make_turns(trainer)
     batches = token_batches(64, 1, task.tokens, task.size.vocabulary)
-    trainer.fit(GPT(task.size), DataLoader(batches * (STEPS_AT_MOST // 64), batch_size=None))
+    trainer.fit(GPT(task.size), loader(batches * (STEPS_AT_MOST // 64)))
 
 
 def save_and_watch(trainer: Trainer, path: Path, done: Callable[[], None]) -> None:
@@ -167,7 +167,7 @@ def run_in_a_loop(task: Task, part: str, figures: Figures) -> None:
         fill_page_cache(task.path)
         for _ in range(task.turns):
             peer = make_peer(task)
-            turn = load_into(peer.optimizer, lambda peer=peer: peer.load(task.path))
+            turn = load_into(peer.optimizer, partial(peer.load, task.path))
             if reads is None:
                 ranges = whole_files(task.path, files_of_rank(task))
                 if task.contestant == "deepspeed":
@@ -183,6 +183,7 @@ def run_in_a_loop(task: Task, part: str, figures: Figures) -> None:
         options = {"turns": task.turns, "first": task.first}
         turns = SaveInTurns(figures, peer.save, task.path, task.rank_bytes, **options)
     else:
+        assert isinstance(peer, Fsdp2)  # DeepSpeed has none
         turns = SaveBehind(figures, peer.async_save, task.directory, task.rank_bytes, turns=task.turns)
     train_in_a_loop(task, peer, turns)
 

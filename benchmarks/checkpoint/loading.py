@@ -13,14 +13,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from benchmarks.gpt import GPT, Size
 from benchmarks.machine import PIECE_BYTES, Range, read_seconds, warm_buffer
 from benchmarks.memory import peak_mib, reset_peak, resident_mib
 from benchmarks.peers import state_bytes
 from benchmarks.ranks import Figures
-from benchmarks.training import quiet_trainer, token_batches
+from benchmarks.training import loader, quiet_trainer, token_batches
 from lightning_zero.checkpoint.load import Checkpoint
 
 
@@ -74,7 +73,7 @@ def resume(strategy: Any, size: Size, path: Path, step: int) -> Figures:
     clock = LoadClock()
     clock.watch(strategy)
     trainer = quiet_trainer(strategy, clock, max_steps=step + 1)
-    trainer.fit(GPT(size), DataLoader(token_batches(step + 1, 1, 8, size.vocabulary), batch_size=None), ckpt_path=path)
+    trainer.fit(GPT(size), loader(token_batches(step + 1, 1, 8, size.vocabulary)), ckpt_path=path)
     del trainer, strategy
     gc.collect()  # a Trainer and its module hold each other
     return clock.figures
@@ -127,7 +126,7 @@ class PlainReads:
         self._buffer = warm_buffer(sum(each.nbytes for each in ranges))
 
     def turn(self) -> Figures:
-        warm = self._buffer.split([each.nbytes for each in self._ranges])
+        warm = torch.split(self._buffer, [each.nbytes for each in self._ranges])
         fresh: list[Tensor] = [
             torch.empty(each.nbytes, dtype=torch.uint8) if each.is_new else part
             for each, part in zip(self._ranges, warm, strict=True)

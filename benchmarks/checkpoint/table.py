@@ -67,7 +67,8 @@ def _of(key: str) -> Callable[[Turn], float]:
 
 
 def _steps_beside(turn: Turn) -> float:
-    return statistics.median(turn["steps_beside"]) / float(turn["step_quiet"])
+    steps: list[float] = turn["steps_beside"]
+    return statistics.median(steps) / float(turn["step_quiet"])
 
 
 WRITE = "plain write + fsync of the rank's bytes"
@@ -79,8 +80,12 @@ LOAD = "**lightning_zero, resume**"
 def _save_rows() -> list[Row]:
     rows = [Row(WRITE, "zero save", _of("write"))]
     rows.append(Row(SAVE, "zero save", _of("save"), _of("write"), 1.3))
-    peers = (("ddp", "DDP, torch.save on rank 0, no fsync"), ("fsdp2", "FSDP2 + DCP, save"))
-    for contestant, name in (*peers, ("deepspeed", "DeepSpeed ZeRO-2, save_checkpoint, no fsync")):
+    peers = (
+        ("ddp", "DDP, torch.save on rank 0, no fsync"),
+        ("fsdp2", "FSDP2 + DCP, save"),
+        ("deepspeed", "DeepSpeed ZeRO-2, save_checkpoint, no fsync"),
+    )
+    for contestant, name in peers:
         rows.append(Row(name, f"{contestant} save", _of("save"), _of("write")))
     return rows
 
@@ -97,8 +102,11 @@ def _behind_rows(contestant: str, stall: str, *, bars: bool) -> list[Row]:
 
 
 def _load_rows() -> list[Row]:
-    peers = (("ddp", "DDP, resume by torch.load"), ("fsdp2", "FSDP2 + DCP, load"))
-    peers = (*peers, ("deepspeed", "DeepSpeed ZeRO-2, load_checkpoint"))
+    peers = (
+        ("ddp", "DDP, resume by torch.load"),
+        ("fsdp2", "FSDP2 + DCP, load"),
+        ("deepspeed", "DeepSpeed ZeRO-2, load_checkpoint"),
+    )
     return [
         Row("plain read of the rank's bytes, page cache to warm memory", "zero load", _of("read")),
         Row("plain read, the optimizer's states into new memory", "zero load", _of("read_fresh"), _of("read")),
@@ -157,7 +165,7 @@ def tell(repeats: Sequence[Repeat]) -> list[Told]:
         medians = [_median([row.value(turn) for turn in turns]) for turns in (first, later)]
         if row.unit == "MiB":
             medians[1] = None
-        told.append(Told(row.name, row.source, row.unit, *medians, *ratios, row.bar))
+        told.append(Told(row.name, row.source, row.unit, medians[0], medians[1], ratios[0], ratios[1], row.bar))
     rows = {row.name: row for row in ROWS}
     for comparison in COMPARISONS:
         row, beside = rows[comparison.row], rows[comparison.beside]
@@ -174,7 +182,7 @@ def tell(repeats: Sequence[Repeat]) -> list[Told]:
                 )
             )
         if ratios != [None, None]:
-            told.append(Told(comparison.name, row.source, "", None, None, *ratios, comparison.bar))
+            told.append(Told(comparison.name, row.source, "", None, None, ratios[0], ratios[1], comparison.bar))
     return told
 
 

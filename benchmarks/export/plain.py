@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.export.conversions import into_page_cache
 from benchmarks.ranks import WORLD_SIZE, Figures, run_ranks
@@ -26,7 +26,8 @@ from benchmarks.ranks import WORLD_SIZE, Figures, run_ranks
 if TYPE_CHECKING:
     import torch
 
-EXPORTS = {  # the output's name, the arguments, the checkpoint, bytes written for each that is read
+# The output's name, the arguments, the checkpoint, bytes written for each that is read
+EXPORTS: dict[str, tuple[str, dict[str, Any], str, float]] = {
     ".ckpt": ("model.ckpt", {}, "model", 1.0),
     ".safetensors": ("model.safetensors", {}, "model", 1.0),
     'max_shard_size="500MB"': ("folder", {"max_shard_size": "500MB"}, "model", 1.0),
@@ -124,7 +125,7 @@ def plain(directory: Path, kind: str, written: float) -> Figures:
 def check(directory: Path, name: str) -> None:
     """Read an export back, and compare every element."""
     import torch
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
     file, arguments, *_ = EXPORTS[name]
     path = directory / "out" / file
@@ -150,8 +151,7 @@ def check(directory: Path, name: str) -> None:
     else:
         tensors = {}
         for part in path.glob("*.safetensors") if path.is_dir() else [path]:
-            opened = safe_open(part, "pt")
-            tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            tensors |= load_file(part)
     assert tensors.pop("counter").tolist() == [2**40 + 1]
     expected = shapes(sum(t.numel() for n, t in tensors.items() if n.endswith("weight")))
     assert tensors.keys() == expected.keys()

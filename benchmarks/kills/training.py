@@ -19,7 +19,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 Mode = Literal["sync", "async"]
 
@@ -150,6 +150,7 @@ def train(settings: Settings, rank: int) -> None:
 
     import torch
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from torch.utils.data import DataLoader, Dataset
 
     from lightning_zero import ZeroCheckpoint, ZeroStrategy
     from lightning_zero.checkpoint import kernel
@@ -161,6 +162,8 @@ def train(settings: Settings, rank: int) -> None:
     moments = random.Random(os.getpid())
 
     class Module(LightningModule):
+        steps: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.net = torch.nn.Sequential(
@@ -174,7 +177,8 @@ def train(settings: Settings, rank: int) -> None:
             self.steps += 1
             self.log("score", float(self.trainer.global_step * 7919 % 101))
             time.sleep(moments.uniform(0, 0.01))
-            return (self.net(batch) - batch).pow(2).mean() + sum(part.sum() for part in self.ledger)
+            loss: torch.Tensor = (self.net(batch) - batch).pow(2).mean()
+            return loss + torch.stack([part.sum() for part in self.ledger.parameters()]).sum()
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             groups = [
@@ -187,16 +191,19 @@ def train(settings: Settings, rank: int) -> None:
         """Looks whether what was loaded is all of the step that was resumed from, and writes it down."""
 
         def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+            assert isinstance(module, Module)
+            assert isinstance(trainer.strategy, ZeroStrategy)
             step = trainer.global_step
             expected, momentum = ledger_values(step)
             wrong = [] if int(module.steps) == step else [f"the buffer says {int(module.steps)}"]
             for name, parameter in module.ledger.named_parameters():
                 if not bool((parameter == expected).all()):
-                    wrong.append(f"ledger.{name} is {parameter.unique().tolist()[:5]} and not {expected}")
+                    wrong.append(f"ledger.{name} is {sorted(set(parameter.tolist()))[:5]} and not {expected}")
                 state = trainer.strategy.full_state(parameter)
                 for key, value in (("param", expected), ("momentum_buffer", momentum)):
                     if (key in state or step) and not bool((state[key] == value).all()):
-                        wrong.append(f"{key} of ledger.{name} is {state[key].unique().tolist()[:5]} and not {value}")
+                        found = sorted(set(state[key].tolist()))[:5]
+                        wrong.append(f"{key} of ledger.{name} is {found} and not {value}")
             if wrong:
                 journal.write("mismatch", step=step, text="; ".join(wrong))
                 raise AssertionError(f"resumed at step {step}, but {wrong}")
@@ -218,7 +225,6 @@ def train(settings: Settings, rank: int) -> None:
                     text = f"the save has returned, and latest names step {committed}"
                     journal.write("mismatch", step=self.global_step, text=text)
 
-    options = {"async_save": True} if settings.mode == "async" else {}
     trainer = NotingTrainer(
         accelerator="cpu",
         devices=settings.world_size,
@@ -231,8 +237,8 @@ def train(settings: Settings, rank: int) -> None:
                 settings.save_dir,
                 keep_last=3,
                 every_n_train_steps=settings.every_n_steps,
+                async_save=settings.mode == "async",
                 **settings.retention.options,
-                **options,
             ),
         ],
         logger=False,
@@ -240,5 +246,5 @@ def train(settings: Settings, rank: int) -> None:
         enable_model_summary=False,
     )
     torch.manual_seed(0)
-    rows = torch.randn(256 * 2 * settings.world_size, 16)
-    trainer.fit(Module(), torch.utils.data.DataLoader(rows, batch_size=2), ckpt_path="last")
+    rows = cast("Dataset[torch.Tensor]", torch.randn(256 * 2 * settings.world_size, 16))
+    trainer.fit(Module(), DataLoader(rows, batch_size=2), ckpt_path="last")

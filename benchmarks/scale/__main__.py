@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from lightning_zero.checkpoint.manifest import Entry, FileEntry, Manifest, Optim
 from lightning_zero.checkpoint.plan import Plan
 from lightning_zero.checkpoint.report import Written
 from lightning_zero.checkpoint.shards import Item, safetensors_header, shard_name
-from lightning_zero.segments import Segment, plan_buckets
+from lightning_zero.segments import Bucket, Segment, plan_buckets
 
 RANKS = (8, 64, 256, 1024, 4096)
 BUCKET_BYTES = 25 << 20
@@ -51,14 +51,14 @@ def stopwatch() -> Callable[[], dict[str, float]]:
 # ------------------------------------------------------------------------------------------- what a rank does
 
 
-def partition(model: str, world_size: int, **options: int):
+def partition(model: str, world_size: int, **options: int) -> list[Bucket]:
     """As `engine.partition.Partition` has it: backward reaches the last parameters first."""
     return plan_buckets(
         list(reversed(MODELS[model])), world_size, "element", BUCKET_BYTES, equal_shards=True, **options
     )
 
 
-def segments_of(buckets, rank: int) -> list[Segment]:
+def segments_of(buckets: Sequence[Bucket], rank: int) -> list[Segment]:
     return [segment for bucket in buckets for segment, _ in bucket.owned(rank)]
 
 
@@ -208,8 +208,8 @@ def in_a_child(action: Callable[..., dict[str, float]], *arguments: object) -> d
         answer = pipe.read()
     if os.waitpid(child, 0)[1]:
         raise SystemExit(f"{action.__name__}{arguments} failed")
-    result: dict[str, float] = json.loads(answer)
-    return result
+    told: dict[str, float] = json.loads(answer)
+    return told
 
 
 def measure(model: str, world_size: int, rounds: int, work: Path) -> dict[str, dict[str, float]]:

@@ -6,6 +6,7 @@ python -m benchmarks.scale.plot FILE PICTURE
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -13,24 +14,24 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 COLOURS = {"70B": "#2a78b5", "1T": "#c4521c"}
-PARTS = {"commit": ("rank 0 commits", "-"), "resume": ("every rank resumes", "--"), "plan_partition": ("plans", ":")}
+PARTS = {"commit": ("rank 0 commits", "o-"), "resume": ("every rank resumes", "o--"), "plan_partition": ("plans", "o:")}
 
 
-def draw(results: dict, picture: Path) -> None:
+def draw(results: dict[str, Any], picture: Path) -> None:
     mpl.rcParams.update({"svg.hashsalt": "scale", "font.size": 9})  # the same picture from the same figures
     figure, (segments, seconds, memory) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     for model, cells in results["cells"].items():
         ranks, colour = [int(count) for count in cells], COLOURS[model]
 
-        def curve(axes, values, label, style, marker="o", ranks=ranks, colour=colour):
-            axes.plot(ranks, values, style, color=colour, label=label, marker=marker, markersize=3)
+        look: dict[str, Any] = {"color": colour, "markersize": 3}
 
         made = [cell["manifest"] for cell in cells.values()]
-        curve(segments, [cell["segments"] for cell in made], model, "-")
-        curve(segments, [cell["segments_without_rounds"] for cell in made], f"{model}, each bucket cut", ":", "")
+        segments.plot(ranks, [cell["segments"] for cell in made], "o-", label=model, **look)
+        in_cuts = [cell["segments_without_rounds"] for cell in made]
+        segments.plot(ranks, in_cuts, ":", label=f"{model}, each bucket cut", **look)
         for part, (title, style) in PARTS.items():
-            curve(seconds, [cell[part]["cpu_seconds"] for cell in cells.values()], f"{model}: {title}", style)
-            curve(memory, [cell[part]["memory_mb"] for cell in cells.values()], f"{model}: {title}", style)
+            for axes, key in ((seconds, "cpu_seconds"), (memory, "memory_mb")):
+                axes.plot(ranks, [cell[part][key] for cell in cells.values()], style, label=f"{model}: {title}", **look)
     for axes, title in ((segments, "segments"), (seconds, "seconds"), (memory, "memory above the imports, MB")):
         axes.set(title=title, xlabel="ranks", xscale="log", xticks=ranks, xticklabels=ranks)
         axes.minorticks_off()

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from gpt import StandardLibrary
+from gpt import ElasticSampler, StandardLibrary
 
 from benchmarks.kills.training import read_journal
 from benchmarks.soak.training import BLOCK_SIZE, GLOBAL_BATCH, Settings, read_memory, read_steps
@@ -251,6 +251,7 @@ def expected_windows(seed: int, steps: int) -> list[int]:
     data.setup("fit")
     text = data.training_windows.text.numpy().tobytes()
     sampler = data.train_dataloader().sampler
+    assert isinstance(sampler, ElasticSampler)
     expected, epoch = [0], 0
     while len(expected) <= steps:
         sampler.set_epoch(epoch)

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
 import lightning_zero  # noqa: F401  (registers the strategies)
@@ -28,7 +27,7 @@ from benchmarks.gpt import GPT, Size
 from benchmarks.memory import peak_mib
 from benchmarks.peers import DeepSpeed, ForwardAndBackward, Fsdp2, Steps
 from benchmarks.ranks import Figures
-from benchmarks.training import quiet_trainer, silence, token_batches
+from benchmarks.training import loader, quiet_trainer, silence, token_batches
 
 WARM_UP_STEPS = 2
 """They touch memory for the first time, and are not counted."""
@@ -76,7 +75,7 @@ def under_trainer(strategy: str, model: type[GPT] = GPT) -> Contestant:
     def train(training: Training) -> list[float]:
         clock = Clock()
         trainer = quiet_trainer(strategy, clock, max_steps=training.steps, accumulate_grad_batches=training.accumulate)
-        trainer.fit(model(training.size), DataLoader(training.batches(), batch_size=None))
+        trainer.fit(model(training.size), loader(training.batches()))
         return clock.ends
 
     return train
