@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401  # registers its end first, and so comes after ours: see `_finish`
 import threading
+import weakref
 from collections.abc import Callable
+
+_started: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 def start_thread(work: Callable[[], object], name: str) -> threading.Thread | None:
@@ -17,4 +21,17 @@ def start_thread(work: Callable[[], object], name: str) -> threading.Thread | No
         thread.start()
     except RuntimeError:
         return None
+    _started.add(thread)
     return thread
+
+
+def _finish() -> None:
+    """Wait for all of them when the process ends.
+
+    Python would do it too, but only after it has closed every `ThreadPoolExecutor`, which they may still need.
+    """
+    for thread in list(_started):
+        thread.join()
+
+
+threading._register_atexit(_finish)  # type: ignore[attr-defined]

@@ -20,6 +20,7 @@ import secrets
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,8 +105,9 @@ class BackgroundExport:
             self._note(str(output), error)
 
     def _note(self, what: str, error: Exception) -> None:
-        warnings.warn(f"{what} was not written: {error}. Training goes on, and fails at its end", stacklevel=2)
         self._error = self._error or error
+        with suppress(UserWarning):  # where warnings are made errors, that would end the thread; `join` raises this one
+            warnings.warn(f"{what} was not written: {error}. Training goes on, and fails at its end", stacklevel=2)
 
     def wait(self) -> None:
         """Wait until nothing is under way."""

@@ -1,7 +1,10 @@
 """Exports behind training: what they read can't be removed under them."""
 
 import os
+import subprocess
+import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -91,6 +94,34 @@ def test_the_first_error_is_raised_once_and_the_others_are_warned_of(tmp_path: P
     with pytest.raises(OSError, match=r"no room for 3\.ckpt"):
         exports.join()
     exports.join()
+
+
+def test_an_error_is_raised_in_the_end_where_warnings_are_errors_too(tmp_path: Path) -> None:
+    exports = BackgroundExport()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exports.begin(Sample().save(tmp_path / "tag"), by_step, lambda directory, output: output.stat())
+        with pytest.raises(FileNotFoundError, match=r"3\.ckpt"):
+            exports.join()
+
+
+def test_a_process_that_ends_without_waiting_for_its_export_writes_it_all_the_same(tmp_path: Path) -> None:
+    Sample().save(tmp_path / "tag")
+    script = """if True:
+        import sys, time
+        from pathlib import Path
+        from lightning_zero.checkpoint.background_export import BackgroundExport
+        from lightning_zero.checkpoint.export import Wanted, export
+        from lightning_zero.checkpoint.reader import Reader
+
+        def write(directory, output):
+            time.sleep(0.5)
+            export(Reader(directory), output, Wanted())
+
+        BackgroundExport().begin(Path(sys.argv[1]) / "tag", lambda manifest: Path(sys.argv[1]) / "model.ckpt", write)
+    """
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "model.ckpt", "tag"]
 
 
 def test_where_there_can_be_no_more_threads_it_is_done_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
