@@ -130,7 +130,7 @@ class TrainingReport(Callback):
             line.pop()
         line.append((step, value))
         if len(line) > _KEPT:
-            del line[::2]
+            del line[1::2]  # an odd number: the first stays, and the last
 
     def _measure(self, trainer: Trainer) -> None:
         """Every rank's memory by kind. Called on every rank."""

@@ -9,6 +9,7 @@ import torch
 
 from lightning_zero import TrainingReport, ZeroCheckpoint, ZeroStrategy
 from lightning_zero.checkpoint.report import SaveReport
+from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.plugin.charts import line_chart, stacked_bars
 from tests.launch import distributed, run_ranks
 from tests.models import Model, fit
@@ -95,6 +96,20 @@ def test_a_run_that_has_saved_thousands_of_times_keeps_the_newest_figures_and_dr
     page._write(trainer)
     assert drawn == list(range(1, 2501))
     assert [save["step"] for save in strategy.saves.history] == list(range(1501, 2501))
+
+
+def test_a_long_curve_is_thinned_out_and_keeps_its_ends():
+    page = TrainingReport()
+    for step in range(5000):
+        page._add("loss", step, 1.0)
+        assert page.curves["loss"][0][0] == 0
+        assert page.curves["loss"][-1][0] == step
+    assert len(page.curves["loss"]) <= 1000
+
+
+def test_before_a_fit_nothing_is_partitioned_whose_memory_could_be_told():
+    with pytest.raises(UnsupportedModelError, match="nothing is partitioned"):
+        ZeroStrategy().memory_bytes()
 
 
 def test_a_path_that_is_no_page_is_refused():
