@@ -223,8 +223,10 @@ class Ranks:
     def _told(self, outcome: tuple[Exception | None, Any]) -> list[tuple[Exception | None, Any]]:
         """What came of something on each rank, in the order of the ranks.
 
-        What can't be pickled is told of as an error.
+        What can't be pickled is told of as an error. A rank that is alone needs no group for it: there may be none.
         """
+        if self.count == 1:
+            return [outcome]
         try:
             content = pickle.dumps(outcome)
         except Exception as error:

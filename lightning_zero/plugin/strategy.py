@@ -549,9 +549,9 @@ class ZeroStrategy(DDPStrategy):
 
     def memory_bytes(self) -> dict[str, float]:
         """What this rank holds, in bytes and by kind: parameters, masters, optimizer states, gradients, buckets."""
-        assert self.model is not None
-        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}
-        return {"parameters": sum(storages.values()), **self._partitioned.memory_bytes()}
+        held = self._partitioned.memory_bytes()
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self._module.parameters()}
+        return {"parameters": sum(storages.values()), **held}
 
     # --- checkpoints ---
 
@@ -632,11 +632,8 @@ class ZeroStrategy(DDPStrategy):
             self._partition.take_in_new_parameters()
             states = [self._partition.whole_state_dict(optimizer) for optimizer in self.optimizers]
             checkpoint = {**checkpoint, "optimizer_states": states}
-        write = partial(self.checkpoint_io.save_checkpoint, checkpoint, path, storage_options=storage_options)
-        if dist.is_initialized():
-            self._ranks.decided_by_first(write)
-        else:  # after a fit in spawned processes
-            write()
+        io = self.checkpoint_io
+        self._ranks.decided_by_first(partial(io.save_checkpoint, checkpoint, path, storage_options=storage_options))
 
     def save_zero_checkpoint(
         self,
