@@ -101,15 +101,12 @@ class SharedSignals:
         rank_zero_info("Interrupted: training stops after this batch; interrupt again to stop at once.")
 
     def restore(self) -> None:
-        """Give SIGINT its handler back."""
+        """Give SIGINT its handler back, and let go of the process group, whose threads end with the last who has it."""
+        self._group = self._agreeing = None
         if self._on_sigint_before is not None:
             signal.signal(signal.SIGINT, self._on_sigint_before)
             self._on_sigint_before = None
         self._trainer.fit_loop.epoch_loop.__dict__.pop("advance", None)
-
-    def release(self) -> None:
-        """Let go of the process group."""
-        self._group = self._agreeing = None
 
     def _advance_alone(self, fetcher: Any) -> None:
         """A batch of a rank that has nobody to agree with. An interrupt stops it before that, SIGTERM Lightning."""

@@ -2,6 +2,7 @@
 
 import os
 import time
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from lightning_zero import ZeroStrategy
 from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError
 from lightning_zero.plugin.alike import give_first_ranks_values
-from lightning_zero.plugin.ranks import Ranks
+from lightning_zero.plugin.ranks import Ranks, _leave
 from tests.launch import distributed, run_ranks
 from tests.models import Model, fit
 
@@ -50,6 +51,15 @@ def test_what_cant_be_told_on_one_rank_fails_on_all():
     with pytest.raises(Exception, match="lambda"):
         ranks.everyones(lambda: [lambda: 1] if dist.get_rank() == 1 else [1])
     ranks.release()
+
+
+@distributed(world_size=2, process_group=False)
+def test_when_the_process_ends_nothing_of_a_strategy_that_is_left_holds_its_groups():
+    _, trainer = fit(strategy=ZeroStrategy(), world_size=2, max_steps=1)
+    ranks = trainer.strategy._ranks
+    control = weakref.ref(ranks.control)
+    _leave(weakref.ref(ranks))
+    assert control() is None
 
 
 @distributed(world_size=2)
