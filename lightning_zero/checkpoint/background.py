@@ -19,7 +19,6 @@ from functools import partial
 from typing import Literal
 
 from lightning_zero.checkpoint import kernel
-from lightning_zero.checkpoint.report import SaveReport
 from lightning_zero.threads import start_thread
 
 _State = Literal["idle", "running", "failed"]
@@ -34,9 +33,8 @@ class BackgroundSave:
         self._state: _State = "idle"
         self._afterwards: list[Callable[[], object]] = []
         self._error: BaseException | None = None
-        self._reports: list[SaveReport] = []
 
-    def begin(self, save: Callable[[], SaveReport]) -> None:
+    def begin(self, save: Callable[[], object]) -> None:
         """Begin a save in a thread; the one before has been joined."""
         if self._state != "idle":
             raise RuntimeError("a save is under way, or has failed; join it first")
@@ -45,15 +43,13 @@ class BackgroundSave:
         if self._thread is None:  # the other ranks wait for this one
             self._run(save)
 
-    def _run(self, save: Callable[[], SaveReport]) -> None:
+    def _run(self, save: Callable[[], object]) -> None:
         try:
-            report = save()
+            save()
         except BaseException as error:
             with self._lock:
                 self._state, self._error, self._afterwards = "failed", error, []
             return
-        with self._lock:
-            self._reports.append(report)
         while (action := self._next()) is not None:
             _quietly(action)
 
@@ -77,12 +73,6 @@ class BackgroundSave:
             if self._state != "idle":
                 return
         _quietly(action)
-
-    def take_reports(self) -> list[SaveReport]:
-        """What the saves did that were done since this was last asked."""
-        with self._lock:
-            reports, self._reports = self._reports, []
-        return reports
 
     def join(self) -> BaseException | None:
         """Wait for the save that is under way; its error, if it failed, and only once."""

@@ -17,11 +17,12 @@ would need the whole gradient, and is an error with a way out, never a silent no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_zero.errors import UnsupportedModelError
 
@@ -84,8 +85,7 @@ class PartitionedGradient(torch.Tensor):
         result = NotImplemented if operation is None else operation(func, *args, **(kwargs or {}))
         if result is not NotImplemented:
             return result
-        given = _flatten((args, list((kwargs or {}).values())))
-        names = [tensor._name for tensor in given if isinstance(tensor, cls)]
+        names = [tensor._name for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, cls)]
         raise UnsupportedModelError(
             f"the gradient of {names[0]!r} is partitioned over the ranks; no rank holds it whole, and {func} can't "
             "be done with it. self.trainer.strategy.full_grad(parameter) puts it together, on every rank; "
@@ -110,14 +110,6 @@ class PartitionedGradient(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PartitionedGradient({self._name!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
-
-
-def _flatten(values: Any) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            yield from _flatten(value)
-        else:
-            yield value
 
 
 def _add(func: Any, gradient: Any, other: Any, alpha: float = 1) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -114,7 +115,7 @@ class ZeroCheckpointIO(TorchCheckpointIO):
         self.node_local = node_local
         self.last_save: SaveReport | None = None
         """What the last save did that is done."""
-        self._reports: list[SaveReport] = []
+        self._reports: deque[SaveReport] = deque()  # a thread may add to it
         self._frozen: StoredFile | None = None
         self._path_behind: Location | None = None
         self._verified: Manifest | None = None
@@ -167,18 +168,17 @@ class ZeroCheckpointIO(TorchCheckpointIO):
             began=prepared.began,
         )
 
-        def save() -> SaveReport:
-            report = rest()
-            self.last_save = report
+        def save() -> None:
+            self.last_save = report = rest()
+            self._reports.append(report)
             if prepared.update_latest and report.frozen is not None:  # others may be removed at once
                 self._frozen = report.frozen
-            return report
 
         self._path_behind = directory if prepared.behind else None
         if prepared.behind:
             self._background.begin(save)
         else:
-            self._reports.append(save())
+            save()
 
     def is_being_saved(self, path: str | Path) -> bool:
         """Whether a save of this very path is under way behind training."""
@@ -196,8 +196,7 @@ class ZeroCheckpointIO(TorchCheckpointIO):
 
     def take_reports(self) -> list[SaveReport]:
         """What the saves did that were done since this was last asked."""
-        reports, self._reports = [*self._reports, *self._background.take_reports()], []
-        return reports
+        return [self._reports.popleft() for _ in range(len(self._reports))]
 
     def reserve(self, nbytes: int, *, pinned: bool) -> None:
         """Get the host memory of a save behind training, ahead of the first: see `Snapshot.reserve`."""
