@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_zero.checkpoint.elements import FLOATING, Elements
+from lightning_zero.checkpoint.elements import Elements
 from lightning_zero.checkpoint.reader import Reader, require_trainer
-from lightning_zero.checkpoint.tensors import CODES, DTYPES_BY_CODE, LazyTensor, tensor_bytes
+from lightning_zero.checkpoint.tensors import DTYPES_BY_CODE, LazyTensor, tensor_bytes
 from lightning_zero.checkpoint.torch_file import require_dict
 from lightning_zero.checkpoint.trust import unpickle
 from lightning_zero.errors import CorruptCheckpointError
@@ -21,29 +21,11 @@ from lightning_zero.errors import CorruptCheckpointError
 class Checkpoint(Reader):
     """One tag's directory, open for reading; see `Reader`."""
 
-    def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The module's state dict, unread; tied tensors are one object, their other names at the end.
-
-        Args:
-            dtype: of the floating tensors; as they are stored where it is None (fp32 or wider for what was trained).
-        """
+    def state_dict(self) -> dict[str, Tensor]:
+        """The module's state dict, unread, as it is stored (fp32 or wider for what was trained); see `model`."""
         model = self.model()
-        tensors = {
-            id(elements): LazyTensor(
-                elements.shown_in(CODES[dtype]) if dtype is not None and elements.stored in FLOATING else elements
-            )
-            for elements in model.values()
-        }
-        return {name: tensors[id(elements)] for name, elements in model.items()}
-
-    def optimizer_state(self, index: int, *, weights_only: bool = True) -> dict[str, Any]:
-        """One optimizer's state in torch's own format: element-wise state unread, of its parameter's full shape.
-
-        Args:
-            index: of the optimizer.
-            weights_only: for `trainer`, where the parameter groups are.
-        """
-        return self._optimizer_state(index, self.trainer(weights_only).get("optimizer_states", []), as_tensor)
+        tensors = {elements: LazyTensor(elements) for elements in model.values()}
+        return {name: tensors[elements] for name, elements in model.items()}
 
     def trainer(self, weights_only: bool = True) -> dict[str, Any]:
         """Everything that is no tensor of the model or of an optimizer: `trainer.pt`, with placeholders for large ones.

@@ -63,8 +63,8 @@ class Ordered(dict[Any, Any]):
 
     __slots__ = ("states",)
 
-    def __init__(self, items: Mapping[Any, Any] | Iterable[tuple[Any, Any]] = ()) -> None:
-        super().__init__(items)
+    def __init__(self) -> None:
+        super().__init__()
         self.states: list[Any] = []
 
 

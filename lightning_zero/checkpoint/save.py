@@ -138,13 +138,7 @@ def begin_save(
 
 
 def save_for_ranks(
-    directory: Location,
-    contents: Iterable[RankContent],
-    shared: SharedContent,
-    *,
-    world_size: int,
-    update_latest: bool = True,
-    fsync: bool = True,
+    directory: Location, contents: Iterable[RankContent], shared: SharedContent, *, world_size: int
 ) -> SaveReport:
     """Save what several ranks held, in one process without a group: a rank after the other.
 
@@ -153,8 +147,6 @@ def save_for_ranks(
         contents: of each rank, in their order; asked for the next one when one is written.
         shared: what they have in common.
         world_size: how many there are.
-        update_latest: have `latest` name the tag.
-        fsync: make everything durable before it takes its name.
 
     Raises:
         CheckpointWriteError: a file can't be written. As with whatever `contents` raises, nothing has changed then.
@@ -164,10 +156,10 @@ def save_for_ranks(
     proposal = Proposal(directory, content, None)
     with abandoning(proposal):
         plan = replace(proposal.agreed(), world_size=world_size)
-        written = [write(plan, prepare(0, directory, content, shared), fsync=fsync)]
+        written = [write(plan, prepare(0, directory, content, shared))]
         for rank, content in enumerate(ranks, 1):
-            written.append(write(replace(plan, rank=rank), prepare(rank, directory, content, shared), fsync=fsync))
-    return finish(plan, written[0], shared, others=written[1:], update_latest=update_latest, fsync=fsync)
+            written.append(write(replace(plan, rank=rank), prepare(rank, directory, content, shared)))
+    return finish(plan, written[0], shared, others=written[1:])
 
 
 def _refuse_to_leave_latest_without_states(

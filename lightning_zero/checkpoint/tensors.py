@@ -61,18 +61,17 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(memory).cast("B")
 
 
-def tensor_chunks(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[memoryview]:
+def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
     """A tensor's bytes in the order of its elements, in chunks that are each gone when the next is asked for.
 
-    Contiguous CPU memory is given as it is. Another device's, another dtype's and a `LazyTensor`'s comes through one
-    buffer of `BUFFER_BYTES`.
+    Contiguous CPU memory is given as it is. Another device's and a `LazyTensor`'s comes through one buffer of
+    `BUFFER_BYTES`.
     """
-    dtype = dtype or tensor.dtype
     if isinstance(tensor, LazyTensor):
         read: Callable[[int, int, Tensor], object] = tensor.read_range
     else:
         flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
-        if flat.is_cpu and flat.dtype == dtype:
+        if flat.is_cpu:
             whole = tensor_bytes(flat)
             step = 2 * BUFFER_BYTES  # still in the cache when the checksum has gone over it
             yield from (whole[begin : begin + step] for begin in range(0, len(whole), step))
@@ -81,10 +80,10 @@ def tensor_chunks(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[
         def read(start: int, stop: int, out: Tensor) -> object:
             return out.copy_(flat[start:stop])
 
-    numel, step = tensor.numel(), BUFFER_BYTES // dtype.itemsize
+    numel, step = tensor.numel(), BUFFER_BYTES // tensor.dtype.itemsize
     for start in range(0, numel, step):
         count = min(step, numel - start)
-        part = _buffer(count, dtype, "chunks", pinned=tensor.is_cuda)
+        part = _buffer(count, tensor.dtype, "chunks", pinned=tensor.is_cuda)
         read(start, start + count, part)
         yield tensor_bytes(part)
 

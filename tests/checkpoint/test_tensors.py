@@ -160,8 +160,8 @@ def test_a_range_is_read_into_any_dtype_and_layout(
         part = torch.empty(stop - start, dtype=target)
         tensor.read_range(start, stop, part)
         assert torch.equal(part, real.view(-1)[start:stop].to(target))
-        chunks = b"".join(bytes(chunk) for chunk in tensor_chunks(tensor, target))
-        assert chunks == bytes(tensor_bytes(real.to(target)))
+        chunks = b"".join(bytes(chunk) for chunk in tensor_chunks(tensor))
+        assert chunks == bytes(tensor_bytes(real.to(shown)))
     finally:
         tensors.BUFFER_BYTES = old
         tensors._buffers.__dict__.clear()

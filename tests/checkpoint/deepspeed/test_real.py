@@ -170,7 +170,7 @@ def assert_bit_for_bit(save_dir: Path, held: Held, buffers: dict[str, Tensor], *
     for name, value in Net().frozen.named_parameters():
         stored = state_dict[f"frozen.{name}"].contiguous()
         assert torch.equal(stored, value.to(stored.dtype)), name
-    state = checkpoint.optimizer_state(0)
+    state = checkpoint.lightning_checkpoint()["optimizer_states"][0]
     names = [name for group in checkpoint.manifest.optimizers[0].parameters for name in group]
     module = Net(one_group)
     in_order = {parameter: name for name, parameter in module.named_parameters()}

@@ -44,7 +44,7 @@ def assert_holds(save_dir: Path, run: Run, *, prefix: str = "", states: bool = T
     if not states:
         assert checkpoint.manifest.optimizers == ()
         return checkpoint
-    saved = checkpoint.optimizer_state(0)
+    saved = checkpoint.lightning_checkpoint()["optimizer_states"][0]
     names = [name for group in checkpoint.manifest.optimizers[0].parameters for name in group]
     parameters = dict(run.module.named_parameters())
     assert names == [

@@ -30,7 +30,10 @@ def assert_holds(save_dir: Path, module: nn.Module, optimizer: Any = None, *, pr
     assert len(checkpoint.manifest.optimizers) == (optimizer is not None)
     if optimizer is None:
         return checkpoint
-    saved, names = checkpoint.optimizer_state(0), {p: prefix + name for name, p in module.named_parameters()}
+    saved, names = (
+        checkpoint.lightning_checkpoint()["optimizer_states"][0],
+        {p: prefix + name for name, p in module.named_parameters()},
+    )
     assert checkpoint.manifest.optimizers[0].parameters == tuple(
         tuple(names[p] for p in group["params"]) for group in optimizer.param_groups
     )
@@ -173,7 +176,7 @@ def test_plain_states_and_rates_that_are_tensors_stay_what_they_are(tmp_path: Pa
     for group in state["optimizer"]["param_groups"]:
         group["lr"] = torch.tensor(0.5)
     checkpoint = Checkpoint(import_fsdp_checkpoint(forge(tmp_path / "theirs", state), tmp_path / "ours"))
-    saved = checkpoint.optimizer_state(0)
+    saved = checkpoint.lightning_checkpoint()["optimizer_states"][0]
     assert saved["param_groups"][0]["lr"] == torch.tensor(0.5)
     assert saved["state"][0]["kind"] == "x"
     assert saved["state"][0]["step"].contiguous() == 5

@@ -176,7 +176,10 @@ def test_what_fsdp_held_is_imported_bit_for_bit(name: str, root: Path, written: 
     theirs, ours = [rank[SOURCES[name].split("/")[0]][0] for rank in written], checkpoint.state_dict()
     assert list(ours) == list(Net().state_dict())
     assert checkpoint.manifest.step == STEPS
-    saved, groups = checkpoint.optimizer_state(0), Net().configure_optimizers()["optimizer"].param_groups
+    saved, groups = (
+        checkpoint.lightning_checkpoint()["optimizer_states"][0],
+        Net().configure_optimizers()["optimizer"].param_groups,
+    )
     parameters = checkpoint.manifest.optimizers[0].parameters
     assert list(map(len, parameters)) == [len(group["params"]) for group in groups]
     assert [group["weight_decay"] for group in saved["param_groups"]] == [group["weight_decay"] for group in groups]
