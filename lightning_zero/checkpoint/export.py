@@ -27,7 +27,7 @@ import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ from lightning_zero.checkpoint.plain_loops import plain_loops
 from lightning_zero.checkpoint.reader import Reader
 from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.checkpoint.storage import Location, PathOrUrl, is_remote, locate, names_in, remove_file
-from lightning_zero.checkpoint.torch_file import write_torch_file
+from lightning_zero.checkpoint.torch_file import Progress, write_torch_file
 from lightning_zero.errors import CheckpointMismatchError, CorruptCheckpointError
 
 if TYPE_CHECKING:
@@ -60,12 +60,6 @@ PLAIN_STATE_DICTS = (".bin", ".pt", ".pth")
 _DEAD_SECONDS = 24 * 3600
 _OURS = "lightning_zero_"
 """How the keys begin, in Lightning's dict and among an optimizer's states, that only a resume has a use for."""
-
-Progress = Callable[[int], None]
-
-
-def _no_progress(nbytes: int) -> None:
-    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +134,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     dtype: torch.dtype | str | None = None,
     with_optimizer: bool = False,
     submodule: str = "",
-    progress: Progress = _no_progress,
+    progress: Progress = lambda nbytes: None,
     weights_only: bool = True,
 ) -> None:
     """Write the model to one file, or to a folder of them; or what any strategy resumes training from.
@@ -193,7 +187,7 @@ def export(
     *,
     max_shard_bytes: int | None = None,
     trainer: bytes | None = None,
-    progress: Progress = _no_progress,
+    progress: Progress = lambda nbytes: None,
     weights_only: bool = True,
 ) -> None:
     """Write what is wanted of a checkpoint: see `convert_zero_checkpoint_to_fp32_state_dict`.

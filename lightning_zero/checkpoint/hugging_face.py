@@ -21,7 +21,7 @@ _HEADER_ALIGNMENT = 64
 
 
 def write_safetensors(
-    path: Location, tensors: Mapping[str, Elements], progress: Callable[[int], None], overflows: set[Elements]
+    path: Location, tensors: Mapping[str, Elements], progress: Callable[[int], object], overflows: set[Elements]
 ) -> None:
     """Write one file, which is durable when this returns.
 
@@ -50,7 +50,7 @@ def write_folder(
     folder: Location,
     tensors: Mapping[str, Elements],
     max_shard_bytes: int,
-    progress: Callable[[int], None],
+    progress: Callable[[int], object],
     overflows: set[Elements],
 ) -> None:
     """Write `model.safetensors`, or numbered files with an index that says where each tensor is."""

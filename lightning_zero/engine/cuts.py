@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import optim
 from torch.optim import Optimizer
@@ -67,20 +68,17 @@ class Cut:
     reason: str
 
 
-def cut_for(optimizer: Optimizer, requested: str, *, alone: bool) -> Cut:
+def cut_for(optimizer: Optimizer, requested: Policy | Literal["auto"], *, alone: bool) -> Cut:
     """How an optimizer's parameters can be cut.
 
     Args:
         optimizer: the user's.
-        requested: `"element"`, `"parameter"` or `"auto"`.
+        requested: a policy; or `"auto"`: the one that the optimizer's class allows.
         alone: one rank has all parameters, and they are their own masters: then nothing is cut, and anything works.
 
     Raises:
         UnsupportedModelError: the optimizer can't work on a part of the parameters at all.
-        ValueError: `requested` is none of `"auto"`, `"element"`, `"parameter"`.
     """
-    if requested not in ("auto", "element", "parameter"):
-        raise ValueError(f'partition must be "auto", "element" or "parameter", not {requested!r}')
     kind = type(optimizer)
     if not alone:
         if kind not in ELEMENT_WISE and optimizer.defaults.get("max_grad_norm"):
@@ -100,7 +98,7 @@ def cut_for(optimizer: Optimizer, requested: str, *, alone: bool) -> Cut:
                 "sparse=False; or DDPStrategy."
             )
     if requested != "auto":
-        return Cut("element" if requested == "element" else "parameter", f'as partition="{requested}" says')
+        return Cut(requested, f'as partition="{requested}" says')
     # The exact type: a subclass may override `step` with something that looks at more than one element.
     if kind in ELEMENT_WISE:
         return Cut("element", "its update of an element looks at that element alone")

@@ -129,8 +129,7 @@ class SegmentedOptimizer:
         self._turns: list[list[ParameterBucket]] = []  # the buckets of the step under way
         self._users_params: list[list[Parameter]] = []
         self._stand_ins: dict[int, Parameter] = {}  # by the group's place: see `_placeholders`
-        self.buckets: list[ParameterBucket] = []
-        self._held: set[ParameterBucket] = set()  # the same; asked for each parameter in each step
+        self.buckets: dict[ParameterBucket, None] = {}  # in their order; asked for each parameter in each step
         # An optimizer that is used for a second fit goes on with the state that it has by the first one's masters.
         former = getattr(getattr(optimizer.state_dict, "__func__", None), _OWNER, None)
         self._former = {} if former is None else {parameter: piece for parameter, (_, piece) in former._pieces.items()}
@@ -174,8 +173,7 @@ class SegmentedOptimizer:
 
     def add(self, buckets: Sequence[ParameterBucket]) -> None:
         """Take in buckets with this optimizer's parameters, and cut the state that it came with."""
-        self.buckets += buckets
-        self._held.update(buckets)
+        self.buckets |= dict.fromkeys(buckets)
         state = self.optimizer.state
         for bucket in buckets:
             for piece in bucket.pieces:
@@ -190,10 +188,6 @@ class SegmentedOptimizer:
                     state[piece.master][key] = _part_of(value, key, piece, torch.empty_like)
             for slot in bucket.slots if not bucket.is_own_master else ():
                 state.pop(slot.parameter, None)
-
-    def holds(self, bucket: ParameterBucket) -> bool:
-        """Whether the bucket is among this optimizer's."""
-        return bucket in self._held
 
     def detach(self) -> None:
         """Give the optimizer its own methods back."""
@@ -246,7 +240,7 @@ class SegmentedOptimizer:
                         key: value.view(shape)
                         if isinstance(value, Tensor) and value.shape == piece.master.shape
                         else value
-                        for key, value in self.optimizer.state.get(piece.master, {}).items()
+                        for key, value in self.optimizer.state[piece.master].items()
                     }
         result = {"state": state, "param_groups": groups, **own}
         for hook in self._hooks_of("state_dict_post"):
@@ -414,7 +408,7 @@ class SegmentedOptimizer:
         self._turns = []
         self.is_stepping = False
 
-    def _publish(self, buckets: Sequence[ParameterBucket]) -> list[tuple[ParameterBucket, Pending]]:
+    def _publish(self, buckets: Iterable[ParameterBucket]) -> list[tuple[ParameterBucket, Pending]]:
         """Send everybody the segments of these buckets."""
         moved = [bucket for bucket in buckets if not bucket.is_own_master]
         for bucket in moved:
@@ -453,7 +447,7 @@ class SegmentedOptimizer:
 
         return evaluate
 
-    def take_over_outside_writes(self, buckets: Sequence[ParameterBucket] | None = None) -> None:
+    def take_over_outside_writes(self, buckets: Iterable[ParameterBucket] | None = None) -> None:
         """Bring what was written into parameters since the last step into the masters."""
         buckets = self.buckets if buckets is None else buckets
         buckets = [bucket for bucket in buckets if not bucket.is_own_master]
@@ -485,7 +479,7 @@ class SegmentedOptimizer:
         self._users_params = [group["params"] for group in self.optimizer.param_groups]
         self._let_groups_hold(self._turns[0] if len(self._turns) > 1 else self.buckets)
 
-    def _let_groups_hold(self, buckets: Sequence[ParameterBucket]) -> None:
+    def _let_groups_hold(self, buckets: Iterable[ParameterBucket]) -> None:
         """Let the param groups hold the masters of some buckets, in the order of the user's parameters."""
         held = set(buckets)
         for index, (group, parameters) in enumerate(zip(self.optimizer.param_groups, self._users_params, strict=True)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from lightning_zero.engine.gradients import GradientReducer
 from lightning_zero.engine.optimizer import OwnedSegment, SegmentedOptimizer, copy_range
 from lightning_zero.engine.stand_in import PartitionedGradient
 from lightning_zero.errors import UnsupportedModelError
-from lightning_zero.segments import ParameterSpec, plan_buckets
+from lightning_zero.segments import ParameterSpec, Policy, plan_buckets
 
 
 class Partition:
@@ -54,7 +54,7 @@ class Partition:
         collectives: Collectives,
         *,
         stage: int,
-        partition: str = "auto",
+        partition: Policy | Literal["auto"] = "auto",
         bucket_bytes: int,
         reduce_dtype: torch.dtype | None = None,
         find_unused_parameters: bool = False,
@@ -82,10 +82,11 @@ class Partition:
             find_unused_parameters=find_unused_parameters,
         )
         self.arrivals = Arrivals()
-        self._segmented = [
+        self.segmented = [
             SegmentedOptimizer(optimizer, self.reducer, self.take_in_new_parameters, before_change, self.arrivals)
             for optimizer in optimizers
         ]
+        """The optimizers, in the order in which they were given."""
         self._unowned = [p for p in module.parameters() if p.requires_grad]
         self.take_in_new_parameters()
 
@@ -98,7 +99,7 @@ class Partition:
                     bucket = self._by_parameter.get(parameter)
                     if bucket is None:
                         holders.setdefault(parameter, []).append(index)
-                    elif not self._segmented[index].holds(bucket):
+                    elif bucket not in self.segmented[index].buckets:
                         self._share(bucket, index)
         if not holders:
             return
@@ -120,7 +121,7 @@ class Partition:
                 f"{type(self._optimizers[index]).__name__} needs whole parameters, and was given some that another "
                 'optimizer has in parts; use ZeroStrategy(partition="parameter")'
             )
-        self._segmented[index].add([bucket])
+        self.segmented[index].add([bucket])
 
     def _names(self, parameters: Mapping[Parameter, Any]) -> dict[Parameter, str]:
         """The names of the given parameters, in the module's order; those of no module's get one of their own."""
@@ -193,13 +194,13 @@ class Partition:
                 self._by_parameter[slot.parameter] = bucket
         self.reducer.add(buckets)
         for index in indices:
-            self._segmented[index].add(buckets)
+            self.segmented[index].add(buckets)
 
     def detach(self) -> None:
         """Undo everything but the memory layout: hooks, stand-ins and wrapped methods. No collective."""
         self.reducer.detach()
         self.arrivals.detach()
-        for segmented in self._segmented:
+        for segmented in self.segmented:
             segmented.drop_gradients()
             segmented.detach()
         self.release_state_memory()
@@ -248,18 +249,13 @@ class Partition:
                     copy_range(value, piece.segment.start, piece.segment.stop, piece.master)
 
     @property
-    def segmented(self) -> Sequence[SegmentedOptimizer]:
-        """The optimizers, in the order in which they were given."""
-        return self._segmented
-
-    @property
     def buckets(self) -> list[ParameterBucket]:
         """All buckets, each once."""
         return list(dict.fromkeys(self._by_parameter.values()))
 
     def flush(self) -> None:
         """A backward is over: send what it left. A collective."""
-        for segmented in self._segmented:
+        for segmented in self.segmented:
             segmented.drop_gradients()
         self.reducer.flush()
         if self._collectives.world_size > 1 and self._unowned and self.reducer.is_syncing:
@@ -293,19 +289,19 @@ class Partition:
     def take_over_outside_writes(self) -> None:
         """Bring what was written into parameters since the last step into the masters."""
         self.arrivals.wait()
-        for segmented in self._segmented:
+        for segmented in self.segmented:
             segmented.take_over_outside_writes()
 
     @property
     def is_stepping(self) -> bool:
         """A step is under way, or was broken off: what the ranks hold may not belong together."""
-        return any(segmented.is_stepping for segmented in self._segmented)
+        return any(segmented.is_stepping for segmented in self.segmented)
 
     def memory_bytes(self) -> dict[str, float]:
         """What this rank holds beside the parameters, in bytes and by kind."""
         states = [
             value
-            for segmented in self._segmented
+            for segmented in self.segmented
             for state in segmented.optimizer.state.values()
             for value in (state.values() if isinstance(state, dict) else ())
         ]
@@ -322,7 +318,7 @@ class Partition:
     def owned_bytes(self) -> tuple[int, int]:
         """The bytes of this rank's masters and of the optimizers' states, and in how many tensors they are."""
         tensors: list[Tensor] = [piece.master for bucket in self.buckets for piece in bucket.pieces]
-        for segmented in self._segmented:
+        for segmented in self.segmented:
             for state in segmented.optimizer.state.values():
                 if isinstance(state, dict):
                     tensors += [value for value in state.values() if isinstance(value, Tensor)]
@@ -334,7 +330,7 @@ class Partition:
 
     def gradients(self, optimizer: Optimizer | None = None) -> list[Tensor]:
         """The averaged gradients of this rank's segments, of one optimizer or of all. A collective."""
-        of = self._segmented if optimizer is None else [self._of(optimizer)]
+        of = self.segmented if optimizer is None else [self._of(optimizer)]
         # A parameter that two optimizers hold has one gradient.
         return list({piece: gradient for one in of for piece, gradient in one.gradients().items()}.values())
 
@@ -375,7 +371,7 @@ class Partition:
             owner: the optimizer whose state is meant; by default the first that holds the parameter.
         """
         bucket = self._bucket_of(parameter, "full_state")
-        owner = owner or next(one for one in self._segmented if one.holds(bucket))
+        owner = owner or next(one for one in self.segmented if bucket in one.buckets)
         parts = self._parts(
             bucket, parameter, lambda piece: {"param": piece.master, **owner.optimizer.state.get(piece.master, {})}
         )
@@ -423,7 +419,7 @@ class Partition:
         return [part for _, part in sorted(gathered, key=lambda part: part[0])]
 
     def _of(self, optimizer: Optimizer) -> SegmentedOptimizer:
-        for segmented in self._segmented:
+        for segmented in self.segmented:
             # A LightningOptimizer holds the user's own in an attribute of that name.
             if segmented.optimizer in (optimizer, getattr(optimizer, "optimizer", None)):
                 return segmented

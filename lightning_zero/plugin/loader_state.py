@@ -25,6 +25,8 @@ from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.loop import _Loop
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_zero.plugin.data_order import has_state
+
 
 class _Resumable(DistributedSampler[Any]):
     """A distributed sampler with a state; mixed into the class of one that has none."""
@@ -78,7 +80,7 @@ class _Resumable(DistributedSampler[Any]):
 
 def make_resumable(loader: object) -> None:
     """Give the distributed sampler of a loader that saves its state one of its own, if it has none."""
-    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+    if has_state(loader):
         for sampler in (
             getattr(loader, "sampler", None),
             getattr(getattr(loader, "batch_sampler", None), "sampler", None),

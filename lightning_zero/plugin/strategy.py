@@ -172,7 +172,7 @@ class ZeroStrategy(DDPStrategy):
             start_method=start_method,
         )
         self.stage = stage
-        self._partition_by = partition
+        self._partition_by: Literal["auto", "element", "parameter"] = partition
         self._bucket_bytes = max(1, int(bucket_size_mb * 2**20))
         self._reduce_dtype = floating_dtype(reduce_dtype)
         self._find_unused_parameters = find_unused_parameters

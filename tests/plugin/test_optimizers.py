@@ -365,5 +365,3 @@ def test_the_known_element_wise_optimizers_are_torchs():
     parameter = [nn.Parameter(torch.zeros(2, 2))]
     for kind in ELEMENT_WISE:
         assert cut_for(kind(parameter), "auto", alone=False).policy == "element"
-    with pytest.raises(ValueError, match='"auto", "element" or "parameter"'):
-        cut_for(optim.SGD(parameter), "rows", alone=False)
