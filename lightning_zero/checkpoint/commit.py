@@ -67,7 +67,7 @@ _TRASH = ".trash-"
 _TAG_BYTES = 200
 _IDLE_SECONDS = 24 * 3600
 _TRIES = 500
-"""To make something that no other run's save is just cleaning away."""
+"""How often something is made again that another run's save has just taken for a dead save's, and removed."""
 
 
 class InvalidTagError(ZeroError, ValueError):

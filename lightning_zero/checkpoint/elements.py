@@ -40,7 +40,7 @@ class Elements:
         shape: of the tensor.
         stored: the code of the dtype that the elements have in the source.
         shown: the code of the tensor's own dtype.
-        worth_reading: so many bytes are best read at once, where the way to them is long.
+        worth_reading: read at least so many bytes at once, where each request takes long; 0 elsewhere.
     """
 
     source: Source

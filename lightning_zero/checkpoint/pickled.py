@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _MOST_IN_A_KEY = 100
-"""Of the tuples that are met on all ways through a dict's key."""
+"""How many tuples there may be in a dict's key, each counted as often as it is met."""
 _HASHES_PER_BYTE = 10
 """How many elements of tuples may be hashed for each byte of the pickle."""
 _MOST_AGAIN = 100_000
@@ -281,7 +281,7 @@ _OPERATIONS: dict[bytes, Callable[[_Reader], object]] = {
 }
 _PROTOCOL_4 = frozenset((pickle.FRAME, pickle.SHORT_BINUNICODE, pickle.MEMOIZE, pickle.STACK_GLOBAL))
 _UNUSUAL = frozenset((pickle.POP, pickle.POP_MARK, pickle.LONG4)) | _PROTOCOL_4
-"""For tuples that hold themselves, for state setters, and for huge numbers; and what `torch.save` never writes."""
+"""What only tuples that hold themselves, state setters and huge numbers need; and what `torch.save` never writes."""
 
 
 # -------------------------------------------------------------------------------------------------------- write

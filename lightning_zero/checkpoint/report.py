@@ -8,7 +8,7 @@ from lightning_zero.checkpoint.manifest import FileEntry, TrainerFile
 from lightning_zero.checkpoint.storage import Location
 
 MOST_LINKS = 10
-"""So often a file is linked before it is read again: links share what happens to it on the disk."""
+"""How often a file is linked before it is compared with its checksums again: damage to it is all links' damage."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,8 +123,8 @@ class Snapshot:
 def _lay_out(content: RankContent) -> tuple[list[int], int]:
     """Where each tensor goes, and where the last one ends: packed as in the file, which so is written without a copy.
 
-    Trained and untrained parameters have a file of their own, which begins with a page. It need not be just the file's
-    order: what isn't aligned as there is copied once more.
+    Trained and untrained parameters have a file of their own, which begins with a page. Nothing is wrong where the
+    order isn't the file's: what isn't aligned as it is there is copied once more, on its way to the disk.
     """
     offsets, end = [], 0
     for of_file in (content.tensors, content.unchanging):

@@ -43,9 +43,10 @@ _BLOCK_BYTES = 8 << 20
 _PART_BYTES = 4 << 20
 """Read by one request, where a file is behind a URL."""
 _REQUESTS = 16
-"""At once, for all that a process reads."""
+"""How many of them a process has under way at once."""
 _SMALL_BYTES, _BLOCK_OF_SMALL_BYTES, _CACHED_BLOCKS = 256 << 10, 1 << 20, 16
-"""What is small comes with its neighbours, which is waste where those are large and come by themselves."""
+"""A read of up to `_SMALL_BYTES` goes through a cache of blocks, as its neighbours are likely to be wanted next; a
+larger one doesn't: its neighbours would come twice."""
 DIRECT_ALIGNMENT = 4096
 """Of a file's offsets and of the memory, where a write goes past the page cache."""
 _LEAST_WITHOUT_COPY = 256 << 10

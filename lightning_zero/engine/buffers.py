@@ -68,7 +68,7 @@ class StateMemory:
 
     def __init__(self) -> None:
         self._wanted: Counter[int] = Counter()
-        """How many blocks of what size are still worth keeping, of what parameters leave."""
+        """By their bytes: how many of the blocks that parameters leave are still to be kept."""
         self._touching: list[tuple[threading.Thread, list[Tensor]]] = []
         self._blocks: list[Tensor] = []
         self._sizes: list[int] = []

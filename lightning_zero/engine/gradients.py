@@ -194,7 +194,7 @@ class GradientReducer:
             self._send_next()
 
     def _let_go(self) -> None:
-        """Whole gradients accumulate: let them have the memory that is needed again with the last of them."""
+        """Gradients accumulate whole from here on: free the buffers and shards, which only the last backward needs."""
         self._has_memory = False
         self._pool.clear()
         for bucket in self._buckets:

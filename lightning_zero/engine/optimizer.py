@@ -38,13 +38,13 @@ _COMPARED_STEPS = (1, 2, 4, 8, 16)
 """The steps after which what an optimizer keeps in its param groups is compared: see `_require_same_groups`."""
 
 _SCHEDULED = ("lr", "momentum")
-"""What schedulers write into param groups, on each rank by its own metrics, perhaps."""
+"""What schedulers write into param groups: it may differ between the ranks, as the metrics that it follows do."""
 
 MASTER = "lightning_zero_master"
 """The name under which a master stands among an optimizer's states, where a checkpoint's module doesn't hold it."""
 
 _TURNS = 4
-"""An element-wise optimizer steps in so many turns: what one has stepped on is gathered beside the next one's step.
+"""In how many turns an element-wise optimizer steps: while it steps on one's parameters, the last one's are gathered.
 
 Each turn costs a GPU some kernel launches, so they are few."""
 
@@ -52,7 +52,7 @@ _TORCHS_ENTRIES = frozenset(("state", "param_groups"))
 """What torch has in an optimizer's state dict; whatever else there is, is the optimizer's own."""
 
 _RANGES = "lightning_zero_ranges"
-"""What `optimizer.state_dict()` says beside that: of which segments it is, so that the same can be loaded again."""
+"""Where `optimizer.state_dict()` lists the segments that its state is of: only the same ones can take it back."""
 
 _Hook = Callable[..., Any]
 
@@ -141,7 +141,7 @@ class SegmentedOptimizer:
         self._steps = 0
         self._compares = reducer.is_distributed and not type(optimizer).__module__.startswith("torch.optim")
         self._asks = is_torchs_own and type(optimizer) in (*ELEMENT_WISE, *WHOLE_PARAMETERS)
-        """It is known to evaluate a closure that it is given; some never do."""
+        """Whether the optimizer is known to evaluate a closure that it is given: some never do."""
 
         @functools.wraps(self._user_step)
         def step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -211,7 +211,7 @@ class SegmentedOptimizer:
 
     @property
     def pieces(self) -> Iterator[Piece]:
-        """The same, as the engine knows them."""
+        """What this rank owns, empty segments too, in the order in which the buckets were added."""
         for _, piece in self._pieces.values():
             yield piece
 
@@ -409,7 +409,7 @@ class SegmentedOptimizer:
         self.is_stepping = False
 
     def _publish(self, buckets: Iterable[ParameterBucket]) -> list[tuple[ParameterBucket, Pending]]:
-        """Send everybody the segments of these buckets."""
+        """Begin to gather these buckets' segments on every rank."""
         moved = [bucket for bucket in buckets if not bucket.is_own_master]
         for bucket in moved:
             bucket.put_masters_back()
@@ -608,7 +608,7 @@ class SegmentedOptimizer:
         return entries
 
     def _load_own_entries(self, state_dict: Mapping[str, Any], loaded: dict[str, Any]) -> None:
-        """Bring them back by the optimizer's own method; states and groups stay what they have been loaded to be."""
+        """Load what `_own_state_dict` gave by the optimizer's own method; states and groups stay as loaded."""
         with self._on_segments():
             own = type(self.optimizer).state_dict(self.optimizer)
             entries = {key: state_dict[key] for key in own.keys() - _TORCHS_ENTRIES if key in state_dict}
@@ -661,7 +661,7 @@ def _cut_into_turns(buckets: Sequence[ParameterBucket]) -> list[list[ParameterBu
 
 
 def _room(held: Any, memory: StateMemory, like: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """A tensor to be filled: the one that is held, if it fits; where parameters have been, else; or a new one."""
+    """A tensor to read into: the one that is held, if it fits; else one from `memory`."""
     wanted = (like.shape, dtype, like.device)
     fits = isinstance(held, Tensor) and held.is_contiguous() and (held.shape, held.dtype, held.device) == wanted
     return cast("Tensor", held) if fits else memory.empty(*wanted)
@@ -681,7 +681,7 @@ def _taken_over(state: dict[str, Any], former: Piece, piece: Piece, optimizer: O
 
 
 def _part_of(value: Any, key: str, piece: Piece, room: Callable[..., Tensor]) -> Any:
-    """The part of one state of a whole parameter that belongs to a piece of it, in the room that there is for it."""
+    """What belongs to a piece of a parameter, of one state of the whole: copied into a tensor that `room` gives."""
     if isinstance(value, Tensor):  # as most are: to walk through a tree takes as long as all else
         return _part_of_leaf(value, key, piece, room)
     return tree_map(lambda leaf: _part_of_leaf(leaf, key, piece, room), value)

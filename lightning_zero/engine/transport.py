@@ -44,14 +44,14 @@ from lightning_zero.engine.buffers import BufferPool
 _Pieces: TypeAlias = "tuple[Tensor, ...] | list[Tensor]"
 
 _UNREAD = 64
-"""Far fewer than the messages that a socket holds."""
+"""How many exchanges a peer may be told of that it hasn't read yet: far fewer than the messages that a socket holds."""
 _MESSAGE = struct.Struct("<Qq")
-"""The number of an exchange; an address, or for what has been read 0, and something else if it can't be."""
+"""The number of an exchange, and where the tensor is; or, when that has been read, 0, and 1 if it couldn't be."""
 _BLOCK_BYTES = 4 << 20
-"""Are read before they are added. The thread needs Python's lock a few times for each, which a rank that computes in
-Python gives it every 5 ms; and what is more than a few megabytes has left the processor's cache till then."""
+"""How much is read before it is added: a few megabytes are still in the processor's cache then. It isn't less, since
+the thread needs Python's lock a few times a block, and a rank that computes in Python lets go of it every 5 ms only."""
 _GRAIN = 32768
-"""Elements: no more than torch leaves to one thread. The thread that reads isn't to have a team of its own."""
+"""How many elements one call adds: no more than torch leaves to one thread, so that the reading thread starts none."""
 _SECRET_BYTES = 16
 _PURPOSES = (0, 1)
 """Of a connection: for what is told before it is read, and after."""

@@ -230,7 +230,7 @@ class _Division:
 
 
 def _is_large(value: Any) -> bool:
-    """Whether it is a plain tensor that a pickle would hold too much of: all of the memory that it is a part of."""
+    """Whether it is a plain tensor of a large storage: a pickle would hold all of that, however small the tensor."""
     if type(value) is not Tensor or value.requires_grad or value.layout != torch.strided or not value.is_contiguous():
         return False
     if value.is_meta or value.is_conj() or value.is_neg() or str(value.dtype).removeprefix("torch.") not in DTYPES:

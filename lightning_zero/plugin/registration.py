@@ -34,7 +34,7 @@ def register_when_lightning_is_imported() -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds nothing itself; has Lightning registered with by whoever loads it."""
+    """An import hook that finds nothing itself, and has the strategies registered as soon as Lightning is imported."""
 
     @override
     def find_spec(
