@@ -49,8 +49,8 @@ import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,14 +216,15 @@ class Staging:
 
     def abandon(self) -> None:
         """Take away whatever the save has written, and let go. What resists is left: the ranks have still to meet."""
-        if is_remote(self._path):
-            try:
+        try:
+            if is_remote(self._path):
                 remote.remove_uncommitted(self._path, self._save_id)
-            except Exception as error:  # a store's own kinds too: perhaps just what the save fails for
-                warnings.warn(f"what was written under {self._path} couldn't be removed: {error}", stacklevel=2)
-        else:
-            shutil.rmtree(self._path, ignore_errors=True)
-        self.release()
+            else:
+                shutil.rmtree(self._path, ignore_errors=True)
+        except Exception as error:  # a store's own kinds too: perhaps just what the save fails for
+            warnings.warn(f"what was written under {self._path} couldn't be removed: {error}", stacklevel=2)
+        finally:
+            self.release()
 
 
 def commit(
@@ -289,9 +290,9 @@ def _replace_without_exchange(staging: Path, save_dir: Path, tag: str, fsync: bo
     """The second table of [Note: the commit, step by step]."""
     target, token = save_dir / tag, secrets.token_hex(4)
     second = f"{tag}.replaced-{token}"
-    hidden = save_dir / f"{_TRASH}{token}-copy"
-    _copy_by_links(target, hidden, fsync)
-    os.rename(hidden, save_dir / second)
+    with _aside(save_dir, tag) as hidden:
+        _copy_by_links(target, hidden / tag, fsync)
+        os.rename(hidden / tag, save_dir / second)
     _sync_directory(save_dir, fsync)
     was_latest = _names(save_dir, tag)
     if was_latest:
@@ -311,6 +312,19 @@ def _remove_replaced(save_dir: Path, tag: str) -> None:
     for name in names_in(save_dir):
         if re.fullmatch(r"\.replaced-[0-9a-f]{8}", name.removeprefix(tag)):
             remove_tag(save_dir, name)
+
+
+@contextmanager
+def _aside(save_dir: Path, tag: str) -> Iterator[Path]:
+    """A hidden directory that no other run's save takes away while something is made in it; it goes in the end."""
+    token = secrets.token_hex(8)
+    path = staging_directory(save_dir, tag, token)
+    assert not is_remote(path)
+    staging = Staging(path, token)
+    try:
+        yield path
+    finally:
+        staging.abandon()
 
 
 def _copy_by_links(source: Path, copy: Path, fsync: bool) -> None:
@@ -447,12 +461,9 @@ def copy_tag(source: Path, copy: Path) -> None:
 
     It takes no room, and each outlives the other. What had its name before is replaced as by a save.
     """
-    hidden = copy.parent / f"{_TRASH}{secrets.token_hex(4)}-copy"
-    try:
-        _copy_by_links(source, hidden, fsync=True)
-        commit(hidden, copy.parent, copy.name, update_latest=False)
-    finally:
-        _remove(hidden)
+    with _aside(copy.parent, copy.name) as hidden:
+        _copy_by_links(source, hidden / copy.name, fsync=True)
+        commit(hidden / copy.name, copy.parent, copy.name, update_latest=False)
 
 
 def remove_tag(save_dir: Location, tag: str) -> None:
