@@ -525,13 +525,46 @@ class SegmentedOptimizer:
         for hook in self._hooks_of("load_state_dict_pre"):
             state_dict = dict(state_dict)
             state_dict = hook(self.optimizer, state_dict) or state_dict
+        saved = self._saved_states(state_dict)
+        # From here on, what is there is written over.
+        self._before_change()
+        groups = self.optimizer.param_groups
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        state.update(
+            {key: copy.deepcopy(value) for key, value in state_dict["state"].items() if not isinstance(key, int)}
+        )
+        for group, saved_group in zip(groups, state_dict["param_groups"], strict=True):
+            group.update({key: copy.deepcopy(value) for key, value in saved_group.items() if key != "params"})
+        # The largest first: those that come late have to fit into what the others leave
+        for piece, values in sorted(saved, key=lambda one: one[0].segment.numel, reverse=True):
+            held = self.optimizer.state.get(piece.master, {})
+            for key, value in values.items():
+                if key == MASTER:
+                    copy_range(value, piece.segment.start, piece.segment.stop, piece.master.detach())
+                else:
+                    # What isn't read from a file may be what is held, or a part of what is still to be taken over
+                    in_place = held.get(key) if hasattr(value, "read_range") else None
+                    room = functools.partial(_room, in_place, memory)
+                    state[piece.master][key] = _part_of(value, key, piece, room)
+        self._place_steps(state)
+        self.optimizer.__setstate__({"state": state, "param_groups": groups})
+        if self.optimizer.state is not state:  # one that wraps another, and shows that one's
+            self.optimizer.state.clear()
+            self.optimizer.state.update(state)
+        if self._overrides_state_dict:
+            self._load_own_entries(state_dict, {"state": state, "param_groups": groups})
+        for hook in self._hooks_of("load_state_dict_post"):
+            hook(self.optimizer)
+
+    def _saved_states(self, state_dict: Mapping[str, Any]) -> list[tuple[Piece, Mapping[str, Any]]]:
+        """What a state dict holds of each parameter of which this rank owns a piece; or an error: see `load_state`."""
         if not state_dict.keys() >= _TORCHS_ENTRIES:
             raise CheckpointMismatchError(
                 f"the checkpoint's state of {type(self.optimizer).__name__} is none in torch's format, but has "
                 f"{', '.join(map(repr, state_dict))}; load its weights alone (load_module_only=True, or an export)"
             )
-        groups, saved_groups = self.optimizer.param_groups, state_dict["param_groups"]
-        members: list[list[Any]] = [group["params"] for group in groups]
+        saved_groups = state_dict["param_groups"]
+        members: list[list[Any]] = [group["params"] for group in self.optimizer.param_groups]
         sizes = [len(group) for group in members]
         saved_sizes = [len(group["params"]) for group in saved_groups]
         if sizes != saved_sizes:  # whoever saved it may have left out what isn't trained, as DeepSpeed does
@@ -556,34 +589,7 @@ class SegmentedOptimizer:
         for piece, values in saved if not is_own else ():
             for key, value in values.items():
                 self._require_cuttable(value, key, piece)
-        # From here on, what is there is written over.
-        self._before_change()
-        state: defaultdict[Any, Any] = defaultdict(dict)
-        state.update(
-            {key: copy.deepcopy(value) for key, value in state_dict["state"].items() if not isinstance(key, int)}
-        )
-        for group, saved_group in zip(groups, saved_groups, strict=True):
-            group.update({key: copy.deepcopy(value) for key, value in saved_group.items() if key != "params"})
-        # The largest first: those that come late have to fit into what the others leave
-        for piece, values in sorted(saved, key=lambda one: one[0].segment.numel, reverse=True):
-            held = self.optimizer.state.get(piece.master, {})
-            for key, value in values.items():
-                if key == MASTER:
-                    copy_range(value, piece.segment.start, piece.segment.stop, piece.master.detach())
-                else:
-                    # What isn't read from a file may be what is held, or a part of what is still to be taken over
-                    in_place = held.get(key) if hasattr(value, "read_range") else None
-                    room = functools.partial(_room, in_place, memory)
-                    state[piece.master][key] = _part_of(value, key, piece, room)
-        self._place_steps(state)
-        self.optimizer.__setstate__({"state": state, "param_groups": groups})
-        if self.optimizer.state is not state:  # one that wraps another, and shows that one's
-            self.optimizer.state.clear()
-            self.optimizer.state.update(state)
-        if self._overrides_state_dict:
-            self._load_own_entries(state_dict, {"state": state, "param_groups": groups})
-        for hook in self._hooks_of("load_state_dict_post"):
-            hook(self.optimizer)
+        return saved
 
     @property
     def _overrides_state_dict(self) -> bool:
