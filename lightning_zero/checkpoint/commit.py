@@ -444,16 +444,15 @@ def link_tag(target: Path, link: Path) -> None:
 
     Where there are no links, it is a copy, by hard links if possible.
     """
-    token = secrets.token_hex(4)
-    new, old = link.parent / f"{_TRASH}{token}-new", link.parent / f"{_TRASH}{token}-old"
-    try:
-        os.symlink(os.path.relpath(target, link.parent), new)
-    except OSError:
-        _copy_by_links(target, new, fsync=True)
-    if link.is_dir() and not link.is_symlink():
-        os.rename(link, old)
-    os.replace(new, link)
-    _remove(old)
+    with _aside(link.parent, link.name) as hidden:
+        new = hidden / link.name
+        try:
+            os.symlink(os.path.relpath(target, link.parent), new)
+        except OSError:
+            _copy_by_links(target, new, fsync=True)
+        if link.is_dir() and not link.is_symlink():
+            os.rename(link, hidden / f"{link.name}.old")
+        os.replace(new, link)
 
 
 def copy_tag(source: Path, copy: Path) -> None:

@@ -331,22 +331,27 @@ def test_nothing_sound_is_an_error_that_says_what_is_wrong_with_each(tmp_path: P
         resolve(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("how", ["a second tag", "a tag that is replaced"])
+@pytest.mark.parametrize("how", ["a second tag", "a link", "a tag that is replaced"])
 def test_what_is_copied_is_whole_though_another_runs_save_cleans_up_meanwhile(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Sample(step=1).save(tmp_path / "tag")
-    real = os.link
 
-    def link(*args: Any, **kwargs: Any) -> None:
-        real(*args, **kwargs)
-        commit.clean_leftovers(tmp_path)
+    def cleaned_up_after(real: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any, **kwargs: Any) -> None:
+            real(*args, **kwargs)
+            commit.clean_leftovers(tmp_path)
 
-    monkeypatch.setattr(os, "link", link)
+        return call
+
+    for name in ("link", "symlink"):
+        monkeypatch.setattr(os, name, cleaned_up_after(getattr(os, name)))
     if how == "a second tag":
         commit.copy_tag(tmp_path / "tag", tmp_path / "last")
+    elif how == "a link":
+        commit.link_tag(tmp_path / "tag", tmp_path / "last")
     else:
         monkeypatch.setattr(kernel, "exchange", lambda one, other: False)
         Sample(step=2).save(tmp_path / "tag")
-    assert [tag.complete for tag in commit.list_tags(tmp_path)] == [True] * len(commit.list_tags(tmp_path))
-    assert sorted(os.listdir(tmp_path)) == ["last", "latest", "tag"] if how == "a second tag" else ["latest", "tag"]
+    assert all(tag.complete for tag in commit.list_tags(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["latest", "tag"] if "replaced" in how else ["last", "latest", "tag"]
