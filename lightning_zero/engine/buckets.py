@@ -42,7 +42,7 @@ from torch.nn import Parameter
 
 from lightning_zero.engine.buffers import StateMemory
 from lightning_zero.engine.collectives import Collectives
-from lightning_zero.engine.transport import Pending
+from lightning_zero.engine.transport import Pending, Then, Works
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.segments import Bucket, Segment
 
@@ -296,9 +296,9 @@ class ParameterBucket:
         """Give every rank what this rank's masters have become; the parameters stand when it is waited for."""
         if self.has_masters:
             self._shard.copy_(self._masters if self._staged is None else self._staged.copy_(self._masters))
-        if self._collectives.world_size == 1:
-            return _Published(self, None)
-        return _Published(self, self._collectives.all_gather(self._flat, self.plan.shards))
+        alone = self._collectives.world_size == 1
+        gathered = Works(()) if alone else self._collectives.all_gather(self._flat, self.plan.shards)
+        return Then(gathered, self.copy_out)
 
     @torch.no_grad()
     def copy_out(self) -> None:
@@ -334,13 +334,3 @@ class ParameterBucket:
                 outside = piece.place.to(self.dtype) != part
                 piece.place[outside] = part[outside].to(self.master_dtype)
             piece.master.data = piece.place
-
-
-class _Published:
-    def __init__(self, bucket: ParameterBucket, gathered: Pending | None) -> None:
-        self._bucket, self._gathered = bucket, gathered
-
-    def wait(self) -> None:
-        if self._gathered is not None:
-            self._gathered.wait()
-        self._bucket.copy_out()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from torch.distributed.distributed_c10d import _coalescing_manager
 from typing_extensions import override
 
 from lightning_zero.engine.buffers import BufferPool
-from lightning_zero.engine.transport import Pending, Sockets, Transport, Works, transport_for
+from lightning_zero.engine.transport import Pending, Sockets, Then, Transport, Works, transport_for
 from lightning_zero.segments import Shards
 
 _T = TypeVar("_T")
@@ -162,15 +163,25 @@ class HostCollectives(ExchangeCollectives):
         host = self._staged.take(flat.numel(), flat.dtype, torch.device("cpu"))
         host.copy_(flat)
         summed = self._staged.take(out.numel(), out.dtype, torch.device("cpu"))
-        pending = super().reduce_scatter(host, shards, summed, accumulate=False)
-        return _Unstaged(pending, out, accumulate, summed, (host, summed), self._staged)
+
+        def bring() -> None:
+            _bring(summed, out, accumulate)
+            self._staged.give_back(host)
+            self._staged.give_back(summed)
+
+        return Then(super().reduce_scatter(host, shards, summed, accumulate=False), bring)
 
     @override
     def all_gather(self, flat: Tensor, shards: Shards) -> Pending:
         host = self._staged.take(flat.numel(), flat.dtype, torch.device("cpu"))
         own = slice(*shards.of(self.rank))
         host[own].copy_(flat[own])
-        return _Unstaged(super().all_gather(host, shards), flat, False, host, (host,), self._staged)
+
+        def bring() -> None:
+            flat.copy_(host)
+            self._staged.give_back(host)
+
+        return Then(super().all_gather(host, shards), bring)
 
 
 class NativeCollectives(_Group):
@@ -186,8 +197,9 @@ class NativeCollectives(_Group):
         if self._are_equal(shards):
             result = own if accumulate or out.dtype != flat.dtype else out
             works = [_reduce_scatter_equal(result, flat, group=self._group, async_op=True)]
-            return _Moved(works, result, out, accumulate)
-        return _Moved(self._with_each_owner(dist.reduce, flat, shards), own, out, accumulate)
+        else:
+            result, works = own, self._with_each_owner(dist.reduce, flat, shards)
+        return Then(Works(works), partial(_bring, result, out, accumulate))
 
     @override
     def all_gather(self, flat: Tensor, shards: Shards) -> Pending:
@@ -222,41 +234,9 @@ _reduce_scatter_equal = getattr(dist, "reduce_scatter_single", None) or dist.red
 _all_gather_equal = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class _Unstaged:
-    """Brings a result from the host to its device, and gives the host's buffers back."""
-
-    def __init__(
-        self,
-        pending: Pending,
-        target: Tensor,
-        accumulate: bool,
-        result: Tensor,
-        buffers: Sequence[Tensor],
-        pool: BufferPool,
-    ) -> None:
-        self._pending, self._target, self._accumulate = pending, target, accumulate
-        self._result, self._buffers, self._pool = result, buffers, pool
-
-    def wait(self) -> None:
-        self._pending.wait()
-        if self._accumulate:
-            self._target.add_(self._result.to(self._target.device))
-        else:
-            self._target.copy_(self._result)
-        for buffer in self._buffers:
-            self._pool.give_back(buffer)
-
-
-class _Moved(Works):
-    """Brings the result to where it was asked for."""
-
-    def __init__(self, works: Sequence[dist.Work | None], result: Tensor, out: Tensor, accumulate: bool) -> None:
-        super().__init__(works)
-        self._result, self._out, self._accumulate = result, out, accumulate
-
-    def wait(self) -> None:
-        super().wait()
-        if self._accumulate:
-            self._out.add_(self._result)
-        elif self._result is not self._out:
-            self._out.copy_(self._result)
+def _bring(result: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Bring a result to where it was asked for, perhaps on another device."""
+    if accumulate:
+        out.add_(result.to(out.device))
+    elif result is not out:
+        out.copy_(result)

@@ -79,6 +79,18 @@ class Works(Pending):
                 work.wait()
 
 
+class Then(Pending):
+    """An operation, and what is left to be done with its result when it is waited for."""
+
+    def __init__(self, pending: Pending, do: Callable[[], object]) -> None:
+        self._pending, self._do = pending, do
+
+    @override
+    def wait(self) -> None:
+        self._pending.wait()
+        self._do()
+
+
 class Transport(Protocol):
     """Point-to-point messages among the ranks of a group."""
 
@@ -161,25 +173,16 @@ class Sockets(Transport):
         others = torch.split(buffer, own.numel())
         addends = [*others[: self._rank], own, *others[self._rank :]]
         received = [(rank, addend) for rank, addend in enumerate(addends) if rank != self._rank]
-        add = partial(add_in_order, [[addend] for addend in addends], [out], accumulate=accumulate)
-        return _ReceivedSum(self.exchange(received, sent), add, self._received, buffer)
+
+        def add() -> None:
+            add_in_order([[addend] for addend in addends], [out], accumulate=accumulate)
+            self._received.give_back(buffer)
+
+        return Then(self.exchange(received, sent), add)
 
     @override
     def release(self) -> None:
         del self._group
-
-
-class _ReceivedSum(Pending):
-    """Adds what was exchanged, and gives the memory back that it was received in."""
-
-    def __init__(self, exchange: Pending, add: Callable[[], None], pool: BufferPool, buffer: Tensor) -> None:
-        self._exchange, self._add, self._pool, self._buffer = exchange, add, pool, buffer
-
-    @override
-    def wait(self) -> None:
-        self._exchange.wait()
-        self._add()
-        self._pool.give_back(self._buffer)
 
 
 class MemoryReads(Transport):
