@@ -239,10 +239,9 @@ class ZeroStrategy(DDPStrategy):
 
     def _require_same_start(self) -> None:
         """Each rank has looked for itself whether there is a checkpoint to resume from: they have to see the same."""
-        trainer = self.trainer_if_any
-        if trainer is None or trainer.state.fn != TrainerFn.FITTING or self.world_size == 1:
+        if not self._is_fitting or self.world_size == 1:
             return
-        path = trainer.ckpt_path
+        path = self._trainer.ckpt_path
         seen = self._ranks.everyones(lambda: [(path, f"rank {self._ranks.rank} on {socket.gethostname()}")])
         without = [where for path, where in seen if not path]
         if without and len(without) < len(seen):
@@ -257,7 +256,7 @@ class ZeroStrategy(DDPStrategy):
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
-        fitting = trainer.state.fn == TrainerFn.FITTING
+        fitting = self._is_fitting
         if fitting and self._layer_sync:
             self.model = self._layer_sync.apply(self.model)
         self._uninitialized |= materialize(self.model, self.root_device)
@@ -315,8 +314,7 @@ class ZeroStrategy(DDPStrategy):
     def optimizers(self, optimizers: list[Optimizer]) -> None:
         """Whatever is set in mid-fit is partitioned in place of what was; gradients stay, whole till the next flush."""
         DDPStrategy.optimizers.fset(self, optimizers)  # type: ignore[attr-defined]
-        former, trainer = self._partition, self.trainer_if_any
-        fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.state.stage is not None
+        former, fitting = self._partition, self._is_fitting and self._trainer.state.stage is not None
         if former is None or not fitting or [one.optimizer for one in former.segmented] == list(optimizers):
             return
         former.arrivals.wait()
@@ -467,7 +465,7 @@ class ZeroStrategy(DDPStrategy):
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+        if self._is_fitting:
             self._before_forward()
         return super().validation_step(*args, **kwargs)
 
@@ -762,9 +760,7 @@ class ZeroStrategy(DDPStrategy):
             if choice is None:
                 return self.checkpoint_io.load_checkpoint(os.fspath(checkpoint_path), **weights_option(weights_only))
             checkpoint = self._load_chosen(choice, weights_only)
-            trainer = self.trainer_if_any
-            fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-            if fitting and isinstance(checkpoint, LoadedCheckpoint):
+            if self._is_fitting and isinstance(checkpoint, LoadedCheckpoint):
                 self._data.resume = Resume(
                     checkpoint,
                     rank=self._ranks.rank,
@@ -851,6 +847,10 @@ class ZeroStrategy(DDPStrategy):
     def trainer_if_any(self) -> Trainer | None:
         """Whose strategy this is, once a module is attached."""
         return self.lightning_module._trainer if self.lightning_module is not None else None
+
+    @property
+    def _is_fitting(self) -> bool:
+        return self.trainer_if_any is not None and self.trainer_if_any.state.fn == TrainerFn.FITTING
 
     @property
     def _trainer(self) -> Trainer:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -137,12 +136,8 @@ class TrainingReport(Callback):
         strategy = trainer.strategy
         if not isinstance(strategy, ZeroStrategy):
             return
-        own = strategy.memory_bytes()
-        every: list[Any] = [own]
-        if dist.is_initialized() and trainer.world_size > 1:
-            every = [None] * trainer.world_size
-            dist.all_gather_object(every, own)
-        self.memory = {f"rank {rank}": memory for rank, memory in enumerate(every)}
+        everyones = strategy._ranks.everyones(lambda: [strategy.memory_bytes()])
+        self.memory = {f"rank {rank}": memory for rank, memory in enumerate(everyones)}
 
     # --- the page ---
 
