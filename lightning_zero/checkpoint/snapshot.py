@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +42,8 @@ class Snapshot:
 
         def get() -> None:
             self._let_go()
-            self._memory = _allocate(nbytes, pinned=pinned)
+            with suppress(RuntimeError):  # there is too little: `take` tries again, and says so
+                self._memory = _allocate(nbytes, pinned=pinned)
 
         if self._reserving is None and len(self._memory) < nbytes:
             self._reserving = start_thread(get, "lightning_zero-reserve")  # if there can be none, `take` gets it

@@ -281,6 +281,23 @@ def test_the_memory_of_a_snapshot_is_kept_until_the_device_has_written_it():
     assert held[1] > 4 * 10**6
 
 
+@pytest.mark.filterwarnings("error")  # what a thread raises
+def test_memory_that_could_not_be_got_ahead_of_a_snapshot_is_got_with_it(monkeypatch):
+    from lightning_zero.checkpoint import snapshot
+    from lightning_zero.checkpoint.content import RankContent, TensorToSave
+
+    def fail(nbytes, *, pinned):
+        raise RuntimeError("can't allocate memory")
+
+    taken, tensor = snapshot.Snapshot(), torch.randn(1000)
+    with monkeypatch.context() as scarce:
+        scarce.setattr(snapshot, "_allocate", fail)
+        taken.reserve(10**6, pinned=False)
+        taken._reserved()
+    copied = taken.take(RankContent([TensorToSave("model", "w", 0, 1000, tensor)], [], b"", 1))
+    assert torch.equal(copied.tensors[0].tensor, tensor)
+
+
 @pytest.mark.parametrize("stock", [False, True])
 def test_a_save_that_fails_at_once_deletes_nothing(tmp_path, stock):
     fails_at_once(tmp_path, stock)
