@@ -350,6 +350,8 @@ class Fp32Export(Callback):
             raise ValueError(
                 f"every_n_checkpoints must be a whole number, at least 1, or None, not {every_n_checkpoints!r}"
             )
+        require_bool("exclude_frozen_parameters", exclude_frozen_parameters)
+        require_bool("weights_only", weights_only)
         self.every_n_checkpoints = every_n_checkpoints
         self.weights_only = weights_only
         self._wanted = Wanted(

@@ -142,7 +142,7 @@ class ZeroStrategy(DDPStrategy):
         **unknown: Any,
     ) -> None:
         refuse_unknown(unknown, [name for name in inspect.signature(ZeroStrategy).parameters if name != "unknown"])
-        if stage not in (1, 2):
+        if type(stage) is not int or stage not in (1, 2):  # 2.0 and True would only fail when a manifest is written
             raise ValueError(f"stage must be 1 or 2, not {stage!r}; use DDPStrategy for stage 0, FSDPStrategy for 3")
         if partition not in ("auto", "element", "parameter"):
             raise ValueError(f'partition must be "auto", "element" or "parameter", not {partition!r}')

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -103,6 +104,8 @@ def test_an_unknown_argument_is_refused_with_what_to_write_instead(arguments, me
     ("arguments", "message"),
     [
         ({"stage": 3}, "stage must be 1 or 2, not 3; use DDPStrategy for stage 0, FSDPStrategy for 3"),
+        ({"stage": 2.0}, "stage must be 1 or 2, not 2.0"),
+        ({"stage": True}, "stage must be 1 or 2, not True"),
         ({"partition": "rows"}, 'partition must be "auto", "element" or "parameter", not \'rows\''),
         ({"bucket_size_mb": 0}, "bucket_size_mb must be a positive number, not 0"),
         ({"bucket_size_mb": "25"}, "bucket_size_mb must be a positive number, not '25'"),
@@ -131,6 +134,8 @@ def test_a_wrong_value_is_refused_with_the_valid_ones(arguments, message):
         (ZeroCheckpointIO, "fsync", "no"),
         (ZeroCheckpointIO, "node_local", None),
         (ZeroCheckpoint, "async_save", "no"),
+        (partial(Fp32Export, "model.ckpt"), "exclude_frozen_parameters", "no"),
+        (partial(Fp32Export, "model.ckpt"), "weights_only", "no"),
     ],
 )
 def test_what_is_no_switch_switches_nothing_on(make, name, value):
