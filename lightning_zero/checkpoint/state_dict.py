@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.checkpoint.storage import PathOrUrl
 from lightning_zero.checkpoint.tensors import LazyTensor
 from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError
+
+_Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
 def get_fp32_state_dict_from_zero_checkpoint(
@@ -40,9 +44,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
     return {name: tensors[each] for name, each in elements.items()}
 
 
-def load_state_dict_from_zero_checkpoint(
-    model: torch.nn.Module, checkpoint_dir: PathOrUrl, tag: str | None = None
-) -> torch.nn.Module:
+def load_state_dict_from_zero_checkpoint(model: _Module, checkpoint_dir: PathOrUrl, tag: str | None = None) -> _Module:
     """Fill a plain module in place, each tensor read straight into the parameter's memory.
 
     Args:
@@ -54,10 +56,13 @@ def load_state_dict_from_zero_checkpoint(
         The same module.
 
     Raises:
+        TypeError: `model` is no module.
         UnsupportedModelError: a tensor of the module is on the meta device, where there is nothing to fill.
         CheckpointMismatchError: a name or a shape differs.
         ZeroError: there is no such checkpoint, or it is damaged; the module may be filled in part.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"load_state_dict_from_zero_checkpoint fills a module, and takes it first; not {model!r:.80}")
     own = model.state_dict()
     for name, value in own.items():
         if isinstance(value, Tensor) and value.is_meta:

@@ -107,6 +107,9 @@ def test_into_a_module(save_dir: Path, sample: Sample) -> None:
         assert torch.equal(tensor, sample.state_dict[name])
     with pytest.raises(CheckpointMismatchError, match="another model"):
         load_state_dict_from_zero_checkpoint(torch.nn.Linear(2, 2), save_dir)
+    for something_else in (save_dir, Model):
+        with pytest.raises(TypeError, match="fills a module, and takes it first"):
+            load_state_dict_from_zero_checkpoint(something_else, save_dir)  # type: ignore[type-var]
     with pytest.raises(UnsupportedModelError, match=r"'scale' is on the meta device.*to_empty"):
         load_state_dict_from_zero_checkpoint(model.to("meta"), save_dir)
     filled = load_state_dict_from_zero_checkpoint(model.to_empty(device="cpu"), save_dir).state_dict()
