@@ -32,6 +32,17 @@ def refuse_ours(directory: Location) -> None:
         raise CheckpointNotFoundError(f"{directory} is a checkpoint of lightning_zero's, which needs no import")
 
 
+def prefix_of(submodule: str) -> str:
+    """What the names of a submodule's tensors begin with.
+
+    Raises:
+        ValueError: it is no name of one.
+    """
+    if submodule and not all(submodule.split(".")):
+        raise ValueError(f"{submodule!r} is no submodule's name, such as 'model' or 'model.encoder'")
+    return f"{submodule}." if submodule else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """What a rank holds of one tensor of the state dict, or of one of an optimizer's states of it.

@@ -21,13 +21,28 @@ def add_options(command: argparse.ArgumentParser, source: str) -> None:
     command.add_argument("source", type=location, metavar="SRC", help=source)
     command.add_argument("dir", type=location, metavar="DST", help="the save directory that the tag is written into")
     command.add_argument(
-        "--submodule", metavar="NAME", default="", help="what was saved is this part of the LightningModule"
+        "--submodule",
+        type=_submodule,
+        metavar="NAME",
+        default="",
+        help="what was saved is this part of the LightningModule",
     )
     command.add_argument("--module-only", action="store_true", help="leave the optimizer out")
     command.add_argument("--no-verify", action="store_true", help="don't compare SRC with its own checksums first")
     command.add_argument(
         "--unsafe", action="store_true", help="keep what SRC holds of any class, which runs code when DST is loaded"
     )
+
+
+def _submodule(text: str) -> str:
+    """An argument that is a submodule's name."""
+    from lightning_zero.checkpoint.foreign import prefix_of
+
+    try:
+        prefix_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def run(options: argparse.Namespace, read: Read) -> int:

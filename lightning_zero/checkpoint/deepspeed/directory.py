@@ -100,8 +100,8 @@ def find_deepspeed_tag(path: PathOrUrl, tag: str | None = None) -> Location:
         CheckpointNotFoundError: there is none, or it can't be told which one.
         CorruptCheckpointError: `latest` is damaged.
     """
-    where = absolute(locate(path))
-    where = where.parent if where.is_file() else where
+    given = absolute(locate(path))
+    where = given.parent if given.is_file() else given
     if tag is None and is_deepspeed_tag(where):
         return where
     refuse_ours(where)
@@ -111,6 +111,8 @@ def find_deepspeed_tag(path: PathOrUrl, tag: str | None = None) -> Location:
         if tag is None:
             if there:
                 problem = f"has no `latest` to say which of {there} is meant; give the tag"
+            elif where is not given:
+                where, problem = given, "is no file of a DeepSpeed checkpoint's"
             else:
                 problem = f"holds no checkpoint of DeepSpeed{advice(where)}" if where.is_dir() else "is no directory"
             raise CheckpointNotFoundError(f"{where} {problem}")

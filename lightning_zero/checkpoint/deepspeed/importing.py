@@ -49,6 +49,7 @@ def import_deepspeed_checkpoint(
         CheckpointMismatchError: it can't be told which state is which parameter's (stage 0).
         UnsupportedModelError: the model is cut over ranks, or has experts.
         CheckpointWriteError: the tag can't be written, or is there already; what was there is there.
+        ValueError: `submodule` is no name of one.
     """
     checkpoint = read_deepspeed(
         find_deepspeed_tag(source, tag),

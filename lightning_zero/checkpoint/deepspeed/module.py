@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from lightning_zero.checkpoint.descriptions import item, require, sizes
 from lightning_zero.checkpoint.elements import NAMES, Elements
+from lightning_zero.checkpoint.foreign import prefix_of
 from lightning_zero.checkpoint.manifest import Entry, Role
 from lightning_zero.checkpoint.torch_file import is_tensor, unread_tensor
 from lightning_zero.errors import CorruptCheckpointError, IncompleteCheckpointError
@@ -103,5 +104,5 @@ class Module:
 def renaming(names: list[str], submodule: str, *, is_lightnings: bool) -> Callable[[str], str]:
     """From DeepSpeed's name of a tensor to the module's own. Lightning before 2.1 wrapped the module."""
     wrapped = is_lightnings and all(name.startswith(_OLD_LIGHTNING_PREFIX) for name in names)
-    prefix = f"{submodule}." if submodule else ""
+    prefix = prefix_of(submodule)
     return lambda name: prefix + (name.removeprefix(_OLD_LIGHTNING_PREFIX) if wrapped else name)

@@ -23,7 +23,14 @@ from typing import Any
 from lightning_zero.checkpoint.commit import validate_tag
 from lightning_zero.checkpoint.descriptions import require
 from lightning_zero.checkpoint.elements import NAMES
-from lightning_zero.checkpoint.foreign import LIGHTNING_VERSION, ForeignCheckpoint, Optimizer, Rank, refuse_ours
+from lightning_zero.checkpoint.foreign import (
+    LIGHTNING_VERSION,
+    ForeignCheckpoint,
+    Optimizer,
+    Rank,
+    prefix_of,
+    refuse_ours,
+)
 from lightning_zero.checkpoint.fsdp.archives import Archives
 from lightning_zero.checkpoint.fsdp.metadata import Chunked, KeyPath, Leaf, is_distributed, read_metadata
 from lightning_zero.checkpoint.fsdp.nesting import below, is_below, joined, nested
@@ -48,14 +55,18 @@ def find_distributed(path: PathOrUrl) -> Location:
     Raises:
         CheckpointNotFoundError: it holds no checkpoint of DCP's.
     """
-    where = absolute(locate(path))
-    where = where.parent if where.is_file() else where
+    given = absolute(locate(path))
+    where = given.parent if given.is_file() else given
     if not is_distributed(where):
         if not where.is_dir():
             raise CheckpointNotFoundError(f"{where} is no directory")
         names = sorted(names_in(where))
         for directory in (where, *(where / name for name in names)):
             refuse_ours(directory)
+        if where is not given:
+            raise CheckpointNotFoundError(
+                f"{given} is no file of a sharded checkpoint's; a full checkpoint needs no import: pass it as ckpt_path"
+            )
         there = [name for name in names if is_distributed(where / name)]
         raise CheckpointNotFoundError(
             f"{where} holds no checkpoint of torch.distributed.checkpoint"
@@ -122,7 +133,7 @@ def read_distributed(
     client_state = _lightnings(directory, verify) | _kept(found.beside, archives)
     if optimizers and not steps and not module_only and LIGHTNING_VERSION not in client_state:
         warnings.warn(f"{directory}: no optimizer says how many steps were made: it counts as none", stacklevel=3)
-    prefix = f"{submodule}." if submodule else ""
+    prefix = prefix_of(submodule)
 
     def rename(entry: str) -> str:
         return prefix + entry

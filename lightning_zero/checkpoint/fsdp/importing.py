@@ -51,6 +51,7 @@ def import_fsdp_checkpoint(
         CheckpointMismatchError: it can't be told where the module stands, or whose a state is.
         UnsupportedModelError: a tensor isn't cut into rows, or the files were transformed as they were written.
         CheckpointWriteError: the tag can't be written, or is there already; what was there is there.
+        ValueError: `submodule` is no name of one.
     """
     checkpoint = read_distributed(
         find_distributed(source),

@@ -351,6 +351,8 @@ def test_who_needs_submodule_is_told_so(tmp_path: Path) -> None:
     trainer = fit(Around(), ZeroStrategy(), world_size=1, max_steps=1)[1]
     with needs:
         trainer.strategy.load_zero_checkpoint(tmp_path / "ours", load_module_only=True)
+    with pytest.raises(ValueError, match=r"'net\.' is no submodule's name"):
+        import_deepspeed_checkpoint(tmp_path / "theirs", tmp_path / "whole", submodule="net.")
     import_deepspeed_checkpoint(tmp_path / "theirs", tmp_path / "whole", submodule="net")
     trainer.strategy.load_zero_checkpoint(tmp_path / "whole", load_module_only=True)
     with pytest.raises(CheckpointMismatchError, match=r"doesn't fit the module") as caught:

@@ -120,6 +120,9 @@ def test_lightnings_dict_is_its_own(tmp_path: Path) -> None:
 def test_a_network_becomes_a_part_of_a_lightning_module_and_takes_a_tag(tmp_path: Path) -> None:
     module, optimizer = training()
     source = forge(tmp_path / "theirs", in_loops(module, optimizer))
+    for prefix in ("net.", ".net", "net..in", "."):
+        with pytest.raises(ValueError, match="is no submodule's name, such as 'model'"):
+            import_fsdp_checkpoint(source, tmp_path / "ours", "five", submodule=prefix)
     assert import_fsdp_checkpoint(source, tmp_path / "ours", "five", submodule="net").name == "five"
     assert_holds(tmp_path / "ours", module, optimizer, prefix="net.")
 
