@@ -142,6 +142,7 @@ def test_export_writes_what_torch_loads(save_dir: Path, tmp_path: Path, capsys: 
         ["prune", "DIR"],
         ["prune", "DIR", "--keep-last", "0"],
         ["prune", "DIR", "--keep-last", "1", "--keep-every-n-steps", "x"],
+        ["import-fsdp", "DIR", "OUT", "--submodule", "net."],
     ],
 )
 def test_a_wrong_use_is_2(save_dir: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,6 +182,9 @@ def test_an_error_is_1_and_one_line(save_dir: Path, arguments: list[str], capsys
     [
         (["inspect", "DIR/step=1.ckpt", "--tag", "step=2.ckpt"], "is one checkpoint already"),
         (["verify", "DIR/notes"], "is not a checkpoint of lightning_zero"),
+        (["ls", "DIR/notes"], "is not a checkpoint of lightning_zero"),
+        (["import-deepspeed", "DIR/../notes", "OUT"], "notes is no file of a DeepSpeed checkpoint's"),
+        (["import-fsdp", "DIR/../notes", "OUT"], "a full checkpoint needs no import: pass it as ckpt_path"),
         (["import-deepspeed", "DIR", "OUT"], "needs no import"),
         (["import-deepspeed", "DIR/step=1.ckpt", "OUT"], "needs no import"),
         (["import-fsdp", "DIR", "OUT"], "needs no import"),
@@ -190,6 +194,7 @@ def test_a_path_that_is_something_else_is_told_from_one_without_a_checkpoint(
     save_dir: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (save_dir / "notes").touch()
+    (save_dir.parent / "notes").touch()
     assert main([argument.replace("DIR", str(save_dir)) for argument in arguments]) == 1
     assert message in capsys.readouterr().err
 
@@ -209,6 +214,30 @@ def test_a_file_of_a_checkpoint_stands_for_it(save_dir: Path, capsys: pytest.Cap
     for file, tag in (("latest", "step=2.ckpt"), ("step=1.ckpt/manifest.json", "step=1.ckpt")):
         assert main(["verify", str(save_dir / file)]) == 0
         assert f"{tag}: sound" in capsys.readouterr().out
+        assert main(["ls", str(save_dir / file)]) == 0
+        assert f"\n{tag} " in capsys.readouterr().out
+
+
+def test_a_tag_that_lost_its_manifest_is_told_from_a_save_directory(
+    save_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tag = save_dir / "step=2.ckpt"
+    (tag / "manifest.json").unlink()
+    for command, *more in ("verify",), ("inspect",), ("export", "OUT"), ("diff", str(tag)):
+        assert main([command, str(tag), *more]) == 1
+        said = "".join(capsys.readouterr())
+        assert f"{tag / 'manifest.json'} can't be read: No such file or directory" in said, said
+        assert "latest" not in said, said
+    assert main(["ls", str(tag)]) == 0
+    assert "INCOMPLETE" in capsys.readouterr().out
+
+
+def test_ls_says_that_latest_names_what_is_not_there(save_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (save_dir / "latest").write_text("step=9.ckpt")
+    assert main(["ls", str(save_dir)]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"lightning-zero: {save_dir / 'latest'} names 'step=9.ckpt', which is not there\n"
+    assert "step=2.ckpt" in said.out
 
 
 def test_a_wrong_value_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:

@@ -397,11 +397,12 @@ def list_tags(save_dir: Location, without: Collection[str] = ()) -> list[TagInfo
     which aren't looked at.
     """
     names = [name for name in names_in(save_dir) if name not in without]
-    tags = [_inspect(save_dir, name) for name in names if _looks_like_tag(save_dir / name)]
+    tags = [_inspect(save_dir, name) for name in names if looks_like_tag(save_dir / name)]
     return sorted(tags, key=lambda tag: (tag.created, tag.step, tag.modified, tag.name), reverse=True)
 
 
-def _looks_like_tag(path: Location) -> bool:
+def looks_like_tag(path: Location) -> bool:
+    """Whether a directory is a checkpoint, or what is left of one."""
     try:
         validate_tag(path.name)
         return path.is_dir() and any(name == MANIFEST_NAME or is_shard_name(name) for name in names_in(path))

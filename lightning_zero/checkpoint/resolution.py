@@ -105,11 +105,10 @@ def resolve(
 
 
 def _tag_directory(path: Location) -> Location | None:
-    """The tag's directory that a path names, itself or by a file in it."""
-    if (path / MANIFEST_NAME).is_file():
-        return path
-    if path.is_file() and (path.parent / MANIFEST_NAME).is_file():
-        return path.parent
+    """The tag's directory that a path names, itself or by a file in it; one that has lost its manifest, too."""
+    for directory in (path, *([path.parent] if path.is_file() else [])):
+        if (directory / MANIFEST_NAME).is_file() or commit.looks_like_tag(directory):
+            return directory
     return None
 
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, NoReturn, TypeAlias
 from typing_extensions import override
 
 from lightning_zero.checkpoint import commit
-from lightning_zero.checkpoint.manifest import MANIFEST_NAME
 from lightning_zero.checkpoint.origins import advice, require_ours
-from lightning_zero.checkpoint.resolution import existing, resolve
+from lightning_zero.checkpoint.resolution import existing, is_tag, resolve
 from lightning_zero.checkpoint.shards import Problem
 from lightning_zero.checkpoint.storage import Location, is_remote, locate
 from lightning_zero.errors import CheckpointNotFoundError, ZeroError
@@ -83,7 +82,7 @@ def find_tag(path: Location, tag: str | None) -> tuple[Location, list[Problem]]:
     """The directory that is meant, sound or not; what is wrong with `latest` is a finding, not a reason to give up."""
     if path.is_file():  # one of a checkpoint's, which stands for it
         path = path.parent if path.name == commit.LATEST else resolve(path)
-    if tag is None and (path / MANIFEST_NAME).is_file():
+    if tag is None and is_tag(path):
         return path, []
     problems = []
     if tag is None:

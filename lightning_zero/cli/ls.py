@@ -8,8 +8,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from lightning_zero.checkpoint import commit
-from lightning_zero.checkpoint.manifest import MANIFEST_NAME
 from lightning_zero.checkpoint.origins import advice
+from lightning_zero.checkpoint.resolution import is_tag, resolve
 from lightning_zero.checkpoint.storage import Location, absolute
 from lightning_zero.cli.arguments import add_command, add_directory
 from lightning_zero.cli.output import age_text, bytes_text, print_json, print_table
@@ -27,8 +27,10 @@ def add_to(commands: Commands) -> None:
 
 def _ls(options: argparse.Namespace) -> int:
     save_dir: Location = absolute(options.dir)
+    if save_dir.is_file():  # one of a checkpoint's, which stands for it
+        save_dir = save_dir.parent if save_dir.name == commit.LATEST else resolve(save_dir)
     only = None
-    if (save_dir / MANIFEST_NAME).is_file():
+    if is_tag(save_dir):
         save_dir, only = save_dir.parent, save_dir.name
     if not save_dir.is_dir():
         raise CheckpointNotFoundError(f"there is no directory {save_dir}")
@@ -38,6 +40,8 @@ def _ls(options: argparse.Namespace) -> int:
         latest = None
         print(f"lightning-zero: {error}", file=sys.stderr)
     rows = [_row(tag, latest) for tag in commit.list_tags(save_dir) if only in (None, tag.name)]
+    if rows and only is None and latest not in (None, *(row["tag"] for row in rows)):
+        print(f"lightning-zero: {save_dir / commit.LATEST} names {latest!r}, which is not there", file=sys.stderr)
     if options.json:
         print_json(rows)
     elif not rows:
