@@ -72,8 +72,8 @@ class TrainingData:
         loaders = _training_loaders(trainer)
         self._resumed.when_all_are_made(loaders, partial(iter, trainer.fit_loop._data_fetcher))
         self._resumed.pass_over_validation(trainer)
-        if self._resumed.in_mid_epoch and all(map(goes_on, loaders)):
-            # Lightning looks for loaders with a state, and finds none
+        if not self._resumed.in_mid_epoch or all(map(goes_on, loaders)):
+            # Lightning looks for loaders with a state, and tells an epoch's end by how many batches there are now
             warnings.filterwarnings("ignore", ".*your dataloader is not resumable", PossibleUserWarning)
 
     def start_batch(self, trainer: Trainer) -> None:

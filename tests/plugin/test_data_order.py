@@ -342,8 +342,11 @@ def test_a_sampler_of_no_length_goes_on_too(tmp_path):
 @distributed(world_size=1, process_group=False)
 def test_nothing_is_warned_of_where_the_data_goes_on(tmp_path):
     make = LOADERS["shuffled"]
-    cut(make, 1, tmp_path, 2)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit(make, 1, ckpt_path=tmp_path)
-    assert not [warning for warning in caught if "not resumable" in str(warning.message)]
+    larger = lambda: DataLoader(ROWS, batch_size=6, shuffle=True)  # noqa: E731
+    # Within an epoch; and after one, where the next has another number of batches, as on another number of ranks
+    for steps, then in ((2, make), (6, larger)):
+        cut(make, 1, tmp_path / str(steps), steps)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(then, 1, ckpt_path=tmp_path / str(steps))
+        assert not [warning for warning in caught if "not resumable" in str(warning.message)]
