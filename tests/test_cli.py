@@ -183,6 +183,7 @@ def test_an_error_is_1_and_one_line(save_dir: Path, arguments: list[str], capsys
         (["inspect", "DIR/step=1.ckpt", "--tag", "step=2.ckpt"], "is one checkpoint already"),
         (["verify", "DIR/notes"], "is not a checkpoint of lightning_zero"),
         (["ls", "DIR/notes"], "is not a checkpoint of lightning_zero"),
+        (["export", "DIR", "DIR/notes/model.ckpt"], "notes is no directory; give another place"),
         (["import-deepspeed", "DIR/../notes", "OUT"], "notes is no file of a DeepSpeed checkpoint's"),
         (["import-fsdp", "DIR/../notes", "OUT"], "a full checkpoint needs no import: pass it as ckpt_path"),
         (["import-deepspeed", "DIR", "OUT"], "needs no import"),

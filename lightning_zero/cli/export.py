@@ -46,6 +46,7 @@ def _export(options: argparse.Namespace) -> int:
     from lightning_zero.checkpoint import export
     from lightning_zero.checkpoint.reader import Reader
     from lightning_zero.checkpoint.resolution import resolve
+    from lightning_zero.checkpoint.storage import require_writable
 
     try:
         size = None if options.max_shard_size is None else export.parse_size(options.max_shard_size)
@@ -58,6 +59,7 @@ def _export(options: argparse.Namespace) -> int:
         export.require_suitable(options.out, wanted, size)
     except ValueError as error:
         raise WrongUseError(str(error)) from None
+    require_writable(options.out.parent)
     checkpoint = Reader(resolve(options.dir, options.tag), check_reads=True)
     nbytes = export.exported_bytes(checkpoint, options.out, wanted, size)
     with progress_bar("exporting", nbytes, quiet=options.json) as progress:
