@@ -16,7 +16,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -75,8 +75,8 @@ class OwnedSegment:
     name: str
     start: int
     stop: int
-    master: Tensor
-    optimizer: Optimizer
+    master: Tensor = field(repr=False)  # a list of segments is looked at in notebooks
+    optimizer: Optimizer = field(repr=False)
 
     @property
     def state(self) -> dict[str, Any]:

@@ -57,6 +57,8 @@ def test_bf16_true_trains_on_fp32_masters():
     assert model.into.weight.dtype == torch.bfloat16
     segments = trainer.strategy.segments(trainer.optimizers[0])
     assert {segment.master.dtype for segment in segments} == {torch.float32}
+    first = segments[0]
+    assert repr(first) == f"OwnedSegment(name={first.name!r}, start={first.start}, stop={first.stop})"
     full = trainer.strategy.full_state(model.into.weight)
     assert torch.equal(full["param"].bfloat16(), model.into.weight.detach())
     assert full["exp_avg"].dtype == torch.float32
