@@ -73,6 +73,9 @@ class TrainingReport(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if getattr(trainer, "fast_dev_run", False):
+            self._last = None
+            return
         parameters = sum(p.numel() for p in pl_module.parameters())
         strategy = trainer.strategy
         stage = f", stage {strategy.stage}" if isinstance(strategy, ZeroStrategy) else ""
@@ -117,11 +120,13 @@ class TrainingReport(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(trainer)  # the last checkpoint has been committed by now
+        if self._last is not None:
+            self._write(trainer)  # the last checkpoint has been committed by now
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._write(trainer)
+        if self._last is not None:  # else the page is another run's, and what is known of this one is nothing
+            self._write(trainer)
 
     def _add(self, name: str, step: int, value: float) -> None:
         line = self.curves.setdefault(name, [])

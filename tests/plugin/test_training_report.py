@@ -9,7 +9,7 @@ import torch
 
 from lightning_zero import TrainingReport, ZeroCheckpoint, ZeroStrategy
 from lightning_zero.checkpoint.report import SaveReport
-from lightning_zero.errors import UnsupportedModelError
+from lightning_zero.errors import CheckpointNotFoundError, UnsupportedModelError
 from lightning_zero.plugin.charts import line_chart, stacked_bars
 from tests.launch import distributed, run_ranks
 from tests.models import Model, fit
@@ -82,6 +82,17 @@ def test_the_last_validation_is_on_the_page_although_no_batch_comes_after_it(tmp
     assert page.curves["val_loss"][-1] == (trainer.global_step, last)
     assert page.curves["val_loss"][-2][1] != last  # the first epoch's
     assert f"{last:.4g}" in page.path.read_text()
+
+
+@distributed(world_size=1, process_group=False)
+def test_a_fit_that_fails_before_it_trains_and_a_try_leave_the_page_as_it_is(tmp_path):
+    page = tmp_path / "report.html"
+    fit(Logging(), ZeroStrategy(), world_size=1, max_steps=4, callbacks=[TrainingReport(page, 2)])
+    before = page.read_text()
+    with pytest.raises(CheckpointNotFoundError):
+        fit(Logging(), ZeroStrategy(), world_size=1, callbacks=[TrainingReport(page, 2)], ckpt_path=tmp_path / "gone")
+    fit(Logging(), ZeroStrategy(), world_size=1, callbacks=[TrainingReport(page, 1)], fast_dev_run=True)
+    assert page.read_text() == before
 
 
 def test_a_run_that_has_saved_thousands_of_times_keeps_the_newest_figures_and_draws_each_save_once(tmp_path):
