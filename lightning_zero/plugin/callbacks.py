@@ -336,7 +336,7 @@ class Fp32Export(Callback):
         exclude_frozen_parameters: bool = False,
         max_shard_size: int | str | None = None,
         submodule: str = "",
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         weights_only: bool = True,
     ) -> None:
         self.path = locate(path)
