@@ -413,7 +413,8 @@ class Fp32Export(Callback):
         export(saved, output, self._wanted, max_shard_bytes=size, trainer=trainer, weights_only=weights_only)
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called behind everybody's `on_train_end`, where averages are swapped in; and where nothing was left to train."""
         if getattr(trainer, "fast_dev_run", False):
             return
         assert isinstance(trainer.strategy, ZeroStrategy)

@@ -430,7 +430,7 @@ def fit_and_count_saves(directory, changed):
     exports = [Fp32Export(directory / "model.ckpt"), Fp32Export(directory / "model.safetensors")]
     model = Model()
     trainer = quiet_trainer(
-        ZeroStrategy(checkpoint_io=Counting()), world_size=2, max_steps=4, callbacks=[*more, *exports, checkpoint]
+        ZeroStrategy(checkpoint_io=Counting()), world_size=2, max_steps=4, callbacks=[*exports, *more, checkpoint]
     )
     trainer.fit(model, datamodule=Data())
     return saves, dict(model.state_dict())
@@ -445,6 +445,25 @@ def test_the_last_checkpoint_is_converted_if_it_holds_the_model_as_it_is(tmp_pat
     assert all(torch.equal(exported[name], weights[name]) for name in weights)
     assert bool((exported["into.weight"] == 7).all()) == changed
     assert sorted(os.listdir(tmp_path)) == ["ckpts", "model.ckpt", "model.safetensors"]
+
+
+@distributed(world_size=2, process_group=False)
+def test_a_run_that_was_killed_before_its_export_is_exported_when_it_is_resumed_though_nothing_is_left_to_train(tmp_path):
+    saving = lambda: ZeroCheckpoint(tmp_path / "ckpts", every_n_train_steps=2)  # noqa: E731
+    fit_from(lambda dropout: Model(), ZeroStrategy(), world_size=2, max_steps=2, callbacks=[saving()])
+    model, trainer = fit_from(
+        lambda dropout: Model(),
+        ZeroStrategy(),
+        world_size=2,
+        max_steps=2,
+        ckpt_path="last",
+        callbacks=[Fp32Export(tmp_path / "model.ckpt"), saving()],
+    )
+    assert trainer.global_step == 2
+    if trainer.is_global_zero:
+        exported = torch.load(tmp_path / "model.ckpt", weights_only=True)
+        assert exported["global_step"] == 2
+        assert all(torch.equal(exported["state_dict"][name], value) for name, value in model.state_dict().items())
 
 
 @distributed(world_size=2, process_group=False)
