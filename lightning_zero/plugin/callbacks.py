@@ -414,7 +414,7 @@ class Fp32Export(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called behind everybody's `on_train_end`, where averages are swapped in; and where nothing was left to train."""
+        """Behind everybody's `on_train_end`, where averages are swapped in; and where nothing was left to train."""
         if getattr(trainer, "fast_dev_run", False):
             return
         assert isinstance(trainer.strategy, ZeroStrategy)

@@ -448,7 +448,7 @@ def test_the_last_checkpoint_is_converted_if_it_holds_the_model_as_it_is(tmp_pat
 
 
 @distributed(world_size=2, process_group=False)
-def test_a_run_that_was_killed_before_its_export_is_exported_when_it_is_resumed_though_nothing_is_left_to_train(tmp_path):
+def test_a_run_that_was_killed_before_its_export_is_exported_by_a_resume_that_trains_nothing(tmp_path):
     saving = lambda: ZeroCheckpoint(tmp_path / "ckpts", every_n_train_steps=2)  # noqa: E731
     fit_from(lambda dropout: Model(), ZeroStrategy(), world_size=2, max_steps=2, callbacks=[saving()])
     model, trainer = fit_from(
