@@ -142,8 +142,8 @@ def look_into_ledger(tag: Path, step: int) -> list[str]:
     if problems:
         return problems
     parameter, momentum = ledger_values(step)
-    checkpoint = Checkpoint(tag)
-    state_dict, states = checkpoint.state_dict(), checkpoint.optimizer_state(0)["state"].values()
+    checkpoint = Checkpoint(tag).lightning_checkpoint()
+    state_dict, states = checkpoint["state_dict"], checkpoint["optimizer_states"][0]["state"].values()
     found = [(name, state_dict[name], parameter) for name in state_dict if name.startswith("ledger.")]
     found += [
         (f"a momentum of {state['momentum_buffer'].numel()} elements", state["momentum_buffer"], momentum)
