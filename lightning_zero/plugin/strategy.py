@@ -226,6 +226,7 @@ class ZeroStrategy(DDPStrategy):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         self._uninitialized: set[str] = set()
+        self._is_start_known = False
         self._data.forget()
         self._signals = None
 
@@ -235,19 +236,21 @@ class ZeroStrategy(DDPStrategy):
         self._ranks.device = self.root_device
         if self.root_device.type == "cpu":
             keep_freed_memory()
-        self._require_same_start()
 
-    def _require_same_start(self) -> None:
-        """Each rank has looked for itself whether there is a checkpoint to resume from: they have to see the same."""
-        if not self._is_fitting or self.world_size == 1:
+    def _require_same_start(self, path: _PATH | None) -> None:
+        """Each rank has looked for itself whether there is a checkpoint to load: they have to see the same.
+
+        Lightning loads it before it calls `setup`, and says nowhere else that there is one.
+        """
+        asked, self._is_start_known = self._is_start_known, True
+        if asked or self._ranks.count == 1:
             return
-        path = self._trainer.ckpt_path
         seen = self._ranks.everyones(lambda: [(path, f"rank {self._ranks.rank} on {socket.gethostname()}")])
         without = [where for path, where in seen if not path]
         if without and len(without) < len(seen):
             found = next(path for path, _ in seen if path)
             raise CheckpointNotFoundError(
-                f"some ranks found {found} to resume from, and there is nothing for {', '.join(without[:8])}: copy the "
+                f"some ranks found {found} to load, and there is nothing for {', '.join(without[:8])}: copy the "
                 "directory there, or give every rank the same ckpt_path"
             )
 
@@ -255,6 +258,7 @@ class ZeroStrategy(DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None
         assert self.model is not None
+        self._require_same_start(None)
         self.accelerator.setup(trainer)
         fitting = self._is_fitting
         if fitting and self._layer_sync:
@@ -752,6 +756,7 @@ class ZeroStrategy(DDPStrategy):
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint directory, or a plain file; every rank the one that rank 0 has chosen."""
         self.saves.join()
+        self._require_same_start(checkpoint_path)
         choice = self._choose(checkpoint_path, required=True)
         if choice is not None and choice.path != str(checkpoint_path):
             rank_zero_info(f"of {checkpoint_path}, {choice.path} is loaded")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_zero import ZeroCheckpointIO, ZeroStrategy
+from lightning_zero import ZeroCheckpoint, ZeroCheckpointIO, ZeroStrategy
 from lightning_zero.checkpoint import nodes
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.errors import CheckpointNotFoundError, CheckpointWriteError, IncompleteCheckpointError
@@ -111,6 +111,22 @@ def test_what_a_node_cannot_reach_is_named_with_the_node(root):
         (root / "node1" / "ckpts" / f"global_step{step}" / "rank-00001-of-00004.safetensors").unlink()
     run_nodes(root, missing, "global_step3")
     run_nodes(root, nowhere)
+
+
+def go_on_from_last():
+    strategy = ZeroStrategy(checkpoint_io=ZeroCheckpointIO(node_local=True))
+    callback = ZeroCheckpoint(SAVE_DIR)
+    fit(strategy=strategy, world_size=2, num_nodes=2, max_steps=4, callbacks=[callback], ckpt_path="last")
+
+
+def lost():
+    with pytest.raises(CheckpointNotFoundError, match=r"nothing for rank 2 on .*, rank 3 on "):
+        go_on_from_last()
+
+
+def test_a_node_that_has_lost_its_disk_is_named_where_the_others_go_on_from_the_last_checkpoint(root):
+    shutil.rmtree(root / "node1")
+    run_nodes(root, lost)
 
 
 def fail_on_the_second_node():
