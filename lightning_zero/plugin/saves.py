@@ -89,7 +89,7 @@ class Saves:
         Raises:
             CheckpointWriteError: nothing can be written there.
         """
-        self._ranks.decided_by_first(partial(require_writable, directory))
+        self._ranks.all_or_none(partial(require_writable, directory) if self.tends_directory else lambda: None)
 
     # --- a save ---
 

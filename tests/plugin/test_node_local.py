@@ -129,6 +129,17 @@ def test_a_node_that_has_lost_its_disk_is_named_where_the_others_go_on_from_the_
     run_nodes(root, lost)
 
 
+def closed():
+    with pytest.raises(CheckpointWriteError, match="rank 2: nothing can be written to"):
+        go_on_from_last()
+
+
+def test_a_node_that_nothing_can_be_written_on_ends_a_fit_when_it_begins(tmp_path):
+    (tmp_path / "node1").mkdir()
+    (tmp_path / "node1" / "ckpts").write_text("no directory")
+    run_nodes(tmp_path, closed)
+
+
 def fail_on_the_second_node():
     receive = nodes._receive
 
