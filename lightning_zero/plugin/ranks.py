@@ -137,7 +137,8 @@ class Ranks:
         return own.behind
 
     def _new_group(self, backend: str | None = None) -> dist.ProcessGroup:
-        group: dist.ProcessGroup = dist.new_group(timeout=self._timeout, backend=backend)
+        with self.reaching_all():
+            group: dist.ProcessGroup = dist.new_group(timeout=self._timeout, backend=backend)
         join_without_the_lock(group)
         return group
 

@@ -3,6 +3,7 @@
 import os
 import time
 import weakref
+from datetime import timedelta
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_zero import ZeroStrategy
-from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError
+from lightning_zero.errors import CheckpointMismatchError, UnreachableRankError, UnsupportedModelError
 from lightning_zero.plugin.alike import give_first_ranks_values
 from lightning_zero.plugin.ranks import Ranks, _leave
 from tests.launch import distributed, run_ranks
@@ -60,6 +61,13 @@ def test_when_the_process_ends_nothing_of_a_strategy_that_is_left_holds_its_grou
     control = weakref.ref(ranks.control)
     _leave(weakref.ref(ranks))
     assert control() is None
+
+
+@distributed(world_size=2)
+def test_a_group_that_the_others_dont_come_to_make_is_an_error_that_says_so():
+    if dist.get_rank() == 0:
+        with pytest.raises(UnreachableRankError, match="rank 0 waited in vain"):
+            Ranks(timedelta(seconds=1)).everyones(list)
 
 
 @distributed(world_size=2)
