@@ -1,6 +1,7 @@
 """A user's script: started by hand (Lightning then starts the second process), by torchrun, or by SLURM.
 
-`python -m tests.plugin.launched DIRECTORY [STRATEGY] [STEPS]`; where there are many, each takes a 20th of a second.
+`python -m tests.plugin.launched DIRECTORY [STRATEGY] [STEPS] [EVERY]`; where there are many, each takes a 20th of a
+second, and none is saved unless it is said after how many.
 """
 
 import os
@@ -25,7 +26,7 @@ class Told(Callback):
             time.sleep(0.05)
 
 
-def main(directory: str, strategy: str = "zero_stage_2", steps: str = "4") -> None:
+def main(directory: str, strategy: str = "zero_stage_2", steps: str = "4", every: str = "") -> None:
     from lightning_zero import Fp32Export, ZeroCheckpoint
 
     trainer = quiet_trainer(
@@ -35,7 +36,7 @@ def main(directory: str, strategy: str = "zero_stage_2", steps: str = "4") -> No
         limit_val_batches=0,
         default_root_dir=directory,
         callbacks=[
-            ZeroCheckpoint(f"{directory}/ckpts", every_n_train_steps=2 if steps == "4" else 10**6),
+            ZeroCheckpoint(f"{directory}/ckpts", every_n_train_steps=int(every or ("2" if steps == "4" else 10**6))),
             Fp32Export(f"{directory}/model.ckpt"),
             Told(directory, slow=steps != "4"),
         ],
