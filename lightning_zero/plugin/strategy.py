@@ -45,6 +45,7 @@ from lightning_zero.errors import (
     UnsupportedModelError,
 )
 from lightning_zero.memory import keep_freed_memory
+from lightning_zero.plugin import restarts
 from lightning_zero.plugin.alike import give_first_ranks_values, ignored_names, module_lines, optimizer_lines
 from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown, require_bool, require_instance
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ZeroCheckpointIO, weights_option
@@ -236,6 +237,14 @@ class ZeroStrategy(DDPStrategy):
         self._ranks.device = self.root_device
         if self.root_device.type == "cpu":
             keep_freed_memory()
+
+    @override
+    def setup_distributed(self) -> None:
+        """Join the ranks; those that torchrun has started again in a store of their own."""
+        if restarts.store_is_lent() and not dist.is_initialized():
+            device = self.root_device if self.root_device.type != "cpu" else None
+            restarts.init_process_group(self._get_process_group_backend(), self._timeout, device_id=device)
+        super().setup_distributed()
 
     def _require_same_start(self, path: _PATH | None) -> None:
         """Each rank has looked for itself whether there is a checkpoint to load: they have to see the same.

@@ -67,10 +67,9 @@ def _open(verify: Depth) -> Entrance:
         read_all(checkpoint.state_dict().values())
         whole = checkpoint.lightning_checkpoint()
         read_all(whole["state_dict"].values())
-        for index in range(len(checkpoint.manifest.optimizers)):
-            for state in (whole["optimizer_states"][index], checkpoint.optimizer_state(index)):
-                for parameter in state["state"].values():
-                    read_all(parameter.values())
+        for state in whole["optimizer_states"]:
+            for parameter in state["state"].values():
+                read_all(parameter.values())
         for rank in range(min(checkpoint.manifest.world_size, 9)):
             checkpoint.rank_state(rank)
 

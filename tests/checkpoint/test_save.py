@@ -113,6 +113,7 @@ def test_what_an_interrupted_save_has_written_goes(tmp_path: Path, where: str) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, where, interrupt)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         with pytest.raises(KeyboardInterrupt):
             save_alone("first")
     assert os.listdir(tmp_path) == []

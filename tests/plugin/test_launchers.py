@@ -130,15 +130,8 @@ def test_sigterm_at_any_rank_ends_all_with_a_checkpoint_that_is_resumed_from(lau
 
 def test_torchrun_restarts_what_was_killed_and_it_goes_on_from_the_last_checkpoint(tmp_path):
     script = command("torchrun", tmp_path, "zero_stage_2", 40, 5)
-    script = [("--standalone" if word.startswith("--master_port") else word) for word in script]
     script.insert(3, "--max_restarts=1")
-    run = subprocess.Popen(
-        script,
-        env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),  # see docs/lightning.md
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    run = subprocess.Popen(script, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         os.kill(wait_for(lambda: ranks_at(tmp_path, 7))[1], signal.SIGKILL)
         output, _ = run.communicate(timeout=90)
