@@ -343,7 +343,13 @@ def _write(plan: Plan, prepared: _Prepared, fsync: bool, direct: bool, stall_sec
             damaged = any(verify_tensors(open_file(plan.staging / linked.name), linked, linked.tensors))
         if damaged:
             remove_file(plan.staging / linked.name)
+            expected = {tensor.key: tensor.xxh3 for tensor in linked.tensors}
             linked = write_file([_item(tensor) for tensor in prepared.live], (), frozen=True)
+            if {tensor.key: tensor.xxh3 for tensor in linked.tensors} != expected:
+                raise RuntimeError(
+                    f"{entry.name} of an earlier checkpoint is damaged, and the frozen parameters that it held were "
+                    "changed while they were written anew, behind training. The next save writes what they are then"
+                )
             nbytes += linked.nbytes
         files.append(linked)
     trainer = None

@@ -13,9 +13,11 @@ from torch import nn
 
 from lightning_zero import ZeroCheckpoint, ZeroStrategy
 from lightning_zero import get_fp32_state_dict_from_zero_checkpoint as get_fp32
-from lightning_zero.checkpoint import storage
+from lightning_zero.checkpoint import save, storage
 from lightning_zero.checkpoint.load import Checkpoint
+from lightning_zero.checkpoint.shards import verify_tensors
 from lightning_zero.cli import main
+from lightning_zero.errors import CheckpointWriteError
 from tests.launch import distributed, run_ranks
 from tests.models import Data, Model, fit
 from tests.plugin import parity
@@ -123,14 +125,38 @@ def test_a_frozen_parameter_that_was_written_is_saved_anew(tmp_path):
     assert inodes[0] == inodes[1] != inodes[2] == inodes[3]
 
 
-def test_a_file_that_was_damaged_is_not_linked_by_the_next_run(tmp_path):
-    run_ranks(train, 2, tmp_path, 2, 2, adapted, process_group=False)
-    file = tmp_path / "step=2.ckpt" / "frozen-00001-of-00002.safetensors"
+def damage(file):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)  # in place: every tag that shares it is damaged
+
+
+def test_a_file_that_was_damaged_is_not_linked_by_the_next_run(tmp_path):
+    run_ranks(train, 2, tmp_path, 2, 2, adapted, process_group=False)
+    damage(tmp_path / "step=2.ckpt" / "frozen-00001-of-00002.safetensors")
     run_ranks(train, 2, tmp_path, 2, 4, adapted, process_group=False)
     Checkpoint(tmp_path / "step=4.ckpt", verify="full")
+
+
+@distributed(world_size=1, process_group=False)
+def test_what_is_unfrozen_while_a_damaged_file_is_written_anew_is_in_no_checkpoint(tmp_path):
+    class Damage(Adapted):
+        def on_train_start(self):  # it has been read
+            damage(tmp_path / "step=2.ckpt" / "frozen-00000-of-00001.safetensors")
+
+    train(tmp_path, 1, 2, adapted)
+    model = Damage()
+
+    def verify_and_train(*args):
+        found = list(verify_tensors(*args))
+        model.backbone.weight[0, 0] += 1
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save, "verify_tensors", verify_and_train)
+        with pytest.raises(CheckpointWriteError, match="frozen parameters that it held were changed"):
+            train(tmp_path, 1, 3, lambda: model, async_save=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step=1.ckpt", "step=2.ckpt"]
 
 
 @distributed(world_size=1, process_group=False)
