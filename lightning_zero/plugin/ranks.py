@@ -118,6 +118,11 @@ class Ranks:
             atexit.register(_leave, weakref.ref(self))
         return self._groups
 
+    def meet(self) -> None:
+        """Make the groups now, so that nobody finds this in what a resume takes. Called on every rank."""
+        if self.count > 1:
+            _ = self._own
+
     @property
     def collectives(self) -> Collectives:
         """For parameters and gradients."""

@@ -237,6 +237,7 @@ class ZeroStrategy(DDPStrategy):
         self._ranks.device = self.root_device
         if self.root_device.type == "cpu":
             keep_freed_memory()
+        self._ranks.meet()
 
     @override
     def setup_distributed(self) -> None:
