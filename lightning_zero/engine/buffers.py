@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -65,6 +65,9 @@ class StateMemory:
 
     _ALIGNMENT = 64
     _BYTES_PER_STATE = 4  # of one state's element, as a rule
+    _MOST_STATES = 16  # of a parameter, whatever a checkpoint says
+    _MOST_FOR_ONE = 2
+    """A state may keep a block of so many times its size: it stays for as long as the state does."""
 
     def __init__(self) -> None:
         self._wanted: Counter[int] = Counter()
@@ -81,16 +84,24 @@ class StateMemory:
             owned: how many elements of each are this rank's, and how many bytes their states have.
             leaving: the bytes that each of them will leave.
         """
-        states = Counter[int]()
+        states: list[int] = []
         for numel, nbytes in owned:
             nbytes_of_one = numel * self._BYTES_PER_STATE
-            states[nbytes_of_one] += round(nbytes / nbytes_of_one)  # AdamW has a step count of 4 bytes beside them
-        # A whole parameter's state is as large as a parameter; in another's memory it would leave a useless rest
-        fitting = states & Counter(leaving)
-        self._wanted += fitting
-        missing = sum(nbytes for _, nbytes in owned) - sum(size * count for size, count in fitting.items())
-        if missing > 0:
-            self._touch(missing + states.total() * self._ALIGNMENT)
+            count = round(nbytes / nbytes_of_one)  # AdamW has a step of 4 bytes beside them
+            states += [nbytes_of_one] * min(count, self._MOST_STATES)
+        # As `empty` will find room for them, the largest first
+        blocks, rests, missing = sorted(leaving), list[int](), 0
+        for nbytes in sorted(states, reverse=True):
+            block, rest = bisect_left(blocks, nbytes), bisect_left(rests, nbytes)
+            if rest < len(rests):
+                insort(rests, rests.pop(rest) - nbytes)
+            elif block < len(blocks) and blocks[block] <= self._MOST_FOR_ONE * nbytes:
+                self._wanted[blocks[block]] += 1
+                insort(rests, blocks.pop(block) - nbytes)
+            else:
+                missing += nbytes + self._ALIGNMENT
+        if missing:
+            self._touch(missing)
 
     def _touch(self, nbytes: int) -> None:
         touched: list[Tensor] = []
