@@ -78,10 +78,16 @@ def positive(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
 
 
+def directory_of(path: Location) -> Location:
+    """The directory that is meant: a file of a checkpoint's stands for it, and `latest` for the save directory."""
+    if not path.is_file():
+        return path
+    return path.parent if path.name == commit.LATEST else resolve(path)
+
+
 def find_tag(path: Location, tag: str | None) -> tuple[Location, list[Problem]]:
     """The directory that is meant, sound or not; what is wrong with `latest` is a finding, not a reason to give up."""
-    if path.is_file():  # one of a checkpoint's, which stands for it
-        path = path.parent if path.name == commit.LATEST else resolve(path)
+    path = directory_of(path)
     if tag is None and is_tag(path):
         return path, []
     problems = []

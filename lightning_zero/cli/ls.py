@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint.origins import advice
-from lightning_zero.checkpoint.resolution import is_tag, resolve
-from lightning_zero.checkpoint.storage import Location, absolute
-from lightning_zero.cli.arguments import add_command, add_directory
+from lightning_zero.checkpoint.resolution import is_tag
+from lightning_zero.checkpoint.storage import absolute
+from lightning_zero.cli.arguments import add_command, add_directory, directory_of
 from lightning_zero.cli.output import age_text, bytes_text, print_json, print_table
 from lightning_zero.errors import CheckpointNotFoundError, ZeroError
 
@@ -26,9 +26,7 @@ def add_to(commands: Commands) -> None:
 
 
 def _ls(options: argparse.Namespace) -> int:
-    save_dir: Location = absolute(options.dir)
-    if save_dir.is_file():  # one of a checkpoint's, which stands for it
-        save_dir = save_dir.parent if save_dir.name == commit.LATEST else resolve(save_dir)
+    save_dir = directory_of(absolute(options.dir))
     only = None
     if is_tag(save_dir):
         save_dir, only = save_dir.parent, save_dir.name

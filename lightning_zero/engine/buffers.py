@@ -94,14 +94,18 @@ class StateMemory:
         for nbytes in sorted(states, reverse=True):
             block, rest = bisect_left(blocks, nbytes), bisect_left(rests, nbytes)
             if rest < len(rests):
-                insort(rests, rests.pop(rest) - nbytes)
+                insort(rests, rests.pop(rest) - self._taken_by(nbytes))
             elif block < len(blocks) and blocks[block] <= self._MOST_FOR_ONE * nbytes:
                 self._wanted[blocks[block]] += 1
-                insort(rests, blocks.pop(block) - nbytes)
+                insort(rests, blocks.pop(block) - self._taken_by(nbytes))
             else:
-                missing += nbytes + self._ALIGNMENT
+                missing += self._taken_by(nbytes)
         if missing:
             self._touch(missing)
+
+    def _taken_by(self, nbytes: int) -> int:
+        """How much of a block a state takes: what is left begins aligned."""
+        return nbytes + -nbytes % self._ALIGNMENT
 
     def _touch(self, nbytes: int) -> None:
         touched: list[Tensor] = []
@@ -143,7 +147,7 @@ class StateMemory:
             return prefault(torch.empty(shape, dtype=dtype, device=device))
         del self._sizes[tightest]
         block = self._blocks.pop(tightest)
-        self._insert(block[nbytes + -nbytes % self._ALIGNMENT :])
+        self._insert(block[self._taken_by(nbytes) :])
         # Not a view: whoever copies, pickles or sends one would take the whole block
         return torch.frombuffer(block.numpy(), dtype=dtype, count=nbytes // dtype.itemsize).view(shape)
 
