@@ -25,6 +25,7 @@ _LARGEST_FROM_HEAP, _LEAST_TRIMMED = 32 << 20, 256 << 20
 _GRACE_SECONDS = 0.002
 _LEAST_BYTES_PER_SECOND = 4e9
 _BYTES_PER_TRY = 128 << 20
+_LARGEST_STEP_BYTES = 8 << 20
 
 
 def prefault(memory: Tensor) -> Tensor:
@@ -47,17 +48,19 @@ def prefault(memory: Tensor) -> Tensor:
 
 
 def _touch(part: Tensor, advise: Callable[..., int] | None) -> None:
-    began, touched = time.perf_counter(), 0
+    # Between two steps it waits for the interpreter's lock, which another thread may hold for 5 ms: a few large ones
+    began, touched, step_bytes = time.thread_time(), 0, _HUGE_PAGE_BYTES
     while touched < len(part):
         address = part.data_ptr() + touched
-        step = part[touched : touched + _HUGE_PAGE_BYTES - address % _HUGE_PAGE_BYTES]
+        step = part[touched:] if advise is None else part[touched : touched + step_bytes - address % _HUGE_PAGE_BYTES]
         if advise is not None:
             first_page = address - address % _PAGE_BYTES
             advise(ctypes.c_void_p(first_page), ctypes.c_size_t(address + len(step) - first_page), _MADV_HUGEPAGE)
         step[::_PAGE_BYTES].zero_()
         touched += len(step)
-        if time.perf_counter() - began > _GRACE_SECONDS + touched / _LEAST_BYTES_PER_SECOND:
+        if time.thread_time() - began > _GRACE_SECONDS + touched / _LEAST_BYTES_PER_SECOND:
             advise = None
+        step_bytes = min(2 * step_bytes, _LARGEST_STEP_BYTES)
 
 
 def keep_freed_memory() -> None:

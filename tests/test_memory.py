@@ -19,6 +19,13 @@ def test_prefaulted_memory_is_the_same_tensor_and_wholly_there(nbytes: int):
     assert memory.fill_(7).sum().item() == 7 * nbytes
 
 
+@pytest.mark.parametrize("nbytes", [33 * MEGABYTE, 130 * MEGABYTE + 1])
+def test_where_the_system_takes_no_advice_all_of_it_is_touched_too(nbytes: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    memory = prefault(torch.empty(nbytes, dtype=torch.uint8))
+    assert memory.fill_(7).sum().item() == 7 * nbytes
+
+
 def test_memory_of_any_shape_and_dtype_can_be_prefaulted():
     memory = torch.empty(3, 4096, 2048, dtype=torch.bfloat16)
     assert prefault(memory).shape == (3, 4096, 2048)
