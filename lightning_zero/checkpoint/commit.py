@@ -123,15 +123,27 @@ def read_latest(save_dir: Location) -> str | None:
 def require_own_latest(save_dir: Location) -> None:
     """Make sure that `latest` isn't somebody else's: a link to another run, or a directory.
 
+    Where it names another system's checkpoint, as DeepSpeed's does, there is a warning: it is going to name ours.
+
     Raises:
         CheckpointWriteError: it is.
     """
     path = save_dir / LATEST
-    if not is_remote(path) and (path.is_symlink() or path.is_dir()):
+    if is_remote(path):
+        return
+    if path.is_symlink() or path.is_dir():
         raise CheckpointWriteError(
             f"{path} is a {'link' if path.is_symlink() else 'directory'} and none of our files; it was left as it is. "
             "Save into another directory, or give it another name"
         )
+    with suppress(CorruptCheckpointError):  # a damaged one names nothing
+        tag = read_latest(save_dir)
+        if tag is not None and (save_dir / tag).is_dir() and not (save_dir / tag / MANIFEST_NAME).exists():
+            warnings.warn(
+                f"{path} names {tag!r}, which is none of our checkpoints but DeepSpeed's, perhaps. A save that becomes "
+                f"`latest` has it name ours; {tag!r} stays, and whoever loads it has to give its name",
+                stacklevel=2,
+            )
 
 
 def _names(save_dir: Location, tag: str) -> bool:

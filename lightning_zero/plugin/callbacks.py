@@ -80,7 +80,7 @@ class ZeroCheckpoint(ModelCheckpoint):
         **kwargs: Any,
     ) -> None:
         for name, value in (("keep_last", keep_last), ("keep_every_n_steps", keep_every_n_steps)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a whole number from 1 on, or None, not {value!r}")
         if async_save is not None:
             require_bool("async_save", async_save)

@@ -164,6 +164,18 @@ def test_latest_is_written_whatever_another_runs_save_cleans_away_meanwhile(tmp_
     assert os.listdir(tmp_path) == ["latest"]
 
 
+def test_whose_latest_named_another_systems_checkpoint_is_told_that_it_names_ours_now(tmp_path: Path) -> None:
+    (tmp_path / "global_step7").mkdir()
+    (tmp_path / "global_step7" / "mp_rank_00_model_states.pt").touch()
+    (tmp_path / "latest").write_text("global_step7")
+    with pytest.warns(UserWarning, match="'global_step7', which is none of our checkpoints"):
+        Sample().save(tmp_path / "tag")
+    assert commit.read_latest(tmp_path) == "tag" and (tmp_path / "global_step7" / "mp_rank_00_model_states.pt").exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Sample().save(tmp_path / "tag2")
+
+
 def test_without_locks_a_staging_directory_is_stale_after_a_day(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

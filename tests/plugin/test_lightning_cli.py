@@ -173,6 +173,7 @@ def test_what_is_no_plugin_is_refused_at_once(arguments, message):
     "make",
     [
         lambda: ZeroCheckpoint(keep_last=0),
+        lambda: ZeroCheckpoint(keep_last=True),  # it would keep one, and remove all others
         lambda: ZeroCheckpoint(filename="a/b"),
         lambda: ZeroCheckpoint(filename=".hidden"),
         lambda: Fp32Export("model.onnx"),
