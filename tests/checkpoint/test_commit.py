@@ -170,7 +170,8 @@ def test_whose_latest_named_another_systems_checkpoint_is_told_that_it_names_our
     (tmp_path / "latest").write_text("global_step7")
     with pytest.warns(UserWarning, match="'global_step7', which is none of our checkpoints"):
         Sample().save(tmp_path / "tag")
-    assert commit.read_latest(tmp_path) == "tag" and (tmp_path / "global_step7" / "mp_rank_00_model_states.pt").exists()
+    assert commit.read_latest(tmp_path) == "tag"
+    assert (tmp_path / "global_step7" / "mp_rank_00_model_states.pt").exists()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Sample().save(tmp_path / "tag2")
