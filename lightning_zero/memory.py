@@ -48,7 +48,8 @@ def prefault(memory: Tensor) -> Tensor:
 
 
 def _touch(part: Tensor, advise: Callable[..., int] | None) -> None:
-    # Between two steps it waits for the interpreter's lock, which another thread may hold for 5 ms: a few large ones
+    # Between two steps it waits for the interpreter's lock, which another thread may hold for 5 ms: so they are large,
+    # and that time is no part of what the pages take.
     began, touched, step_bytes = time.thread_time(), 0, _HUGE_PAGE_BYTES
     while touched < len(part):
         address = part.data_ptr() + touched
