@@ -17,20 +17,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_zero.engine.arrivals import Arrivals
 from lightning_zero.engine.buckets import ParameterBucket, Piece
 from lightning_zero.engine.buffers import StateMemory
 from lightning_zero.engine.cuts import ELEMENT_WISE, WHOLE_PARAMETERS, way_out
 from lightning_zero.engine.gradients import GradientReducer
+from lightning_zero.engine.states import copy_range, part_of, require_cuttable, room_for, taken_over, tensors_in
 from lightning_zero.engine.transport import Pending
 from lightning_zero.errors import CheckpointMismatchError, UnsupportedModelError
 
@@ -182,10 +182,10 @@ class SegmentedOptimizer:
                     continue
                 former = self._former.pop(piece.slot.parameter, None)
                 if former is not None and former.master in state:
-                    state[piece.master] = _taken_over(state.pop(former.master), former, piece, self.optimizer)
+                    state[piece.master] = taken_over(state.pop(former.master), former, piece, self.optimizer)
                 for key, value in state.get(piece.slot.parameter, {}).items():
-                    self._require_cuttable(value, key, piece)
-                    state[piece.master][key] = _part_of(value, key, piece, torch.empty_like)
+                    require_cuttable(value, key, piece, self.optimizer)
+                    state[piece.master][key] = part_of(value, key, piece, torch.empty_like)
             for slot in bucket.slots if not bucket.is_own_master else ():
                 state.pop(slot.parameter, None)
 
@@ -544,8 +544,8 @@ class SegmentedOptimizer:
                 else:
                     # What isn't read from a file may be what is held, or a part of what is still to be taken over
                     in_place = held.get(key) if hasattr(value, "read_range") else None
-                    room = functools.partial(_room, in_place, memory)
-                    state[piece.master][key] = _part_of(value, key, piece, room)
+                    room = functools.partial(room_for, in_place, memory)
+                    state[piece.master][key] = part_of(value, key, piece, room)
         self._place_steps(state)
         self.optimizer.__setstate__({"state": state, "param_groups": groups})
         if self.optimizer.state is not state:  # one that wraps another, and shows that one's
@@ -588,7 +588,7 @@ class SegmentedOptimizer:
             )
         for piece, values in saved if not is_own else ():
             for key, value in values.items():
-                self._require_cuttable(value, key, piece)
+                require_cuttable(value, key, piece, self.optimizer)
         return saved
 
     @property
@@ -605,7 +605,7 @@ class SegmentedOptimizer:
             entries = type(self.optimizer).state_dict(self.optimizer)
         entries.pop("state", None)
         for key, value in entries.items() if self._reducer.is_distributed else ():
-            if key != "param_groups" and any(tensor.numel() > 1 for tensor in _tensors_in(value)):
+            if key != "param_groups" and any(tensor.numel() > 1 for tensor in tensors_in(value)):
                 raise UnsupportedModelError(
                     f"{type(self.optimizer).__name__} has states in its state_dict()[{key!r}], and not in its `state`: "
                     "it isn't known whose they are, and they can't be saved from several ranks. Save weights alone "
@@ -634,21 +634,6 @@ class SegmentedOptimizer:
                     if isinstance(step := held.get("step"), Tensor):
                         held["step"] = step.to(piece.master.device, torch.float32)
 
-    def _require_cuttable(self, value: Any, key: str, piece: Piece) -> None:
-        shape, in_part = piece.slot.parameter.shape, piece.segment.numel != piece.slot.parameter.numel()
-        for tensor in _tensors_in(value) if in_part else ():
-            if tensor.numel() > 1 and tensor.shape != shape:
-                raise CheckpointMismatchError(
-                    f"{type(self.optimizer).__name__}'s state {key!r} of {piece.slot.name!r} has the shape "
-                    f"{tuple(tensor.shape)}, not the parameter's {tuple(shape)}, and can't be cut; use "
-                    'ZeroStrategy(partition="parameter")'
-                )
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of a state, which may be a container of them, as SOAP's are."""
-    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
-
 
 def _is_real(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point())
@@ -664,52 +649,3 @@ def _cut_into_turns(buckets: Sequence[ParameterBucket]) -> list[list[ParameterBu
         turns[-1].append(bucket)
         before += bucket.plan.numel
     return turns
-
-
-def _room(held: Any, memory: StateMemory, like: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """A tensor to read into: the one that is held, if it fits; else one from `memory`."""
-    wanted = (like.shape, dtype, like.device)
-    fits = isinstance(held, Tensor) and held.is_contiguous() and (held.shape, held.dtype, held.device) == wanted
-    return cast("Tensor", held) if fits else memory.empty(*wanted)
-
-
-def _taken_over(state: dict[str, Any], former: Piece, piece: Piece, optimizer: Optimizer) -> dict[str, Any]:
-    if (former.segment.start, former.segment.stop) != (piece.segment.start, piece.segment.stop):
-        raise UnsupportedModelError(
-            f"the {type(optimizer).__name__} of an earlier fit was cut in another way than it would be now; make a new "
-            "optimizer in configure_optimizers, and resume from a checkpoint"
-        )
-    device = piece.master.device  # Lightning has brought it all to the accelerator
-    return {
-        key: value.to(device) if isinstance(value, Tensor) and (value.dim() or device.type == "cpu") else value
-        for key, value in state.items()
-    }
-
-
-def _part_of(value: Any, key: str, piece: Piece, room: Callable[..., Tensor]) -> Any:
-    """What belongs to a piece of a parameter, of one state of the whole: copied into a tensor that `room` gives."""
-    if isinstance(value, Tensor):  # as most are: to walk through a tree takes as long as all else
-        return _part_of_leaf(value, key, piece, room)
-    return tree_map(lambda leaf: _part_of_leaf(leaf, key, piece, room), value)
-
-
-def _part_of_leaf(value: Any, key: str, piece: Piece, room: Callable[..., Tensor]) -> Any:
-    if not isinstance(value, Tensor):
-        return copy.deepcopy(value)
-    shape, master = piece.slot.parameter.shape, piece.master.detach()
-    if value.shape == shape and not (value.dim() == 0 and key == "step"):
-        still_in_checkpoint = hasattr(value, "read_range")  # and so of the dtype that the optimizer chose
-        dtype = value.dtype if still_in_checkpoint or not value.is_floating_point() else master.dtype
-        part = room(master, dtype=dtype)
-        copy_range(value, piece.segment.start, piece.segment.stop, part)
-        return part
-    return value.clone() if key == "step" and not master.is_cpu else value.to(master.device, copy=True)
-
-
-def copy_range(source: Tensor, start: int, stop: int, out: Tensor) -> None:
-    """Copy elements `[start, stop)` of a flattened tensor into `out`; one that is still on disk reads just those."""
-    read_range = getattr(source, "read_range", None)
-    if read_range is not None:
-        read_range(start, stop, out.view(-1))
-    else:
-        out.view(-1).copy_(source.reshape(-1)[start:stop])

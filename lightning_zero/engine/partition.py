@@ -19,8 +19,9 @@ from lightning_zero.engine.buffers import StateMemory
 from lightning_zero.engine.collectives import Collectives
 from lightning_zero.engine.cuts import Cut, cut_for
 from lightning_zero.engine.gradients import GradientReducer
-from lightning_zero.engine.optimizer import OwnedSegment, SegmentedOptimizer, copy_range
+from lightning_zero.engine.optimizer import OwnedSegment, SegmentedOptimizer
 from lightning_zero.engine.stand_in import PartitionedGradient
+from lightning_zero.engine.states import copy_range
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.segments import ParameterSpec, Policy, plan_buckets
 
