@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import socket
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -36,28 +35,23 @@ from lightning_zero.checkpoint.commit import validate_tag
 from lightning_zero.checkpoint.content import CLIENT_STATE, RankContent, SharedContent
 from lightning_zero.checkpoint.origins import advice
 from lightning_zero.checkpoint.plan import TagValidation
-from lightning_zero.checkpoint.storage import is_remote, locate
+from lightning_zero.checkpoint.storage import locate
 from lightning_zero.engine.optimizer import OwnedSegment
 from lightning_zero.engine.partition import Partition
-from lightning_zero.errors import (
-    CheckpointNotFoundError,
-    CheckpointWriteError,
-    UnsupportedModelError,
-)
+from lightning_zero.errors import CheckpointWriteError, UnsupportedModelError
 from lightning_zero.memory import keep_freed_memory
 from lightning_zero.plugin import restarts
 from lightning_zero.plugin.alike import give_first_ranks_values, ignored_names, module_lines, optimizer_lines
 from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown, require_bool, require_instance
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ZeroCheckpointIO, weights_option
-from lightning_zero.plugin.choice import Choice, choose
 from lightning_zero.plugin.contents import contents
 from lightning_zero.plugin.loading import (
     fits_module,
     load_averages,
     load_module,
-    read_together,
     restore_optimizer_states,
 )
+from lightning_zero.plugin.loads import Loads
 from lightning_zero.plugin.logged_metrics import get_logged
 from lightning_zero.plugin.materialize import materialize, require_values
 from lightning_zero.plugin.metric_state import finished_metrics, get_metric_states
@@ -186,6 +180,7 @@ class ZeroStrategy(DDPStrategy):
         self._ranks = Ranks(timeout)
         self.saves = Saves(self, self._ranks, tag_validation)
         """What callbacks ask about saves, and have done around them."""
+        self._loads = Loads(self, self._ranks)
         self._data = TrainingData()
         self._signals: SharedSignals | None = None
 
@@ -227,7 +222,7 @@ class ZeroStrategy(DDPStrategy):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         self._uninitialized: set[str] = set()
-        self._is_start_known = False
+        self._loads.begin()
         self._data.forget()
         self._signals = None
 
@@ -247,28 +242,11 @@ class ZeroStrategy(DDPStrategy):
             restarts.init_process_group(self._get_process_group_backend(), self._timeout, device_id=device)
         super().setup_distributed()
 
-    def _require_same_start(self, path: _PATH | None) -> None:
-        """Each rank has looked for itself whether there is a checkpoint to load: they have to see the same.
-
-        Lightning loads it before it calls `setup`, and says nowhere else that there is one.
-        """
-        asked, self._is_start_known = self._is_start_known, True
-        if asked or self._ranks.count == 1:
-            return
-        seen = self._ranks.everyones(lambda: [(path, f"rank {self._ranks.rank} on {socket.gethostname()}")])
-        without = [where for path, where in seen if not path]
-        if without and len(without) < len(seen):
-            found = next(path for path, _ in seen if path)
-            raise CheckpointNotFoundError(
-                f"some ranks found {found} to load, and there is nothing for {', '.join(without[:8])}: copy the "
-                "directory there, or give every rank the same ckpt_path"
-            )
-
     @override
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None
         assert self.model is not None
-        self._require_same_start(None)
+        self._loads.require_same_start(None)
         self.accelerator.setup(trainer)
         fitting = self._is_fitting
         if fitting and self._layer_sync:
@@ -361,7 +339,7 @@ class ZeroStrategy(DDPStrategy):
         if isinstance(self.precision_plugin, DoublePrecision):
             self.precision_plugin.convert_module(self._module)  # `setup` would, when fp32 has rounded what is loaded
         ours = checkpoint.source.directory if isinstance(checkpoint, LoadedCheckpoint) else None
-        state_dict = self._read_together(checkpoint)
+        state_dict = self._loads.state_dict(checkpoint, self._module)
 
         def load() -> None:
             with nullcontext() if ours is None else fits_module(ours, module=self._module, names=state_dict):
@@ -372,13 +350,6 @@ class ZeroStrategy(DDPStrategy):
                 self._data.resume.restore_metrics(self._module)
 
         self._ranks.all_or_none(load)
-
-    def _read_together(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The module's state dict; from behind a URL it is in the module already."""
-        state_dict: Mapping[str, Any] = checkpoint["state_dict"]
-        if not isinstance(checkpoint, LoadedCheckpoint) or not is_remote(checkpoint.source.directory):
-            return state_dict
-        return state_dict if self._ranks.count == 1 else read_together(self._module, state_dict, self._ranks)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -733,14 +704,14 @@ class ZeroStrategy(DDPStrategy):
         module = self._trainer.lightning_module
         self.wait_for_parameters()  # what arrived later would take the place of what was loaded
         self.saves.join()
-        choice = self._choose(load_dir, None if tag is None else _as_tag(tag))
+        choice = self._loads.choose(load_dir, None if tag is None else _as_tag(tag))
         if choice is None:
             rank_zero_warn(f"there is no checkpoint in {load_dir}: nothing is loaded{advice(locate(load_dir))}")
             return None, {}
 
         partition = self._partition if load_module_only else self._partitioned  # without a fit there is none
-        checkpoint = self._ranks.all_or_none(partial(self._load_chosen, choice, weights_only))
-        state_dict = {} if custom_load_fn is not None else self._read_together(checkpoint)
+        checkpoint = self._ranks.all_or_none(partial(self._loads.read, choice, weights_only))
+        state_dict = {} if custom_load_fn is not None else self._loads.state_dict(checkpoint, self._module)
 
         def load() -> dict[str, Any]:
             weights: Mapping[str, Any] = checkpoint["state_dict"]
@@ -766,15 +737,15 @@ class ZeroStrategy(DDPStrategy):
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint directory, or a plain file; every rank the one that rank 0 has chosen."""
         self.saves.join()
-        self._require_same_start(checkpoint_path)
-        choice = self._choose(checkpoint_path, required=True)
+        self._loads.require_same_start(checkpoint_path)
+        choice = self._loads.choose(checkpoint_path, required=True)
         if choice is not None and choice.path != str(checkpoint_path):
             rank_zero_info(f"of {checkpoint_path}, {choice.path} is loaded")
 
         def load() -> dict[str, Any]:
             if choice is None:
                 return self.checkpoint_io.load_checkpoint(os.fspath(checkpoint_path), **weights_option(weights_only))
-            checkpoint = self._load_chosen(choice, weights_only)
+            checkpoint = self._loads.read(choice, weights_only)
             if self._is_fitting and isinstance(checkpoint, LoadedCheckpoint):
                 self._data.resume = Resume(
                     checkpoint,
@@ -787,19 +758,6 @@ class ZeroStrategy(DDPStrategy):
 
         self._data.resume = None
         return self._ranks.all_or_none(load)
-
-    def _choose(self, path: _PATH, tag: str | None = None, *, required: bool = False) -> Choice | None:
-        where, share = f"rank {self._ranks.rank}", (self._ranks.rank, self._ranks.count)
-        if self.saves.are_node_local:
-            where += f" on {socket.gethostname()}, which needs the directory whole (another node has it)"
-            share = self.local_rank, self.num_processes
-        verify = "sizes" if self.saves.io is None else self.saves.io.verify
-        return choose(self._ranks, path, tag, verify=verify, share=share, where=where, required=required)
-
-    def _load_chosen(self, choice: Choice, weights_only: bool | None) -> dict[str, Any]:
-        """All ranks have looked at what is loaded: none has to look at all of it."""
-        with nullcontext() if self.saves.io is None else self.saves.io.loading_verified(choice.manifest):
-            return self.saves.sharded_io.load_checkpoint(choice.path, **weights_option(weights_only))
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
