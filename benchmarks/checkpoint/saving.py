@@ -104,6 +104,7 @@ class SaveBehind:
     """
 
     GAP = 4
+    COPIES = 3
     PATIENCE_STEPS = 2000
 
     def __init__(
@@ -154,8 +155,10 @@ class SaveBehind:
         return True
 
     def _start(self) -> None:
-        turn: Figures = {"quiet_peak_mib": peak_mib(), "copy": copy_seconds(*self._buffers)}
+        turn: Figures = {"quiet_peak_mib": peak_mib()}
         turn["write"] = write_seconds(self._directory / f"plain-{dist.get_rank()}", self._buffers[0])
+        # Right before the stall: what memory gives changes by half within seconds where others use the machine too
+        turn["copy"] = statistics.median(copy_seconds(*self._buffers) for _ in range(self.COPIES))
         reset_peak()
         path = self._directory / f"behind-{len(self._paths)}"
         self._paths.append(path)
