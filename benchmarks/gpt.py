@@ -30,6 +30,7 @@ SIZES = {
     "tiny": Size(layers=1, heads=2, width=32, vocabulary=512, context=64),  # to see that the scripts run
     "small": Size(layers=6, heads=6, width=384, vocabulary=32768),  # 24 M parameters
     "124e6": Size(layers=12, heads=12, width=768, vocabulary=50257),  # GPT-2
+    "203e6": Size(layers=12, heads=16, width=1024, vocabulary=50257),  # as deep, and as wide as GPT-2 medium
 }
 
 

@@ -56,7 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--params", default="124e6", help="124e6: GPT-2; small: 24 million; tiny: to see that it runs")
+    parser.add_argument(
+        "--params",
+        default="124e6",
+        help="124e6: GPT-2; 203e6: a wider one; small: 24 million; tiny: to see that it runs",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="fresh processes of each contestant")
     parser.add_argument("--turns", type=int, default=4, help="saves or loads in each process; at least 2")
     parser.add_argument("--tokens", type=int, default=32, help="of a training step")
