@@ -284,7 +284,6 @@ class SegmentIndex(Generic[_T]):
             self._by_name.setdefault(segment.name, []).append((segment.start, segment.stop, payload))
         for ranges in self._by_name.values():
             ranges.sort(key=itemgetter(0, 1))
-        self._payloads = {name: [payload for *_, payload in ranges] for name, ranges in self._by_name.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
@@ -292,9 +291,9 @@ class SegmentIndex(Generic[_T]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)
 
-    def payloads(self, name: str) -> Sequence[_T]:
+    def payloads(self, name: str) -> list[_T]:
         """Everything that is stored of one parameter, in the order of its elements."""
-        return self._payloads.get(name, ())
+        return [payload for _, _, payload in self._by_name.get(name, [])]
 
     def find(self, wanted: Segment) -> Iterator[tuple[Segment, _T, int]]:
         """The parts of `wanted`, in order: the overlap, what it was stored with, and its offset in there.

@@ -419,13 +419,9 @@ class _Version(msgspec.Struct):
     format_version: int
 
 
-_DECODER = msgspec.json.Decoder(Manifest)
-"""Made ahead of time: a run's first resume would wait for it."""
-
-
 def _parse(content: bytes) -> Manifest:
     try:
-        return _DECODER.decode(content)
+        return msgspec.json.decode(content, type=Manifest)
     except (msgspec.DecodeError, RecursionError) as error:
         said = error
     with suppress(msgspec.DecodeError, RecursionError):
