@@ -39,22 +39,30 @@ def prefault(memory: Tensor) -> Tensor:
     """
     if memory.nbytes <= _LARGEST_FROM_HEAP or not memory.is_cpu:
         return memory  # it is small, or has pages that were used before
-    advise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+    flat = memory.view(-1).view(torch.uint8)
+    touched = _touch_huge_pages(flat) if sys.platform == "linux" else 0
+    flat[touched:][::_PAGE_BYTES].zero_()
+    return memory
+
+
+def _touch_huge_pages(flat: Tensor) -> int:
+    """Touch bytes in huge pages until the end, or until they come slowly: how many it has touched."""
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is None:
+        return 0
     # Between two steps it waits for the interpreter's lock, which another thread may hold for 5 ms: so they are large,
     # and that time is no part of what the pages take.
-    flat, touched, step_bytes = memory.view(-1).view(torch.uint8), 0, _HUGE_PAGE_BYTES
-    while touched < len(flat):
+    touched, step_bytes, are_fast = 0, _HUGE_PAGE_BYTES, True
+    while are_fast and touched < len(flat):
         began, address = time.thread_time(), flat.data_ptr() + touched
-        step = flat[touched:] if advise is None else flat[touched : touched + step_bytes - address % _HUGE_PAGE_BYTES]
-        if advise is not None:
-            first_page = address - address % _PAGE_BYTES
-            advise(ctypes.c_void_p(first_page), ctypes.c_size_t(address + len(step) - first_page), _MADV_HUGEPAGE)
+        step = flat[touched : touched + step_bytes - address % _HUGE_PAGE_BYTES]
+        first_page = address - address % _PAGE_BYTES
+        madvise(ctypes.c_void_p(first_page), ctypes.c_size_t(address + len(step) - first_page), _MADV_HUGEPAGE)
         step[::_PAGE_BYTES].zero_()
         touched += len(step)
-        if time.thread_time() - began > _GRACE_SECONDS + len(step) / _LEAST_BYTES_PER_SECOND:
-            advise = None
+        are_fast = time.thread_time() - began <= _GRACE_SECONDS + len(step) / _LEAST_BYTES_PER_SECOND
         step_bytes = min(2 * step_bytes, _LARGEST_STEP_BYTES)
-    return memory
+    return touched
 
 
 def keep_freed_memory() -> None:
