@@ -133,6 +133,16 @@ def require_bool(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
+def require_count(name: str, value: object) -> None:
+    """Make sure that it is a number of things, or None. True isn't: `keep_last=True` would keep one of all tags.
+
+    Raises:
+        ValueError: it isn't.
+    """
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{name} must be a whole number from 1 on, or None, not {value!r}")
+
+
 _REDUCIBLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What backends add up."""
 

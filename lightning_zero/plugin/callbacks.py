@@ -38,7 +38,7 @@ from lightning_zero.checkpoint.resolution import is_checkpoint, resolve
 from lightning_zero.checkpoint.retention import Retention
 from lightning_zero.checkpoint.storage import Location, PathOrUrl, absolute, is_remote, locate, names_in
 from lightning_zero.errors import UnsupportedModelError
-from lightning_zero.plugin.arguments import require_bool
+from lightning_zero.plugin.arguments import require_bool, require_count
 from lightning_zero.plugin.strategy import ZeroStrategy
 
 
@@ -79,9 +79,8 @@ class ZeroCheckpoint(ModelCheckpoint):
         enable_version_counter: bool = False,
         **kwargs: Any,
     ) -> None:
-        for name, value in (("keep_last", keep_last), ("keep_every_n_steps", keep_every_n_steps)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} must be a whole number from 1 on, or None, not {value!r}")
+        require_count("keep_last", keep_last)
+        require_count("keep_every_n_steps", keep_every_n_steps)
         if async_save is not None:
             require_bool("async_save", async_save)
         if dirpath is not None:
@@ -346,10 +345,7 @@ class Fp32Export(Callback):
             raise ValueError(
                 f"Fp32Export writes {', '.join(endings)} files, or with max_shard_size a folder, not {str(path)!r}"
             )
-        if every_n_checkpoints is not None and (not isinstance(every_n_checkpoints, int) or every_n_checkpoints < 1):
-            raise ValueError(
-                f"every_n_checkpoints must be a whole number, at least 1, or None, not {every_n_checkpoints!r}"
-            )
+        require_count("every_n_checkpoints", every_n_checkpoints)
         require_bool("exclude_frozen_parameters", exclude_frozen_parameters)
         require_bool("weights_only", weights_only)
         self.every_n_checkpoints = every_n_checkpoints
