@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PIECE_BYTES = 8 << 20
+TAKES = 3
+"""What memory gives is the median of so many: others who use the machine change it by half within seconds."""
 LIMITS = {
     "write_fsync": "write + fsync",
     "copy": "copy, warm to warm",
@@ -122,7 +124,7 @@ def limits_text(limits: Sequence[Figures]) -> str:
     return f"The machine's limits in this run, GB/s a rank, all ranks at once: {', '.join(parts)}."
 
 
-def _measure(directory: Path, nbytes: int, turns: int = 3) -> Figures:
+def _measure(directory: Path, nbytes: int, turns: int = TAKES) -> Figures:
     """One rank's."""
     import torch.distributed as dist
 

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from benchmarks.gpt import GPT, Size
-from benchmarks.machine import PIECE_BYTES, Range, read_seconds, warm_buffer
+from benchmarks.machine import PIECE_BYTES, TAKES, Range, read_seconds, warm_buffer
 from benchmarks.memory import peak_mib, reset_peak, resident_mib
 from benchmarks.peers import state_bytes
 from benchmarks.ranks import Figures
@@ -122,8 +122,6 @@ def ranges_of_rank(path: Path) -> list[Range]:
 class PlainReads:
     """Of a rank's ranges: into warm memory, and with what is new in a resumed process in new memory."""
 
-    READS = 3
-
     def __init__(self, ranges: list[Range]) -> None:
         self._ranges = ranges
         self._buffer = warm_buffer(sum(each.nbytes for each in ranges))
@@ -136,6 +134,6 @@ class PlainReads:
         ]
         read_fresh = read_seconds(self._ranges, fresh)  # they are new once
         return {
-            "read": statistics.median(read_seconds(self._ranges, warm) for _ in range(self.READS)),
+            "read": statistics.median(read_seconds(self._ranges, warm) for _ in range(TAKES)),
             "read_fresh": read_fresh,
         }

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from benchmarks.machine import copy_seconds, warm_buffer, write_seconds
+from benchmarks.machine import TAKES, copy_seconds, warm_buffer, write_seconds
 from benchmarks.memory import peak_mib, reset_peak
 from benchmarks.ranks import Figures
 from benchmarks.rounds import rotated
@@ -104,7 +104,6 @@ class SaveBehind:
     """
 
     GAP = 4
-    COPIES = 3
     PATIENCE_STEPS = 2000
 
     def __init__(
@@ -157,8 +156,8 @@ class SaveBehind:
     def _start(self) -> None:
         turn: Figures = {"quiet_peak_mib": peak_mib()}
         turn["write"] = write_seconds(self._directory / f"plain-{dist.get_rank()}", self._buffers[0])
-        # Right before the stall: what memory gives changes by half within seconds where others use the machine too
-        turn["copy"] = statistics.median(copy_seconds(*self._buffers) for _ in range(self.COPIES))
+        # Right before the stall: see TAKES
+        turn["copy"] = statistics.median(copy_seconds(*self._buffers) for _ in range(TAKES))
         reset_peak()
         path = self._directory / f"behind-{len(self._paths)}"
         self._paths.append(path)

@@ -41,8 +41,8 @@ class Loads:
     def require_same_start(self, path: _PATH | None) -> None:
         """Each rank has looked for itself whether there is a checkpoint to load: they have to see the same.
 
-        Lightning loads it before it calls `setup`, and says nowhere else that there is one. Whoever calls this first
-        decides what the others are compared with.
+        Lightning loads it before it calls `setup`, and says nowhere else that there is one. Only the first
+        call of a run compares.
 
         Raises:
             CheckpointNotFoundError: some ranks have a checkpoint, and some none.

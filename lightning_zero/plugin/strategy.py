@@ -45,12 +45,7 @@ from lightning_zero.plugin.alike import give_first_ranks_values, ignored_names, 
 from lightning_zero.plugin.arguments import floating_dtype, refuse_unknown, require_bool, require_instance
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, ZeroCheckpointIO, weights_option
 from lightning_zero.plugin.contents import contents
-from lightning_zero.plugin.loading import (
-    fits_module,
-    load_averages,
-    load_module,
-    restore_optimizer_states,
-)
+from lightning_zero.plugin.loading import fits_module, load_averages, load_module, restore_optimizer_states
 from lightning_zero.plugin.loads import Loads
 from lightning_zero.plugin.logged_metrics import get_logged
 from lightning_zero.plugin.materialize import materialize, require_values
@@ -711,7 +706,7 @@ class ZeroStrategy(DDPStrategy):
 
         partition = self._partition if load_module_only else self._partitioned  # without a fit there is none
         checkpoint = self._ranks.all_or_none(partial(self._loads.read, choice, weights_only))
-        state_dict = {} if custom_load_fn is not None else self._loads.state_dict(checkpoint, self._module)
+        state_dict = {} if custom_load_fn is not None else self._loads.state_dict(checkpoint, module)
 
         def load() -> dict[str, Any]:
             weights: Mapping[str, Any] = checkpoint["state_dict"]
