@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.damage.__main__ import DAMAGES, damage, train
 from lightning_zero.checkpoint import read_ahead, reader
 from lightning_zero.checkpoint.export import convert_zero_checkpoint_to_fp32_state_dict as convert
 from lightning_zero.checkpoint.integrity import Depth
@@ -29,6 +30,7 @@ from lightning_zero.errors import CorruptCheckpointError, IncompleteCheckpointEr
 from tests.attacks.entrances import command, module, read_all
 from tests.attacks.forge import flip, read_json, replace
 from tests.checkpoint.sample import Sample
+from tests.launch import run_ranks
 
 SHARDS = ["rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors"]
 FILES = ["manifest.json", "trainer.pt", *SHARDS, "frozen-00000-of-00002.safetensors"]
@@ -211,3 +213,12 @@ def test_a_sound_checkpoint_is_loaded_by_all(sound: Path, other: Path) -> None:
         assert command("verify", tag)[0] == 0
         for verify in ("none", "sizes", "full"):
             load(tag, verify)
+
+
+def test_no_damage_to_a_checkpoint_of_a_training_is_missed(tmp_path: Path) -> None:
+    """The short form of `python -m benchmarks.damage`."""
+    run_ranks(train, 2, tmp_path, process_group=False)
+    missed, counts = damage(tmp_path, 60, seed=0)
+    assert not missed
+    assert all(counts[how, "all"] for how in DAMAGES)
+    assert counts["a bit flipped", "sizes"] < counts["a bit flipped", "full"]  # so a damage can be missed at all

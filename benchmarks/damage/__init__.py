@@ -1,0 +1,1 @@
+"""Whether any damage to a checkpoint goes unnoticed: `python -m benchmarks.damage`."""
