@@ -31,10 +31,13 @@ of which `latest` names nothing:
 A crash in between leaves `<tag>.replaced-…`: a checkpoint like any other, until the tag is saved again.
 
 [Note: what is stale]
-A save locks its staging directory (flock) for as long as it runs; the kernel lets go when the process dies, however
-it dies. So a staging directory that can be locked is a dead save's, and goes, under the lock: whoever has made one and
-finds it locked, or gone, makes it again. Where the file system knows no locks, one in which nothing has changed for a
-day is taken for dead. Trash is always stale.
+A save locks a file beside its staging directory, `.lock-…`, for as long as it runs; the kernel lets go when the process
+dies, however it dies. So a staging directory whose file can be locked, or is gone, is a dead save's, and goes, under
+the lock: whoever has made a file and finds it locked, or gone, makes it again. It is a file, since NFS and Lustre have
+a file's lock (flock) hold on every machine, and Linux lets a directory's hold on one alone, without a word. Where a
+file system knows no locks, what hasn't changed for a day is taken for dead. Some have locks of one machine alone all
+the same (FUSE's, Lustre with `localflock`). So what is taken for dead gets another name first: a save that lives can
+fail of it, and can't commit a half. Trash is always stale.
 
 Behind a URL it is another life: see [Note: the commit where nothing can be renamed].
 """
@@ -58,12 +61,14 @@ from lightning_zero.checkpoint import kernel, remote
 from lightning_zero.checkpoint.integrity import read_manifest, require_sound
 from lightning_zero.checkpoint.manifest import MANIFEST_NAME, Manifest
 from lightning_zero.checkpoint.shards import is_ours, is_shard_name
-from lightning_zero.checkpoint.storage import Location, is_remote, names_in, read_file, remove_file
+from lightning_zero.checkpoint.storage import Location, is_remote, link, names_in, read_file, remove_file
 from lightning_zero.errors import CheckpointWriteError, CorruptCheckpointError, IncompleteCheckpointError, ZeroError
 
 LATEST = "latest"
 _STAGING = ".staging-"
 _TRASH = ".trash-"
+_LOCK = ".lock-"
+_REPLACED = re.compile(r"\.replaced-[0-9a-f]{8}")
 _TAG_BYTES = 200
 _IDLE_SECONDS = 24 * 3600
 _TRIES = 500
@@ -87,13 +92,14 @@ def validate_tag(tag: str, *, hidden: bool = False) -> str:
     """
     if not isinstance(tag, str):
         raise InvalidTagError(f"a tag is a string, not {tag!r:.80}")
-    if not tag or tag == LATEST or tag in (".", "..") or tag.startswith((_STAGING, _TRASH)):
+    if not tag or tag == LATEST or tag in (".", "..") or tag.startswith((_STAGING, _TRASH, _LOCK)):
         raise InvalidTagError(f"{tag!r} can't be a tag: it is empty, or a name of our own")
     if "/" in tag or "\\" in tag or not tag.isprintable():
         raise InvalidTagError(f"{tag!r:.200} can't be a tag: it is one plain name, without separators of a path")
     if tag.startswith(".") and not hidden:
         raise InvalidTagError(f"{tag!r:.200} can't be a tag: it is hidden; begin it without a dot")
-    if len(tag.encode(errors="replace")) > _TAG_BYTES:
+    given = re.sub(rf"{_REPLACED.pattern}$", "", tag)  # the name of a copy is as long as it comes to be
+    if len(given.encode(errors="replace")) > _TAG_BYTES:
         raise InvalidTagError(f"{tag!r:.40}… can't be a tag: it is longer than {_TAG_BYTES} bytes")
     return tag
 
@@ -166,17 +172,11 @@ def write_latest(save_dir: Location, tag: str, *, fsync: bool = True) -> None:
     if is_remote(save_dir):
         remote.write_whole(save_dir / LATEST, tag.encode())
         return
-    for left in reversed(range(_TRIES)):
-        try:
-            _replace_latest(save_dir, tag, fsync)
-            break
-        except FileNotFoundError:  # another run's save has just taken the new one for a dead save's
-            if not left or not save_dir.is_dir():
-                raise
-    _sync_directory(save_dir, fsync)
+    _put_latest(save_dir, _new_latest(save_dir, tag, fsync), tag, fsync)
 
 
-def _replace_latest(save_dir: Path, tag: str, fsync: bool) -> None:
+def _new_latest(save_dir: Path, tag: str, fsync: bool) -> Path:
+    """All that can fail of a full disk: a file that has only to take the name."""
     new = save_dir / f"{_TRASH}{LATEST}-{secrets.token_hex(4)}"
     try:
         with open(new, "x", encoding="utf-8") as file:
@@ -184,10 +184,22 @@ def _replace_latest(save_dir: Path, tag: str, fsync: bool) -> None:
             file.flush()
             if fsync:
                 os.fsync(file.fileno())
-        os.replace(new, save_dir / LATEST)
     except BaseException:
         new.unlink(missing_ok=True)
         raise
+    return new
+
+
+def _put_latest(save_dir: Path, new: Path, tag: str, fsync: bool) -> None:
+    for left in reversed(range(_TRIES)):
+        try:
+            os.replace(new, save_dir / LATEST)
+            break
+        except FileNotFoundError:  # another run's save has just taken it for a dead save's
+            if not left or not save_dir.is_dir():
+                raise
+            new = _new_latest(save_dir, tag, fsync)
+    _sync_directory(save_dir, fsync)
 
 
 # ----------------------------------------------------------------------------------------------------- commit
@@ -218,13 +230,25 @@ class Staging:
         if is_remote(path):
             require_replaceable(path)
         else:
-            self._fd = _make_and_lock(path)
+            self._fd = _locked(path)
+            try:
+                path.mkdir(exist_ok=True)
+            except BaseException:
+                self.release()
+                raise
 
     def release(self) -> None:
         """Let go; a second time does nothing."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        fd, self._fd = self._fd, None
+        if fd is None or is_remote(self._path):
+            return
+        try:
+            with suppress(OSError):  # the next save tries again
+                _lock_of(self._path).unlink()
+        finally:
+            with suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)  # a process that was forked meanwhile has the descriptor too
+            os.close(fd)
 
     def abandon(self) -> None:
         """Take away whatever the save has written, and let go. What resists is left: the ranks have still to meet."""
@@ -234,7 +258,8 @@ class Staging:
             else:
                 shutil.rmtree(self._path, ignore_errors=True)
         except Exception as error:  # a store's own kinds too: perhaps just what the save fails for
-            warnings.warn(f"what was written under {self._path} couldn't be removed: {error}", stacklevel=2)
+            with suppress(UserWarning):  # as an error (python -W error) it would have the other ranks wait
+                warnings.warn(f"what was written under {self._path} couldn't be removed: {error}", stacklevel=2)
         finally:
             self.release()
 
@@ -269,21 +294,29 @@ def commit(
         remote.remove_what_nothing_names(save_dir / tag, files)
         return
     assert not is_remote(staging)
-    target = save_dir / tag
     _sync_directory(staging, fsync)
-    if not os.path.lexists(target):
-        os.rename(staging, target)
-        _sync_directory(save_dir, fsync)
-    else:
-        require_replaceable(target)
-        if kernel.exchange(staging, target):
-            _sync_directory(save_dir, fsync)
-        else:
-            _replace_without_exchange(staging, save_dir, tag, fsync)
-    if update_latest:
-        write_latest(save_dir, tag, fsync=fsync)
+    latest = _new_latest(save_dir, tag, fsync) if update_latest else None  # a full disk refuses it, or nothing
+    try:
+        _take_name(staging, save_dir, tag, fsync)
+    except BaseException:
+        if latest is not None:
+            latest.unlink(missing_ok=True)
+        raise
+    if latest is not None:
+        _put_latest(save_dir, latest, tag, fsync)
         _remove_replaced(save_dir, tag)
     _remove(staging)
+
+
+def _take_name(staging: Path, save_dir: Path, tag: str, fsync: bool) -> None:
+    target = save_dir / tag
+    if not os.path.lexists(target):
+        os.rename(staging, target)
+    else:
+        require_replaceable(target)
+        if not kernel.exchange(staging, target):
+            _replace_without_exchange(staging, save_dir, tag, fsync)
+    _sync_directory(save_dir, fsync)
 
 
 def require_replaceable(target: Location) -> None:
@@ -322,7 +355,7 @@ def _replace_without_exchange(staging: Path, save_dir: Path, tag: str, fsync: bo
 def _remove_replaced(save_dir: Path, tag: str) -> None:
     """Remove the copies of a replaced tag that killed saves have left, now that `latest` names the new one."""
     for name in names_in(save_dir):
-        if re.fullmatch(r"\.replaced-[0-9a-f]{8}", name.removeprefix(tag)):
+        if _REPLACED.fullmatch(name.removeprefix(tag)):
             remove_tag(save_dir, name)
 
 
@@ -343,19 +376,12 @@ def _copy_by_links(source: Path, copy: Path, fsync: bool) -> None:
     if source.is_dir() and not source.is_symlink():
         copy.mkdir()
         for name in os.listdir(source):
-            _link(source / name, copy / name)
+            _copy_by_links(source / name, copy / name, fsync)
         _sync_directory(copy, fsync)
-    else:
-        _link(source, copy)
-
-
-def _link(source: Path, copy: Path) -> None:
-    try:
-        os.link(source, copy, follow_symlinks=False)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK):
-            raise
+    elif not link(source, copy):
         shutil.copy2(source, copy, follow_symlinks=False)
+        if fsync and not copy.is_symlink():
+            _sync(copy)
 
 
 # ------------------------------------------------------------------------------------------------------- tags
@@ -492,9 +518,10 @@ def remove_tag(save_dir: Location, tag: str) -> None:
     if not (is_remote(path) or os.path.lexists(path)):
         return
     if _names(save_dir, tag):
-        real = real_path(path)
-        others = [other for other in list_tags(save_dir) if other.complete and other.resumable]
-        others = [other for other in others if real_path(other.path) != real]
+        others = [other for other in list_tags(save_dir) if other.complete and other.resumable and other.name != tag]
+        others = [
+            other for other in others if is_remote(other.path) or not other.path.is_symlink()
+        ]  # it goes with them
         if others:
             write_latest(save_dir, others[0].name)
         else:
@@ -518,46 +545,70 @@ def clean_leftovers(save_dir: Location) -> None:
         if is_remote(save_dir):
             remote.remove_stale(save_dir, _IDLE_SECONDS)
             return
-        for name in names_in(save_dir):
-            path = save_dir / name
+        names = names_in(save_dir)
+        for name in names:
             if name.startswith(_TRASH):
-                _remove(path)
-            elif name.startswith(_STAGING):
-                _remove_if_dead(path)
+                _remove(save_dir / name)
+        locks = {_STAGING + name.removeprefix(_LOCK) for name in names if name.startswith(_LOCK)}
+        for name in locks.union(name for name in names if name.startswith(_STAGING)):
+            _remove_if_dead(save_dir / name)
     except Exception as error:  # a store's own kinds too: nothing that a save has to fail for
         warnings.warn(f"what dead saves have left in {save_dir} couldn't be removed: {error}", stacklevel=2)
 
 
+def _lock_of(staging: Path) -> Path:
+    return staging.with_name(_LOCK + staging.name.removeprefix(_STAGING))
+
+
+def _open_lock(staging: Path, flags: int = 0) -> int:
+    # O_RDWR: NFS locks nothing else. O_NONBLOCK: a pipe of that name would wait, and every save with it
+    return os.open(_lock_of(staging), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o666)
+
+
 def _remove_if_dead(staging: Path) -> None:
+    """Remove a dead save's staging directory, and its lock; either may be there alone."""
+    fd = None
     try:
-        # O_NONBLOCK: a pipe of that name would wait for somebody to write to it, and every save with it
-        fd = os.open(staging, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return
-    try:
-        dead = _lock(fd)
-        if dead is None:
-            newest = max([os.fstat(fd).st_mtime, *(os.stat(name, dir_fd=fd).st_mtime for name in os.listdir(fd))])
-            dead = time.time() - newest > _IDLE_SECONDS
-        if dead:
-            _remove(staging)
+        with suppress(FileNotFoundError):
+            fd = _open_lock(staging)
+        if fd is not None:
+            dead = _lock(fd)
+            if dead is None:
+                parts = [_lock_of(staging), staging, *(staging / name for name in names_in(staging))]
+                dead = time.time() - max(map(_changed, parts)) > _IDLE_SECONDS
+            if not dead:
+                return
+        trash = staging.with_name(f"{_TRASH}{secrets.token_hex(4)}")
+        with suppress(FileNotFoundError):
+            os.rename(staging, trash)
+        _remove(trash)
+        if fd is not None:
+            _lock_of(staging).unlink(missing_ok=True)
     except OSError:
         return
     finally:
-        os.close(fd)
-
-
-def _make_and_lock(staging: Path) -> int:
-    """Make a staging directory, and give the descriptor that holds its lock: see [Note: what is stale]."""
-    for _ in range(_TRIES):
-        staging.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            fd = os.open(staging, os.O_RDONLY | os.O_CLOEXEC)
-            if _lock(fd) is not False and _is_at(fd, staging):
-                return fd
+        if fd is not None:
             os.close(fd)
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _locked(staging: Path) -> int:
+    """Make a staging directory's lock, and give the descriptor that holds it: see [Note: what is stale]."""
+    with suppress(FileExistsError):
+        staging.parent.mkdir(parents=True)
+    for _ in range(_TRIES):
+        fd = _open_lock(staging, os.O_CREAT)
+        if _lock(fd) is not False and _is_at(fd, _lock_of(staging)):
+            return fd
+        os.close(fd)
         time.sleep(0.01)  # whoever holds it is removing it
-    raise CheckpointWriteError(f"{staging} was taken away each of the {_TRIES} times that it was made")
+    raise CheckpointWriteError(f"the lock of {staging} was taken away each of the {_TRIES} times that it was made")
 
 
 def _is_at(fd: int, path: Path) -> bool:
@@ -593,10 +644,18 @@ def real_path(path: Location) -> str:
 
 
 def _sync_directory(path: Location, fsync: bool) -> None:
-    """Make the names in a directory durable: a rename is not, before this."""
+    """Make the names in a directory durable: a rename is not, before this. Some file systems know no such thing."""
     if fsync and not is_remote(path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+            _sync(path)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

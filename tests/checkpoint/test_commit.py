@@ -3,11 +3,13 @@
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from lightning_zero.checkpoint import commit, kernel
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.resolution import resolve
+from lightning_zero.checkpoint.save import save_checkpoint
 from lightning_zero.errors import CheckpointNotFoundError, CheckpointWriteError, CorruptCheckpointError
 from tests.checkpoint.sample import Sample
 
@@ -123,7 +126,7 @@ def test_the_staging_directory_of_a_live_save_is_left_alone_and_that_of_a_killed
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         commit.clean_leftovers(tmp_path)
-        assert os.listdir(tmp_path) == [".staging-tag-x"]
+        assert sorted(os.listdir(tmp_path)) == [".lock-tag-x", ".staging-tag-x"]
         process.send_signal(signal.SIGKILL)
     commit.clean_leftovers(tmp_path)
     assert os.listdir(tmp_path) == []
@@ -132,16 +135,16 @@ def test_the_staging_directory_of_a_live_save_is_left_alone_and_that_of_a_killed
 def test_a_save_whose_staging_directory_was_cleaned_away_before_its_lock_makes_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, left = os.open, 3
+    real, left = commit._lock, 3
 
-    def open_late(path: Any, *args: Any, **kwargs: Any) -> int:
+    def lock_late(fd: int) -> bool | None:
         nonlocal left
-        if ".staging-" in str(path) and left:  # another's save cleans up at this very moment
+        if left:  # another's save cleans up at this very moment
             left -= 1
             commit.clean_leftovers(tmp_path)
-        return real(path, *args, **kwargs)
+        return real(fd)
 
-    monkeypatch.setattr(os, "open", open_late)
+    monkeypatch.setattr(commit, "_lock", lock_late)
     Sample(step=4).save(tmp_path / "tag")
     assert left == 0
     assert Checkpoint(resolve(tmp_path), verify="full").manifest.step == 4
@@ -182,12 +185,102 @@ def test_without_locks_a_staging_directory_is_stale_after_a_day(
 ) -> None:
     monkeypatch.setattr(commit, "_lock", lambda fd: None)
     for name, age in ((".staging-young-x", 3600), (".staging-old-x", 2 * 86400), (".staging-busy-x", 2 * 86400)):
+        lock = tmp_path / name.replace("staging", "lock")
         (tmp_path / name).mkdir()
+        lock.touch()
         if "busy" in name:
             (tmp_path / name / "shard").touch()
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
+        for path in (tmp_path / name, lock):
+            os.utime(path, (time.time() - age,) * 2)
     commit.clean_leftovers(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".staging-busy-x", ".staging-young-x"]
+    assert {name for name in os.listdir(tmp_path) if "staging" in name} == {".staging-busy-x", ".staging-young-x"}
+    assert len(os.listdir(tmp_path)) == 4
+
+
+def test_a_live_save_that_another_machine_takes_for_dead_fails_and_commits_no_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Sample(step=1).save(tmp_path / "tag")
+    real, removed = commit._sync_directory, []
+
+    def clean_now(path: Any, fsync: bool) -> None:  # the manifest is written, and the commit begins
+        if not removed:
+            monkeypatch.setattr(commit, "_lock", lambda fd: True)  # as one that sees no lock of this machine's
+            removed.append(commit.clean_leftovers(tmp_path))
+        real(path, fsync)
+
+    monkeypatch.setattr(commit, "_sync_directory", clean_now)
+    with pytest.raises(CheckpointWriteError):
+        Sample(step=2).save(tmp_path / "tag")
+    assert sorted(os.listdir(tmp_path)) == ["latest", "tag"]
+    assert Checkpoint(resolve(tmp_path), verify="full").manifest.step == 1
+
+
+def test_a_disk_that_is_full_when_latest_is_to_be_written_leaves_the_tag_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Sample(step=1).save(tmp_path / "tag")
+
+    def full(save_dir: Path, tag: str, fsync: bool) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(commit, "_new_latest", full)
+    with pytest.raises(CheckpointWriteError, match=os.strerror(errno.ENOSPC)):
+        Sample(step=2).save(tmp_path / "tag")
+    assert sorted(os.listdir(tmp_path)) == ["latest", "tag"]
+    assert Checkpoint(resolve(tmp_path), verify="full").manifest.step == 1
+
+
+@pytest.mark.parametrize("refusal", [errno.ENOSYS, errno.EXDEV, errno.EPERM])
+def test_where_there_are_no_hard_links_a_tag_is_replaced_and_copied_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(kernel, "exchange", lambda one, other: False)
+    for step in (1, 2):
+        Sample(step=step).save(tmp_path / "tag")
+    commit.copy_tag(tmp_path / "tag", tmp_path / "last")
+    for tag in ("tag", "last"):
+        assert Checkpoint(tmp_path / tag, verify="full").manifest.step == 2
+    assert sorted(os.listdir(tmp_path)) == ["last", "latest", "tag"]
+
+
+def test_a_tag_of_the_longest_name_is_replaced_without_exchange(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "exchange", lambda one, other: False)
+    tag = "x" * 200
+    for step in (1, 2):
+        Sample(step=step).save(tmp_path / tag)
+    assert sorted(os.listdir(tmp_path)) == ["latest", tag]
+    assert Checkpoint(resolve(tmp_path), verify="full").manifest.step == 2
+
+
+def test_latest_goes_to_a_tag_and_never_to_a_link_which_may_be_the_next_to_lead_nowhere(tmp_path: Path) -> None:
+    for step in (1, 2):
+        Sample(step=step).save(tmp_path / f"s{step}")
+    (tmp_path / "zuletzt").symlink_to("s1")
+    commit.remove_tag(tmp_path, "s2")
+    assert commit.read_latest(tmp_path) == "s1"
+
+
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EIO])
+def test_a_directory_that_can_not_be_synced_is_passed_over_and_one_that_fails_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(refusal, os.strerror(refusal))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with nullcontext() if refusal == errno.EINVAL else pytest.raises(CheckpointWriteError):
+        save_checkpoint(tmp_path / "tag", Sample().rank(0), Sample().shared, group=None)
 
 
 def test_a_staging_directory_is_never_taken_for_a_slurm_checkpoint(tmp_path: Path) -> None:
@@ -272,7 +365,23 @@ def test_somebody_elses_latest_is_left_as_it_is(tmp_path: Path, make: Callable[[
 
 
 @pytest.mark.parametrize(
-    "tag", ["", ".", "..", ".hidden", "latest", "a/b", "/a", "a\\b", "a\0", "a\nb", "\x7f", "x" * 201, "\u00e9" * 101]
+    "tag",
+    [
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "latest",
+        "a/b",
+        "/a",
+        "a\\b",
+        "a\0",
+        "a\nb",
+        "\x7f",
+        "x" * 201,
+        "\u00e9" * 101,
+        "x" * 201 + ".replaced-01234567",
+    ],
 )
 def test_what_can_be_no_tag_is_refused_everywhere(tmp_path: Path, tag: str) -> None:
     for use in (commit.validate_tag, lambda tag: resolve(tmp_path, tag), lambda tag: commit.remove_tag(tmp_path, tag)):
