@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Literal
 
@@ -100,4 +101,5 @@ def _quietly(action: Callable[[], object]) -> None:
     try:
         action()
     except Exception as error:
-        warnings.warn(f"after a checkpoint was saved: {type(error).__name__}: {error}", stacklevel=2)
+        with suppress(UserWarning):  # it may be raised (python -W error)
+            warnings.warn(f"after a checkpoint was saved: {type(error).__name__}: {error}", stacklevel=2)

@@ -11,11 +11,12 @@ a rank that has given up. What each step's failure leaves behind:
 | the staging directory can't be made | `Proposal` | nothing new | CheckpointWriteError |
 | a shard or `trainer.pt` can't be written | `prepare`, `write` | the staging directory goes | CheckpointWriteError |
 | a file of another rank isn't visible to rank 0 | `finish` | the staging directory goes | CheckpointWriteError |
-| the commit | `finish` | see [Note: the commit, step by step] | CheckpointWriteError |
+| the commit, before the tag has its name | `finish` | the staging directory goes | CheckpointWriteError |
+| the commit, after that (`latest`) | `finish` | the new tag, whole, under its name | CheckpointWriteError |
 | an interrupt | before `finish` | the staging directory goes | KeyboardInterrupt, of that rank; the others wait |
 | a rank is killed | any | staging, which the next save removes | CheckpointWriteError, or the group's time-out |
 
-In none of these cases is an earlier tag touched, and `latest` names what it named.
+But for the last row of the commit's, no earlier tag is touched in any case, and `latest` names what it named.
 """
 
 from __future__ import annotations
@@ -56,10 +57,11 @@ def attempt(rank: int, where: Location, action: Callable[[], _T]) -> _T | Failur
         return Failure(rank, f"rank {rank} on {socket.gethostname()}, writing to {where}: {text}", error)
 
 
-def unreachable(directory: Location, error: RuntimeError) -> CheckpointWriteError:
+def unreachable(directory: Location, error: RuntimeError, *, saved: bool = False) -> CheckpointWriteError:
     """What a group's RuntimeError means: a peer has died, or didn't come within the time-out."""
+    outcome = "is saved, but" if saved else "was not saved:"
     return CheckpointWriteError(
-        f"{directory} was not saved: this rank waited in vain for the others. A save has to be called on every rank "
+        f"{directory} {outcome} this rank waited in vain for the others. A save has to be called on every rank "
         f"(not under `if rank == 0`), at the same place; or a rank has died, or can't be reached any more ({error})"
     )
 

@@ -71,9 +71,10 @@ def finish(
             if isinstance(decided, Failure):
                 plan.abandon()
     except RuntimeError as error:
+        saved = isinstance(outcome, _Committed) and outcome.manifest is None
         if not isinstance(outcome, _Committed):
             plan.abandon()
-        raise unreachable(plan.directory, error) from error
+        raise unreachable(plan.directory, error, saved=saved) from error
     finally:
         if plan.staged is not None:
             plan.staged.release()

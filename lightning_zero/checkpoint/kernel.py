@@ -1,8 +1,8 @@
 """What the kernel can do for a checkpoint and Python has no name for.
 
-Each function does nothing, or says that it can't, where the system lacks the call: none is needed for a checkpoint
-to be right, only for it to be fast (`reserve`, `start_writeback`), for training to be (`yield_to_others`), or for a
-shorter way to a promise (`exchange`).
+Each function does nothing, or says that it can't, where the system lacks the call, for no checkpoint needs one to be
+right: `reserve`, `start_writeback` and `write_directly` make a save faster, `yield_to_others` keeps it from slowing
+training, and `exchange` replaces a tag in one step in place of several.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def yield_to_others() -> None:
     """Have this thread, and no other of the process, run where there is time, if the system knows such a thing."""
     if sys.platform == "linux":
         try:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICE)
+            os.setpriority(
+                os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, os.getpid()) + _NICE
+            )
         except OSError:  # forbidden here
             return
 

@@ -20,11 +20,10 @@ that flips in a place that still reads as JSON (a step, a version) is found as w
 
 from __future__ import annotations
 
-import gc
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 from typing import Annotated, Final, Literal, TypeAlias, cast
@@ -343,9 +342,8 @@ class Manifest(msgspec.Struct, frozen=True, dict=True, forbid_unknown_fields=Tru
             IncompleteCheckpointError: elements of a tensor, or a rank's shard, are missing.
         """
         try:
-            with _without_collector():
-                manifest = _parse(_unseal(text))
-                _check(manifest)
+            manifest = _parse(_unseal(text))
+            _check(manifest)
         except (CorruptCheckpointError, IncompleteCheckpointError) as error:
             raise type(error)(f"{where}: {error}") from None
         return manifest
@@ -387,18 +385,6 @@ def _value_row(item: StoredValue) -> object:
 
 
 # -------------------------------------------------------------------------------------------------- from JSON
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """So many new objects, none of them garbage, would have it walk over all that the process has, again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _unseal(text: str) -> bytes:
@@ -470,7 +456,9 @@ def _check(manifest: Manifest) -> None:
         raise CorruptCheckpointError(f"files: {manifest.world_size} ranks, and shards of the ranks {ranks!s:.80}")
     frozen_ranks = [file.rank for file in manifest.files if file.frozen]
     if len(set(frozen_ranks)) != len(frozen_ranks):
-        raise CorruptCheckpointError(f"files: two files of frozen parameters of one rank, of the ranks {ranks!s:.80}")
+        raise CorruptCheckpointError(
+            f"files: two files of frozen parameters of one rank, of the ranks {frozen_ranks!s:.80}"
+        )
     for file in manifest.files:
         _check_plain_name(file.name)
         if file.frozen:

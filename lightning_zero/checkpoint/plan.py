@@ -74,7 +74,10 @@ class Plan:
 
 
 class Proposal:
-    """What one rank was asked to save, on its way to the others. Made on all of them; and all ask what is `agreed`.
+    """The first half of the ranks' agreement: what each was asked to save is on its way to the others.
+
+    To make one, on every rank, makes the staging directory and begins the exchange. Each does what else it has to, and
+    then all ask what is `agreed`, which waits for the others.
 
     Args:
         directory: the tag's. Its staging directory is made.

@@ -29,8 +29,8 @@ class Retention:
         keep_last: how many of the newest complete tags, at least 1.
         keep_every_n_steps: tags whose step is a multiple of it stay as well.
         among: by their names, the tags that are looked at; no other is counted, or given.
-        settled: which version of a tag was found to stay for its step. There may be hundreds, and a save isn't to read
-            all their manifests: whoever prunes again and again hands the same dict in.
+        settled: the tags that are known to stay for their step, with the versions of their manifests, which needn't be
+            read again then: there may be hundreds. Whoever prunes again and again hands the same dict in.
 
     Raises:
         ValueError: nothing would be kept.

@@ -125,16 +125,21 @@ def begin_save(
 
     def rest() -> SaveReport:
         with abandoning(plan):
-            if snapshot is not None:
-                if plan.staged is not None:
-                    commit.clean_leftovers(plan.directory.parent)  # nobody has: training would have waited for it
-                snapshot.wait()
-            written = write(plan, prepared, fsync=fsync, direct=snapshot is not None, stall_seconds=stall_seconds)
+            ready = attempt(plan.rank, plan.staging, partial(_get_ready, plan, snapshot)) or prepared
+            written = write(plan, ready, fsync=fsync, direct=snapshot is not None, stall_seconds=stall_seconds)
         then = plan if snapshot is None else replace(plan, group=group_behind)
         report = finish(then, written, shared, update_latest=update_latest, fsync=fsync)
         return report if snapshot is not None else replace(report, stall_seconds=report.seconds)
 
     return rest
+
+
+def _get_ready(plan: Plan, snapshot: Snapshot | None) -> None:
+    """What a save behind training has left for later: training would have waited for it."""
+    if snapshot is not None:
+        if plan.staged is not None:
+            commit.clean_leftovers(plan.directory.parent)
+        snapshot.wait()
 
 
 def save_for_ranks(

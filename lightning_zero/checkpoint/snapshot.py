@@ -32,7 +32,7 @@ class Snapshot:
     def __init__(self) -> None:
         self._memory = _nothing()
         self._places: dict[tuple[int, torch.dtype, torch.Size], Tensor] = {}
-        """Tensors in that memory: making hundreds of them takes a millisecond, for which training would wait."""
+        """Those of the last copy: making hundreds of tensors takes a millisecond, for which training would wait."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._events: list[torch.cuda.Event] = []
         self._reserving: threading.Thread | None = None
@@ -67,20 +67,18 @@ class Snapshot:
                 self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._streams[device].wait_stream(torch.cuda.current_stream(device))
         begin = -self._memory.data_ptr() % DIRECT_ALIGNMENT
-        copies = [
-            item._replace(tensor=self._place(begin + offset, item.tensor))
-            for item, offset in zip(items, offsets, strict=True)
+        wheres = [
+            (begin + offset, item.tensor.dtype, item.tensor.shape) for item, offset in zip(items, offsets, strict=True)
         ]
+        self._places = {where: self._places[where] if where in self._places else self._at(*where) for where in wheres}
+        copies = [item._replace(tensor=self._places[where]) for item, where in zip(items, wheres, strict=True)]
         self._copy(items, copies)
         self._events = [torch.cuda.current_stream(device).record_event() for device in devices]
         trained = len(content.tensors)
         return replace(content, tensors=copies[:trained], unchanging=copies[trained:])
 
-    def _place(self, offset: int, like: Tensor) -> Tensor:
-        where = offset, like.dtype, like.shape
-        if where not in self._places:
-            self._places[where] = self._memory[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
-        return self._places[where]
+    def _at(self, offset: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        return self._memory[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
     @torch.no_grad()
     def _copy(self, items: Sequence[TensorToSave], copies: Sequence[TensorToSave]) -> None:

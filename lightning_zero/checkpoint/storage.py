@@ -75,7 +75,9 @@ def locate(path: PathOrUrl) -> Location:
         return Path(os.path.expanduser(rest))
     from upath import UPath
 
-    return UPath(text, use_listings_cache=False)  # other ranks, and other runs, write there too
+    options = path.storage_options if isinstance(path, UPath) else {}
+    url: UPath = UPath(text, **{**options, "use_listings_cache": False})  # other ranks, and other runs, write there too
+    return url
 
 
 def is_remote(location: Location) -> TypeIs[UPath]:
@@ -133,7 +135,7 @@ def link(source: Location, new: Location) -> bool:
     """
     try:
         if is_remote(source) and is_remote(new):
-            if type(source.fs) is not type(new.fs):
+            if source.fs != new.fs:
                 return False
             new.fs.cp_file(source.path, new.path)
         elif is_remote(source) or is_remote(new):

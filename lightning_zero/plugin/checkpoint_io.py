@@ -10,6 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, get_args
 
+import msgspec
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
@@ -34,10 +35,10 @@ PREPARED = "lightning_zero_prepared_save"
 """Where a `PreparedSave` is in Lightning's dict: an entry comes through a wrapper that makes another dict of it."""
 
 
-class PreparedSave:
+class PreparedSave(msgspec.Struct, frozen=True, eq=False):
     """What the ranks write into a directory, and how. No dataclass: Lightning would copy what is in it.
 
-    Args:
+    Attributes:
         content: what this rank puts in, or why it can't.
         shared: what they have in common.
         group: the ranks; None for a single process.
@@ -48,28 +49,15 @@ class PreparedSave:
         began: when training began to wait, by `time.perf_counter()`.
     """
 
-    def __init__(
-        self,
-        content: RankContent | Exception,
-        shared: SharedContent | None,
-        group: dist.ProcessGroup | None,
-        *,
-        update_latest: bool,
-        behind: bool,
-        group_behind: dist.ProcessGroup | None,
-        tag_validation: TagValidation,
-        place: Place | None,
-        began: float,
-    ) -> None:
-        self.content = content
-        self.shared = shared
-        self.group = group
-        self.update_latest = update_latest
-        self.behind = behind
-        self.group_behind = group_behind
-        self.tag_validation: TagValidation = tag_validation
-        self.place = place
-        self.began = began
+    content: RankContent | Exception
+    shared: SharedContent | None
+    group: dist.ProcessGroup | None
+    update_latest: bool
+    behind: bool
+    group_behind: dist.ProcessGroup | None
+    tag_validation: TagValidation
+    place: Place | None
+    began: float
 
 
 class LoadedCheckpoint(dict[str, Any]):

@@ -11,6 +11,7 @@ import atexit
 import gc
 import itertools
 import pickle
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +28,15 @@ from torch import Tensor
 from lightning_zero.checkpoint.messages import tell_all
 from lightning_zero.engine.collectives import Collectives, collectives_for
 from lightning_zero.errors import UnreachableRankError, UnsupportedModelError, ZeroError
+from lightning_zero.threads import start_thread
 
 _T = TypeVar("_T")
 
 _ARRIVAL_SECONDS = 10
 """How long a rank waits after an exception for the others to come."""
+
+_PATIENCE_SECONDS = 60
+"""How long a rank waits, at most, for a word of one that has something to do."""
 
 _LEFT = -(10**6)
 
@@ -175,6 +180,38 @@ class Ranks:
         decided: _T = value
         return decided
 
+    def done_by_first(self, do: Callable[[], object]) -> None:
+        """Have rank 0 do something, which may take longer than the time-out; what it raises is raised on every rank."""
+        if self.rank == 0:
+            with self._saying_not_yet():
+                error, _ = _outcome(do)
+            self._told((error, None))
+        else:
+            while (first := self._told(None)[0]) is None:
+                pass
+            error = first[0]
+        if error is not None:
+            raise error
+
+    @contextmanager
+    def _saying_not_yet(self) -> Iterator[None]:
+        """The others ask again and again; a thread of the first rank's tells them to, while that one is at work."""
+        over = threading.Event()
+        seconds = min(_PATIENCE_SECONDS, self._timeout.total_seconds() / 3) if self._timeout else _PATIENCE_SECONDS
+
+        def say() -> None:
+            with suppress(UnreachableRankError):  # which the first rank finds, too, when it is done
+                while not over.wait(seconds):
+                    self._told(None)
+
+        thread = start_thread(say, "lightning_zero-not-yet") if self.count > 1 else None
+        try:
+            yield
+        finally:
+            over.set()
+            if thread is not None:
+                thread.join()
+
     def all_or_none(self, function: Callable[[], _T]) -> _T:
         """Call a function on every rank. If it fails on one, it fails on all, with the first rank's error."""
         error, value = _outcome(function)
@@ -226,7 +263,7 @@ class Ranks:
             f"the ranks' {what} differ: rank 0 has {ours}, and rank {other} has {theirs}. All have to make the same"
         )
 
-    def _told(self, outcome: tuple[Exception | None, Any]) -> list[tuple[Exception | None, Any]]:
+    def _told(self, outcome: Any) -> list[Any]:
         """What came of something on each rank, in the order of the ranks.
 
         What can't be pickled is told of as an error. A rank that is alone needs no group for it: there may be none.

@@ -202,7 +202,7 @@ class Saves:
         try:
             if not saved:
                 self.save(weights, str(shards), update_latest=False, io=self.sharded_io, behind=False)
-            self._ranks.decided_by_first(write_first)
+            self._ranks.done_by_first(write_first)
         finally:
             if not saved and self.tends_directory:
                 _remove_temporary(shards)

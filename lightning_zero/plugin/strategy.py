@@ -611,7 +611,7 @@ class ZeroStrategy(DDPStrategy):
             states = [self._partition.whole_state_dict(optimizer) for optimizer in self.optimizers]
             checkpoint = {**checkpoint, "optimizer_states": states}
         io = self.checkpoint_io
-        self._ranks.decided_by_first(partial(io.save_checkpoint, checkpoint, path, storage_options=storage_options))
+        self._ranks.done_by_first(partial(io.save_checkpoint, checkpoint, path, storage_options=storage_options))
 
     def save_zero_checkpoint(
         self,
@@ -698,7 +698,7 @@ class ZeroStrategy(DDPStrategy):
         """
         module = self._trainer.lightning_module
         self.wait_for_parameters()  # what arrived later would take the place of what was loaded
-        self.saves.join()
+        self.saves.wait()
         choice = self._loads.choose(load_dir, None if tag is None else _as_tag(tag))
         if choice is None:
             rank_zero_warn(f"there is no checkpoint in {load_dir}: nothing is loaded{advice(locate(load_dir))}")
@@ -773,7 +773,7 @@ class ZeroStrategy(DDPStrategy):
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Let the optimizer change what a snapshot may still be copying, once it is copied."""
+        """Step; and after the first, when the optimizers have their states, get memory for saves behind training."""
         result = super().optimizer_step(*args, **kwargs)
         self.saves.after_step()
         return result

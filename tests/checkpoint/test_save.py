@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from lightning_zero.checkpoint import commit
 from lightning_zero.checkpoint import save as saving
+from lightning_zero.checkpoint.background import start_aside
 from lightning_zero.checkpoint.content import RankContent, TensorToSave
 from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.report import SaveReport
@@ -206,3 +207,21 @@ def test_rank_0_has_to_say_what_the_ranks_share(tmp_path: Path) -> None:
     with pytest.raises(CheckpointWriteError, match="rank 0 has to say"):
         save_checkpoint(tmp_path / "tag", Sample().rank(0), None, group=None)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_thread_that_yields_does_not_hand_it_on_to_those_that_it_starts() -> None:
+    found: list[int] = []
+
+    def look() -> None:
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    def start_another() -> None:
+        look()
+        other = start_aside(look, "other")
+        assert other is not None
+        other.join()
+
+    thread = start_aside(start_another, "one")
+    assert thread is not None
+    thread.join()
+    assert found == [os.getpriority(os.PRIO_PROCESS, os.getpid()) + 10] * 2

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from upath import UPath
 
 from lightning_zero.checkpoint import storage
 from lightning_zero.checkpoint.storage import locate, open_file
@@ -125,6 +126,13 @@ def test_a_url_that_has_become_a_path_is_refused_with_the_string_that_was_meant(
         locate(Path("s3://bucket/run"))
     assert locate("C:/run") == Path("C:/run")
     assert locate("./a:/b") == Path("./a:/b")
+
+
+def test_what_a_url_was_made_with_goes_with_it():
+    url = locate(UPath("http://127.0.0.1/ckpts", client_kwargs={"trust_env": True}) / "tag")
+    assert url.storage_options["client_kwargs"] == {"trust_env": True}
+    assert (url / "file").fs != locate("http://127.0.0.1/ckpts").fs
+    assert locate(url).fs is url.fs
 
 
 def test_a_tilde_is_the_home_as_in_lightnings_own_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 import os
 import time
 import weakref
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
@@ -51,6 +52,24 @@ def test_what_cant_be_told_on_one_rank_fails_on_all():
     ranks = Ranks(None)
     with pytest.raises(Exception, match="lambda"):
         ranks.everyones(lambda: [lambda: 1] if dist.get_rank() == 1 else [1])
+    ranks.release()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@distributed(world_size=2)
+def test_the_others_wait_for_what_the_first_does_longer_than_the_time_out(fails):
+    ranks, done = Ranks(timedelta(seconds=1)), []
+
+    def work():
+        time.sleep(2.5)
+        done.append(dist.get_rank())
+        if fails:
+            raise CheckpointMismatchError("no")
+
+    with pytest.raises(CheckpointMismatchError, match="no") if fails else nullcontext():
+        ranks.done_by_first(work)
+    assert done == ([0] if dist.get_rank() == 0 else [])
+    assert ranks.everyones(lambda: [ranks.rank]) == [0, 1]
     ranks.release()
 
 
