@@ -29,6 +29,7 @@ class Retention:
         keep_last: how many of the newest complete tags, at least 1.
         keep_every_n_steps: tags whose step is a multiple of it stay as well.
         among: by their names, the tags that are looked at; no other is counted, or given.
+        let_go: whether a tag that needn't be kept can be removed: nobody else wants it.
         settled: the tags that are known to stay for their step, with the versions of their manifests, which needn't be
             read again then: there may be hundreds. Whoever prunes again and again hands the same dict in.
 
@@ -39,6 +40,7 @@ class Retention:
     keep_last: int
     keep_every_n_steps: int | None = None
     among: Callable[[str], bool] = lambda name: True
+    let_go: Callable[[str], bool] = lambda name: True
     settled: dict[str, tuple[int, float]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -55,9 +57,10 @@ class Retention:
             old = self.superseded(save_dir, protect, beside=beside)
         except CorruptCheckpointError:
             return []  # nobody knows which one would be missed
-        for tag in old:
-            commit.remove_tag(save_dir, tag.name)
-        return [tag.name for tag in old]
+        removed = [tag.name for tag in old if self.let_go(tag.name)]
+        for name in removed:
+            commit.remove_tag(save_dir, name)
+        return removed
 
     def superseded(self, save_dir: Location, protect: Collection[str] = (), *, beside: int = 0) -> list[TagInfo]:
         """The tags that needn't be kept.

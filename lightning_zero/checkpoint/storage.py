@@ -52,6 +52,7 @@ DIRECT_ALIGNMENT = 4096
 _LEAST_WITHOUT_COPY = 256 << 10
 _OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "hf"))
 """Where an object is there as a whole or not at all; elsewhere (in memory too) a file is renamed when complete."""
+_MOUNTED = ("file", "local")
 _SHORTENED_URL = re.compile(r"([a-z][a-z0-9+.-]+):/(?!/)")
 _PARTS = 9000
 """S3 takes no more than 10000 parts of one object."""
@@ -65,13 +66,16 @@ def locate(path: PathOrUrl) -> Location:
     """
     text = str(path)
     if "://" not in text:
-        if shortened := _SHORTENED_URL.match(text):
+        shortened = _SHORTENED_URL.match(text)
+        if shortened and shortened[1] in _MOUNTED:
+            return Path(text[shortened.end() - 1 :])  # what Lightning leaves of a `default_root_dir`
+        if shortened:
             raise ValueError(
                 f"{text!r} is no path; as a URL it is a string, '{shortened[1]}://{text[shortened.end() :]}'"
             )
         return Path(os.path.expanduser(cast("str | os.PathLike[str]", path)))
     protocol, rest = text.split("://", 1)
-    if protocol in ("file", "local"):
+    if protocol in _MOUNTED:
         return Path(os.path.expanduser(rest))
     from upath import UPath
 

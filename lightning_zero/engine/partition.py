@@ -237,17 +237,29 @@ class Partition:
         self._state_memory.release()
 
     @torch.no_grad()
-    def load_masters(self, state_dict: Mapping[str, Any]) -> None:
+    def load_masters(self, state_dict: Mapping[str, Any], *, in_part: bool = False) -> None:
         """Take this rank's part of the masters that aren't views of their parameters from a module's state dict.
 
-        The parameters have been loaded from it already, rounded to their own dtype.
+        Args:
+            state_dict: the parameters have been loaded from it already, rounded to their own dtype.
+            in_part: or some of them have, and others keep their masters, or take what was written into them.
         """
         self.take_in_new_parameters()  # as of layers that a resumed fit's callback has given an optimizer again
         for bucket in self.buckets:
             for piece in bucket.pieces:
-                value = state_dict.get(piece.slot.name)
-                if bucket.has_masters and isinstance(value, Tensor):
-                    copy_range(value, piece.segment.start, piece.segment.stop, piece.master)
+                value, start, stop = state_dict.get(piece.slot.name), piece.segment.start, piece.segment.stop
+                if not bucket.has_masters or not isinstance(value, Tensor):
+                    continue
+                if not in_part:
+                    copy_range(value, start, stop, piece.master)
+                elif value.shape == piece.slot.parameter.shape:
+                    loaded = torch.empty_like(piece.master)
+                    copy_range(value, start, stop, loaded)
+                    rounded = loaded.to(piece.slot.parameter.dtype).view(-1)
+                    if torch.equal(rounded, piece.slot.parameter.detach().reshape(-1)[start:stop]):
+                        piece.master.copy_(loaded)
+        if in_part:
+            self.take_over_outside_writes()
 
     @property
     def buckets(self) -> list[ParameterBucket]:

@@ -39,6 +39,7 @@ from lightning_zero.checkpoint.retention import Retention
 from lightning_zero.checkpoint.storage import Location, PathOrUrl, absolute, is_remote, locate, names_in
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.plugin.arguments import require_bool, require_count
+from lightning_zero.plugin.savers import Savers
 from lightning_zero.plugin.strategy import ZeroStrategy
 
 
@@ -54,7 +55,7 @@ class ZeroCheckpoint(ModelCheckpoint):
         filename: the tag, as for `ModelCheckpoint`; `"{step}"` by default. A tag that is there already is replaced
             atomically, unless `enable_version_counter` is set.
         keep_last: keep this many of the newest tags of `dirpath` (and the best by `monitor`, if one is given), and
-            remove older ones; None: as `save_top_k` says.
+            remove older ones: tags with names like its own that nobody else has saved. None: as `save_top_k` says.
         keep_every_n_steps: tags whose step is a multiple of it are never removed.
         async_save: go on with training while a checkpoint is written: see `ZeroCheckpointIO`. None: as that one says.
         monitor: as for `ModelCheckpoint`, like all that follow.
@@ -84,7 +85,7 @@ class ZeroCheckpoint(ModelCheckpoint):
         if async_save is not None:
             require_bool("async_save", async_save)
         if dirpath is not None:
-            locate(dirpath)  # Lightning would make a path even of what has to be refused
+            dirpath = str(locate(dirpath))  # Lightning would make a path even of a file's URL, or of what is refused
         self.keep_last = keep_last
         self.keep_every_n_steps = keep_every_n_steps
         self.async_save = async_save
@@ -211,10 +212,10 @@ class ZeroCheckpoint(ModelCheckpoint):
             if strategy.saves.tends_directory:
                 strategy.saves.after_commit(partial(commit.copy_tag, Path(self._last_checkpoint_saved), Path(filepath)))
             return
-        with strategy.saves.behind(self.async_save):
+        with strategy.saves.asked_by(self.state_key, behind=self.async_save):
             super()._save_checkpoint(trainer, filepath)
         if self._retains and strategy.saves.tends_directory:
-            strategy.saves.after_commit(self._retention(trainer))
+            strategy.saves.after_commit(self._retention(trainer, strategy.saves.savers))
 
     def _holds_the_same(self, trainer: Trainer, filepath: str) -> bool:
         """Whether this is `save_last`'s, right after what it is a copy of: nothing has to be written a second time."""
@@ -255,10 +256,14 @@ class ZeroCheckpoint(ModelCheckpoint):
     @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         # What is no longer among the best may still be among the last: retention removes it in its time.
-        if not self._retains:
-            super()._remove_checkpoint(trainer, filepath)
+        strategy = trainer.strategy
+        if self._retains or (
+            isinstance(strategy, ZeroStrategy) and not strategy.saves.savers.let_go(filepath, self.state_key)
+        ):
+            return
+        super()._remove_checkpoint(trainer, filepath)
 
-    def _retention(self, trainer: Trainer) -> Callable[[], object]:
+    def _retention(self, trainer: Trainer, savers: Savers) -> Callable[[], object]:
         """What removes the tags that needn't be kept after this save: it may have to wait for the commit."""
         assert self.dirpath is not None
         kept: set[str] = set()
@@ -267,11 +272,12 @@ class ZeroCheckpoint(ModelCheckpoint):
                 kept |= {callback.best_model_path, callback.last_model_path, *callback.best_k_models}
         directory = locate(self.dirpath)
         last = directory / locate(self.last_model_path).name if self.last_model_path else None
-        pattern = self._tag_pattern()
+        pattern, own = self._tag_pattern(), self.state_key
         retention = Retention(
             self.keep_last or 1,
             self.keep_every_n_steps,
-            among=lambda name: pattern.fullmatch(name) is not None,
+            among=lambda name: pattern.fullmatch(name) is not None and savers.may_count(directory / name, own),
+            let_go=lambda name: savers.let_go(directory / name, own),
             settled=self._settled,
         )
 

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule
 
 from lightning_zero.checkpoint.storage import is_remote
-from lightning_zero.errors import CheckpointNotFoundError
+from lightning_zero.errors import CheckpointNotFoundError, TagMismatchError
 from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint, weights_option
 from lightning_zero.plugin.choice import Choice, choose
 from lightning_zero.plugin.loading import read_together
@@ -57,6 +57,29 @@ class Loads:
             raise CheckpointNotFoundError(
                 f"some ranks found {found} to load, and there is nothing for {', '.join(without[:8])}: copy the "
                 "directory there, or give every rank the same ckpt_path"
+            )
+
+    def require_same(self, asked: dict[str, object]) -> None:
+        """All ranks have to load the same, when the save that is under way is there.
+
+        Args:
+            asked: of this rank: each argument's name and value.
+
+        Raises:
+            TagMismatchError: they aren't asked to.
+            CheckpointWriteError: the save has failed, on any rank.
+        """
+
+        def say() -> list[str]:
+            self._strategy.saves.join()
+            return [", ".join(f"{name}={value!r}" for name, value in asked.items())]
+
+        said = self._ranks.everyones(say)
+        other = next((rank for rank, theirs in enumerate(said) if theirs != said[0]), None)
+        if other is not None:
+            raise TagMismatchError(
+                f"the ranks were asked to load different things: rank 0 {said[0]}; rank {other} {said[other]}. "
+                "Give every rank the same arguments"
             )
 
     def choose(self, path: _PATH, tag: str | None = None, *, required: bool = False) -> Choice | None:

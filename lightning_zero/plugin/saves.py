@@ -29,6 +29,7 @@ from lightning_zero.checkpoint.storage import Location, absolute, is_remote, loc
 from lightning_zero.errors import ZeroError
 from lightning_zero.plugin.checkpoint_io import PREPARED, PreparedSave, ZeroCheckpointIO
 from lightning_zero.plugin.ranks import Ranks
+from lightning_zero.plugin.savers import Savers
 from lightning_zero.plugin.telemetry import SaveTelemetry
 from lightning_zero.plugin.wrapped_io import unwrapped, wait_for_threads
 
@@ -51,6 +52,9 @@ class Saves:
         self.tag_validation: TagValidation = tag_validation
         self.listeners: list[Callable[[Location], object]] = []
         """Told of every checkpoint that is saved, when it is there: perhaps by another thread."""
+        self.savers = Savers()
+        """On ranks that tend a save directory."""
+        self._asked_by = ""
         self._last: Location | None = None
         self._asked_behind: bool | None = None
         self._reserve_due = False
@@ -112,7 +116,7 @@ class Saves:
             storage_options: for a `CheckpointIO` around ours.
             update_latest: let `latest` name it.
             io: what saves it; the strategy's by default.
-            behind: go on with training meanwhile; as `behind()` or the `CheckpointIO` says by default.
+            behind: go on with training meanwhile; as `asked_by` or the `CheckpointIO` says by default.
             tag_validation: what to do where the ranks were given different tags.
 
         Raises:
@@ -123,6 +127,9 @@ class Saves:
             behind = self._are_behind and "hpc_ckpt_" not in os.fspath(path)  # the job is requeued right after it
         # After a fit in spawned processes, the one that is left has the weights, and no process group.
         group = self._ranks.control if dist.is_initialized() else None
+        saved = absolute(locate(path))
+        if self.tends_directory and not saved.name.startswith("."):
+            self.savers.note(saved, self._asked_by)
         dumped: dict[str, Any] = {}
         content: RankContent | Exception
         try:
@@ -145,7 +152,6 @@ class Saves:
         io.save_checkpoint({**dumped, PREPARED: prepared}, path, storage_options=storage_options)
         wait_for_threads(self._strategy.checkpoint_io)
         self.log()
-        saved = absolute(locate(path))
         if not saved.name.startswith("."):
             self._last = saved
             for listener in self.listeners:
@@ -161,13 +167,18 @@ class Saves:
         return asked and trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
 
     @contextmanager
-    def behind(self, behind: bool | None) -> Generator[None]:
-        """Have the saves within go on behind training, or not, whatever the CheckpointIO's own setting (None: that)."""
-        before, self._asked_behind = self._asked_behind, behind
+    def asked_by(self, saver: str, *, behind: bool | None) -> Generator[None]:
+        """Around the saves of a callback.
+
+        Args:
+            saver: its state key: see `Savers`.
+            behind: have them go on behind training, or not, whatever the CheckpointIO's own setting; None: that.
+        """
+        before, (self._asked_by, self._asked_behind) = (self._asked_by, self._asked_behind), (saver, behind)
         try:
             yield
         finally:
-            self._asked_behind = before
+            self._asked_by, self._asked_behind = before
 
     def export(
         self, checkpoint: Mapping[str, Any], path: Location, write: Callable[[Checkpoint, dict[str, Any]], object]

@@ -593,6 +593,7 @@ class ZeroStrategy(DDPStrategy):
             loaders=self._data.where(self._trainer) if partition else (),
             logged=get_logged(self._trainer) if partition else None,
             validating=partition is not None and self._trainer.validating,
+            savers=self.saves.savers.state(),
         )
 
     @override
@@ -600,6 +601,7 @@ class ZeroStrategy(DDPStrategy):
         """Remove a checkpoint; while a newer one is being saved, after that one's commit."""
         if self.saves.tends_directory:
             self.checkpoint_io.remove_checkpoint(filepath)
+            self.saves.savers.forget(filepath)
 
     def _save_by_rank_zero(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None) -> None:
         """Save as DDP does, by a `CheckpointIO` that knows no shards: put together, and written by one rank."""
@@ -693,13 +695,23 @@ class ZeroStrategy(DDPStrategy):
             there is no checkpoint.
 
         Raises:
+            TagMismatchError: the ranks gave different tags, or other arguments.
             CheckpointNotFoundError: the tag that was asked for isn't there, or no tag is sound.
             CheckpointMismatchError: the checkpoint doesn't fit the module or its optimizers.
         """
         module = self._trainer.lightning_module
         self.wait_for_parameters()  # what arrived later would take the place of what was loaded
-        self.saves.wait()
-        choice = self._loads.choose(load_dir, None if tag is None else _as_tag(tag))
+        tag = None if tag is None else _as_tag(tag)
+        options = {
+            "load_module_strict": load_module_strict,
+            "load_optimizer_states": load_optimizer_states,
+            "load_lr_scheduler_states": load_lr_scheduler_states,
+            "load_module_only": load_module_only,
+            "custom_load_fn": custom_load_fn is not None,
+            "weights_only": weights_only,
+        }
+        self._loads.require_same(options | ({"tag": tag} if self.saves.tag_validation == "fail" else {}))
+        choice = self._loads.choose(load_dir, tag)
         if choice is None:
             rank_zero_warn(f"there is no checkpoint in {load_dir}: nothing is loaded{advice(locate(load_dir))}")
             return None, {}
@@ -717,7 +729,7 @@ class ZeroStrategy(DDPStrategy):
                 if not load_module_only:
                     weights = load_averages(self._trainer, module, checkpoint, strict=load_module_strict)
             if partition is not None:
-                partition.load_masters(weights)
+                partition.load_masters(weights, in_part=custom_load_fn is not None)
             if load_optimizer_states and not load_module_only:
                 restore_optimizer_states(checkpoint, module, self.optimizers, self._partitioned)
             if load_lr_scheduler_states and not load_module_only:
@@ -749,6 +761,8 @@ class ZeroStrategy(DDPStrategy):
                     by_steps=self._trainer.max_steps != -1,
                     weights_only=weights_only is not False,
                 )
+                if self.saves.tends_directory:
+                    self.saves.savers.restore(self._data.resume.savers)
             return checkpoint
 
         self._data.resume = None

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 import signal
 from contextlib import nullcontext
@@ -291,6 +292,61 @@ def test_checkpoints_by_epoch_by_validation_and_by_time(tmp_path):
         found = tags(tmp_path / name)
         assert found == (sorted(expected) if expected else [f"step={n}.ckpt" for n in (1, 2, 3)]), name
     assert not (tmp_path / "weights" / "latest").exists()
+
+
+def keeps(directory, kind):
+    return {
+        "all of some": lambda: ZeroCheckpoint(directory, every_n_train_steps=3, save_top_k=-1),
+        "Lightning's": lambda: ModelCheckpoint(directory, "{step}", every_n_train_steps=3, save_top_k=-1),
+        "by number": lambda: ZeroCheckpoint(directory, every_n_train_steps=3, keep_last=3),
+        "for their step": lambda: ZeroCheckpoint(directory, every_n_train_steps=3, keep_last=1, keep_every_n_steps=3),
+    }[kind]
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@distributed(world_size=2, process_group=False)
+def test_two_callbacks_keep_their_own_tags_in_one_directory_and_so_does_a_run_that_goes_on(tmp_path, behind):
+    for kind in ("all of some", "Lightning's", "by number", "for their step"):
+        for order in (1, -1):
+            directory = tmp_path / f"{kind} {order}"
+            last_two = lambda directory=directory: ZeroCheckpoint(  # noqa: E731
+                directory, every_n_train_steps=2, keep_last=2, async_save=behind
+            )
+            make = [last_two, keeps(directory, kind)][::order]
+            fit(Normed, ZeroStrategy(), callbacks=make, max_steps=10, max_epochs=-1)
+            others = (6, 9, 3) if kind != "by number" else (9, 6, 3)
+            expected = {8, 10, *others}
+            assert steps_in(directory) == expected, (kind, order)
+            fit(Normed, ZeroStrategy(), callbacks=make, max_steps=16, max_epochs=-1, ckpt_path="last")
+            expected = {14, 16, 9, 12, 15} if kind == "by number" else {14, 16, 3, 6, 9, 12, 15}
+            assert steps_in(directory) == expected, (kind, order)
+
+
+def steps_in(directory):
+    return {int(re.match(r"step=(\d+)", name)[1]) for name in tags(directory)}
+
+
+@distributed(world_size=1, process_group=False)
+def test_what_a_user_saves_beside_a_callback_stays(tmp_path):
+    class ByHand(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "step=3.ckpt")
+
+    make = [lambda: ZeroCheckpoint(tmp_path, every_n_train_steps=2, keep_last=1), ByHand]
+    fit(Normed, ZeroStrategy(), callbacks=make, max_steps=8)
+    assert tags(tmp_path) == ["step=3.ckpt", "step=8.ckpt"]
+
+
+@distributed(world_size=1, process_group=False)
+def test_a_files_url_is_the_path_that_it_names(tmp_path):
+    for name, options, root in (
+        ("by callback", {"dirpath": f"file://{tmp_path}/by callback"}, None),
+        ("by root/checkpoints", {}, f"file://{tmp_path}/by root"),
+    ):
+        make = lambda options=options: ZeroCheckpoint(**options, every_n_train_steps=2)  # noqa: E731
+        fit(Normed, ZeroStrategy(), callbacks=[make], max_steps=2, default_root_dir=root)
+        assert tags(tmp_path / name) == ["step=2.ckpt"]
 
 
 class Steps(Callback):

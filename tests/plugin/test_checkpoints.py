@@ -389,6 +389,18 @@ class DeepSpeedStyle(Callback):
             assert not torch.equal(
                 take_state(trainer, module)["into.weight"]["param"], self.saved["into.weight"]["param"]
             )
+            mine = f"tag{trainer.global_rank}"
+            for arguments in ({"tag": mine}, {"load_optimizer_states": trainer.is_global_zero}):
+                with pytest.raises(TagMismatchError, match=r"rank 0 .* rank 1 .*same arguments"):
+                    strategy.load_zero_checkpoint(self.directory, **arguments)
+            trained = take_state(trainer, module)
+            strategy.load_zero_checkpoint(self.directory, custom_load_fn=lambda src, dst: None, load_module_only=True)
+            assert_same(take_state(trainer, module), trained)
+            strategy.load_zero_checkpoint(self.directory, custom_load_fn=load_some, load_module_only=True)
+            some = take_state(trainer, module)
+            for name in some:
+                expected = self.saved if name == "into.weight" else trained
+                assert torch.equal(some[name]["param"], expected[name]["param"]), name
             path, client_state = strategy.load_zero_checkpoint(self.directory)
             assert Path(path).name == "global_step2"
             assert client_state == {"epoch": 7, "global_step": "mine"}
@@ -403,6 +415,11 @@ class DeepSpeedStyle(Callback):
                 strategy.load_zero_checkpoint(self.directory, "light", load_module_strict=False)
             with pytest.raises(TagMismatchError, match="rank 1: 'mine1'"):
                 strategy.save_zero_checkpoint(self.directory, f"mine{trainer.global_rank}")
+
+
+def load_some(state_dict, module):
+    with torch.no_grad():
+        module.into.weight.copy_(state_dict["into.weight"])
 
 
 def take_state(trainer, module):

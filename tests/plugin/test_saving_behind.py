@@ -61,7 +61,7 @@ class SaveBothWays(Callback):
     def on_train_batch_end(self, trainer, module, *args):
         if trainer.global_step in (2, 3, 5):
             for behind in (False, True):
-                with trainer.strategy.saves.behind(behind):
+                with trainer.strategy.saves.asked_by("", behind=behind):
                     trainer.save_checkpoint(self.directory / f"{'behind' if behind else 'sync'}{trainer.global_step}")
 
 
