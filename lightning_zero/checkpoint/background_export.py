@@ -130,7 +130,11 @@ def _hold(directory: Location) -> _Held | None:
     held = commit.staging_directory(directory.parent, directory.name, token)
     assert not is_remote(held)
     staging = commit.Staging(held, token)
-    if not all(link(directory / name, held / name) for name in names_in(directory)):
+    try:
+        if all(link(directory / name, held / name) for name in names_in(directory)):
+            return _Held(held, staging)
+    except BaseException:
         staging.abandon()
-        return None
-    return _Held(held, staging)
+        raise
+    staging.abandon()
+    return None

@@ -344,7 +344,11 @@ def _replace_without_exchange(staging: Path, save_dir: Path, tag: str, fsync: bo
         write_latest(save_dir, second, fsync=fsync)
     trash = save_dir / f"{_TRASH}{token}"
     os.rename(target, trash)
-    os.rename(staging, target)
+    try:
+        os.rename(staging, target)
+    except BaseException:
+        os.rename(trash, target)
+        raise
     _sync_directory(save_dir, fsync)
     if was_latest:
         write_latest(save_dir, tag, fsync=fsync)
@@ -576,7 +580,7 @@ def _remove_if_dead(staging: Path) -> None:
             if dead is None:
                 parts = [_lock_of(staging), staging, *(staging / name for name in names_in(staging))]
                 dead = time.time() - max(map(_changed, parts)) > _IDLE_SECONDS
-            if not dead:
+            if not dead or not _is_at(fd, _lock_of(staging)):  # or another has removed it, and a third made it again
                 return
         trash = staging.with_name(f"{_TRASH}{secrets.token_hex(4)}")
         with suppress(FileNotFoundError):
@@ -600,8 +604,8 @@ def _changed(path: Path) -> float:
 
 def _locked(staging: Path) -> int:
     """Make a staging directory's lock, and give the descriptor that holds it: see [Note: what is stale]."""
-    with suppress(FileExistsError):
-        staging.parent.mkdir(parents=True)
+    if not os.path.lexists(staging.parent):
+        staging.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(_TRIES):
         fd = _open_lock(staging, os.O_CREAT)
         if _lock(fd) is not False and _is_at(fd, _lock_of(staging)):

@@ -93,10 +93,9 @@ class Side(Reader):
         self.entries = {entry.name: entry for entry in self.manifest.entries}
         self.states: dict[str, list[str]] = {}
         """The labels of each parameter's states, by the parameter's name."""
-        for of in self.manifest.index:
-            first = self.first(of)[1]
-            if isinstance(first, StoredValue) or first.kind == "optimizer":
-                self.states.setdefault(first.name, []).append(of)
+        for of_optimizer in self._states:
+            for name, labels in of_optimizer.items():
+                self.states.setdefault(name, []).extend(labels)
 
     def first(self, of: str) -> Stored:
         """The first piece of what has a label."""

@@ -255,8 +255,8 @@ class Partition:
                 elif value.shape == piece.slot.parameter.shape:
                     loaded = torch.empty_like(piece.master)
                     copy_range(value, start, stop, loaded)
-                    rounded = loaded.to(piece.slot.parameter.dtype).view(-1)
-                    if torch.equal(rounded, piece.slot.parameter.detach().reshape(-1)[start:stop]):
+                    held = piece.slot.parameter.detach().reshape(-1)[start:stop]
+                    if torch.equal(loaded.view(-1).to(held.device, held.dtype), held):
                         piece.master.copy_(loaded)
         if in_part:
             self.take_over_outside_writes()

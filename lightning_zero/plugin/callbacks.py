@@ -39,8 +39,11 @@ from lightning_zero.checkpoint.retention import Retention
 from lightning_zero.checkpoint.storage import Location, PathOrUrl, absolute, is_remote, locate, names_in
 from lightning_zero.errors import UnsupportedModelError
 from lightning_zero.plugin.arguments import require_bool, require_count
-from lightning_zero.plugin.savers import Savers
+from lightning_zero.plugin.checkpoint_io import LoadedCheckpoint
+from lightning_zero.plugin.savers import FOR_GOOD, Savers
 from lightning_zero.plugin.strategy import ZeroStrategy
+
+_SAVERS = "savers"
 
 
 class ZeroCheckpoint(ModelCheckpoint):
@@ -89,6 +92,7 @@ class ZeroCheckpoint(ModelCheckpoint):
         self.keep_last = keep_last
         self.keep_every_n_steps = keep_every_n_steps
         self.async_save = async_save
+        self._savers: Savers | None = None
         self._settled: dict[str, tuple[int, float]] = {}
         self._over_when_saved = (0, 0)
         name = filename or ""
@@ -116,6 +120,27 @@ class ZeroCheckpoint(ModelCheckpoint):
     def _retains(self) -> bool:
         return self.keep_last is not None or self.keep_every_n_steps is not None
 
+    @property
+    def _saver(self) -> str:
+        """What it is called among `Savers`."""
+        return self.state_key if self._retains or self.save_top_k != -1 else FOR_GOOD
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """With what is known of who has saved what in its directory: a run that goes on from here keeps it all."""
+        state = super().state_dict()
+        if self._retains and self._savers is not None and self.dirpath is not None:
+            state[_SAVERS] = self._savers.state(self.dirpath)
+        return state
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        if self._savers is not None and _SAVERS in state and isinstance(checkpoint, LoadedCheckpoint):
+            there = [callback.state_key for callback in trainer.checkpoint_callbacks]
+            self._savers.restore(self._save_directory(trainer), state[_SAVERS], there, checkpoint.source.directory)
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.async_save and not isinstance(trainer.strategy, ZeroStrategy):
@@ -133,6 +158,7 @@ class ZeroCheckpoint(ModelCheckpoint):
         self.dirpath = self._save_directory(trainer)
         if stage == "fit" and isinstance(trainer.strategy, ZeroStrategy):
             trainer.strategy.saves.require_writable(locate(self.dirpath))
+            self._savers = trainer.strategy.saves.savers
         super().setup(trainer, pl_module, stage)
 
     @override
@@ -212,7 +238,9 @@ class ZeroCheckpoint(ModelCheckpoint):
             if strategy.saves.tends_directory:
                 strategy.saves.after_commit(partial(commit.copy_tag, Path(self._last_checkpoint_saved), Path(filepath)))
             return
-        with strategy.saves.asked_by(self.state_key, behind=self.async_save):
+        if strategy.saves.tends_directory:
+            strategy.saves.savers.note(filepath, self._saver)  # before this callback's state goes into the checkpoint
+        with strategy.saves.asked_by(self._saver, behind=self.async_save):
             super()._save_checkpoint(trainer, filepath)
         if self._retains and strategy.saves.tends_directory:
             strategy.saves.after_commit(self._retention(trainer, strategy.saves.savers))
@@ -258,7 +286,7 @@ class ZeroCheckpoint(ModelCheckpoint):
         # What is no longer among the best may still be among the last: retention removes it in its time.
         strategy = trainer.strategy
         if self._retains or (
-            isinstance(strategy, ZeroStrategy) and not strategy.saves.savers.let_go(filepath, self.state_key)
+            isinstance(strategy, ZeroStrategy) and not strategy.saves.savers.let_go(filepath, self._saver)
         ):
             return
         super()._remove_checkpoint(trainer, filepath)
@@ -272,7 +300,7 @@ class ZeroCheckpoint(ModelCheckpoint):
                 kept |= {callback.best_model_path, callback.last_model_path, *callback.best_k_models}
         directory = locate(self.dirpath)
         last = directory / locate(self.last_model_path).name if self.last_model_path else None
-        pattern, own = self._tag_pattern(), self.state_key
+        pattern, own = self._tag_pattern(), self._saver
         retention = Retention(
             self.keep_last or 1,
             self.keep_every_n_steps,

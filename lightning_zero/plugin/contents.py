@@ -46,7 +46,6 @@ def contents(
     loaders: Sequence[Mapping[str, Any]] = (),
     logged: Mapping[str, Any] | None = None,
     validating: bool = False,
-    savers: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[RankContent, SharedContent]:
     """Divide Lightning's dict into what this rank writes and what the ranks share.
 
@@ -61,7 +60,6 @@ def contents(
         loaders: what the order of this rank's data was drawn from: see `data_order`.
         logged: what this rank has logged: see `logged_metrics`.
         validating: whether it is saved in the middle of a validation.
-        savers: who has saved which checkpoint, as this rank knows it: see `Savers`.
     """
     division = _Division(checkpoint, module, partition, rank, world_size)
     division.add_state_dict()
@@ -82,7 +80,6 @@ def contents(
         "loaders": [*loaders],
         "logged": dict(logged or {}),
         "validating": validating,
-        "savers": dict(savers or {}),
     }
     torch.serialization.save(own, rank_state)
     return (

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -183,9 +183,13 @@ class Ranks:
     def done_by_first(self, do: Callable[[], object]) -> None:
         """Have rank 0 do something, which may take longer than the time-out; what it raises is raised on every rank."""
         if self.rank == 0:
-            with self._saying_not_yet():
-                error, _ = _outcome(do)
-            self._told((error, None))
+            error: Exception | None = RuntimeError("rank 0 was interrupted")
+            try:
+                with self._saying_not_yet():
+                    error, _ = _outcome(do)
+            finally:
+                with suppress(UnreachableRankError) if error is not None else nullcontext():
+                    self._told((error, None))
         else:
             while (first := self._told(None)[0]) is None:
                 pass

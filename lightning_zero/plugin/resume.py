@@ -85,8 +85,6 @@ class Resume:
         logged = (own or of(0)).get("logged", {})
         self.logged: dict[str, Any] = {key: logged[key] for key in logged if alike or key != "sums"}
         """What was logged: see `logged_metrics`."""
-        self.savers: dict[str, list[str]] = (own if rank == 0 else of(0)).get("savers", {})
-        """Who had saved which checkpoint."""
         self._begun = 0
         loops = checkpoint.get("loops", {})
         forget_untrained_batch(loops)

@@ -6,19 +6,25 @@ Whoever keeps a number of tags counts, and removes, only what is its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 
-from lightning_zero.checkpoint.storage import PathOrUrl, absolute, locate
+from lightning_zero.checkpoint.storage import PathOrUrl, absolute, is_remote, locate
+
+FOR_GOOD = "for good"
+"""A saver that never lets anything go."""
+OTHER = "other"
+"""One that is no callback of ours."""
 
 
 class Savers:
-    """By path, the state keys of callbacks; an empty one for whoever is no callback of ours.
+    """By directory and tag, the state keys of the callbacks that want it, or `FOR_GOOD`, or `OTHER`.
 
-    Of what an earlier run has saved nothing is known but what came with the checkpoint that this one resumed from.
+    Of what an earlier run has saved, that is known which the state of a callback says that came with a checkpoint.
     """
 
     def __init__(self) -> None:
-        self._of: dict[str, set[str]] = {}
+        self._of: dict[tuple[str, str], set[str]] = {}
 
     def note(self, path: PathOrUrl, saver: str) -> None:
         """It saves this one, perhaps as another has done before."""
@@ -33,22 +39,38 @@ class Savers:
         wanted = self._of.get(_key(path), set())
         wanted.discard(saver)
         if not wanted:
-            self.forget(path)
+            self._of.pop(_key(path), None)
         return not wanted
 
-    def forget(self, path: PathOrUrl) -> None:
-        """It is removed."""
-        self._of.pop(_key(path), None)
+    def state(self, directory: PathOrUrl) -> dict[str, list[str]]:
+        """Of the tags in a directory, by name: for a callback's state, and for `restore` in a later run."""
+        here = _folder(directory)
+        return {name: sorted(savers) for (folder, name), savers in list(self._of.items()) if folder == here}
 
-    def state(self) -> dict[str, list[str]]:
-        """For a checkpoint, and for `restore` in a later run."""
-        return {path: sorted(savers) for path, savers in list(self._of.items())}
+    def restore(
+        self, directory: PathOrUrl, state: Mapping[str, Sequence[str]], among: Collection[str], loaded: PathOrUrl
+    ) -> None:
+        """Take over what was known when a checkpoint was saved.
 
-    def restore(self, state: Mapping[str, Sequence[str]]) -> None:
-        """What was known when the checkpoint was saved."""
-        for path, savers in state.items():
-            self._of.setdefault(path, set()).update(savers)
+        Args:
+            directory: where the tags are.
+            state: as it was given.
+            among: the savers that there still are: of what another one has saved nobody knows whether it is wanted.
+            loaded: the checkpoint. Was that itself not known, nobody of ours has saved it.
+        """
+        if locate(loaded).name not in state:
+            self.note(loaded, OTHER)
+        for name, savers in state.items():
+            for saver in savers:
+                if saver in (FOR_GOOD, OTHER, *among):
+                    self.note(locate(directory) / name, saver)
 
 
-def _key(path: PathOrUrl) -> str:
-    return str(absolute(locate(path)))
+def _key(path: PathOrUrl) -> tuple[str, str]:
+    where = absolute(locate(path))
+    return _folder(where.parent), where.name
+
+
+def _folder(path: PathOrUrl) -> str:
+    where = absolute(locate(path))
+    return str(where) if is_remote(where) else os.path.realpath(where)

@@ -29,7 +29,7 @@ from lightning_zero.checkpoint.storage import Location, absolute, is_remote, loc
 from lightning_zero.errors import ZeroError
 from lightning_zero.plugin.checkpoint_io import PREPARED, PreparedSave, ZeroCheckpointIO
 from lightning_zero.plugin.ranks import Ranks
-from lightning_zero.plugin.savers import Savers
+from lightning_zero.plugin.savers import OTHER, Savers
 from lightning_zero.plugin.telemetry import SaveTelemetry
 from lightning_zero.plugin.wrapped_io import unwrapped, wait_for_threads
 
@@ -54,7 +54,7 @@ class Saves:
         """Told of every checkpoint that is saved, when it is there: perhaps by another thread."""
         self.savers = Savers()
         """On ranks that tend a save directory."""
-        self._asked_by = ""
+        self._asked_by = OTHER
         self._last: Location | None = None
         self._asked_behind: bool | None = None
         self._reserve_due = False
@@ -171,7 +171,7 @@ class Saves:
         """Around the saves of a callback.
 
         Args:
-            saver: its state key: see `Savers`.
+            saver: what it is called: see `Savers`.
             behind: have them go on behind training, or not, whatever the CheckpointIO's own setting; None: that.
         """
         before, (self._asked_by, self._asked_behind) = (self._asked_by, self._asked_behind), (saver, behind)

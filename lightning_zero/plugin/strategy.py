@@ -54,6 +54,7 @@ from lightning_zero.plugin.overlap import GatherOverlap
 from lightning_zero.plugin.precision import route_clipping, unroute_clipping
 from lightning_zero.plugin.ranks import Ranks, stay_at_exit
 from lightning_zero.plugin.resume import Resume
+from lightning_zero.plugin.savers import OTHER
 from lightning_zero.plugin.saves import Saves
 from lightning_zero.plugin.signals import SharedSignals
 from lightning_zero.plugin.training_data import TrainingData
@@ -593,15 +594,16 @@ class ZeroStrategy(DDPStrategy):
             loaders=self._data.where(self._trainer) if partition else (),
             logged=get_logged(self._trainer) if partition else None,
             validating=partition is not None and self._trainer.validating,
-            savers=self.saves.savers.state(),
         )
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
-        """Remove a checkpoint; while a newer one is being saved, after that one's commit."""
-        if self.saves.tends_directory:
+        """Remove a checkpoint, unless a callback of ours still wants it: see `Savers`.
+
+        While a newer one is being saved, it waits for that one's commit.
+        """
+        if self.saves.tends_directory and self.saves.savers.let_go(filepath, OTHER):
             self.checkpoint_io.remove_checkpoint(filepath)
-            self.saves.savers.forget(filepath)
 
     def _save_by_rank_zero(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None) -> None:
         """Save as DDP does, by a `CheckpointIO` that knows no shards: put together, and written by one rank."""
@@ -761,8 +763,6 @@ class ZeroStrategy(DDPStrategy):
                     by_steps=self._trainer.max_steps != -1,
                     weights_only=weights_only is not False,
                 )
-                if self.saves.tends_directory:
-                    self.saves.savers.restore(self._data.resume.savers)
             return checkpoint
 
         self._data.resume = None

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -141,12 +142,19 @@ def test_a_save_whose_staging_directory_was_cleaned_away_before_its_lock_makes_i
         nonlocal left
         if left:  # another's save cleans up at this very moment
             left -= 1
-            commit.clean_leftovers(tmp_path)
+            with monkeypatch.context() as cleaning:
+                cleaning.setattr(commit, "_lock", real)
+                commit.clean_leftovers(tmp_path)
+                assert os.listdir(tmp_path) == []
         return real(fd)
 
     monkeypatch.setattr(commit, "_lock", lock_late)
-    Sample(step=4).save(tmp_path / "tag")
+    staging = commit.Staging(commit.staging_directory(tmp_path, "tag", "x"), "x")
     assert left == 0
+    commit.clean_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".lock-tag-x", ".staging-tag-x"]
+    staging.release()
+    Sample(step=4).save(tmp_path / "tag")
     assert Checkpoint(resolve(tmp_path), verify="full").manifest.step == 4
 
 
@@ -216,6 +224,80 @@ def test_a_live_save_that_another_machine_takes_for_dead_fails_and_commits_no_ha
     assert Checkpoint(resolve(tmp_path), verify="full").manifest.step == 1
 
 
+def test_while_it_is_removed_what_is_taken_for_dead_can_not_be_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging = commit.staging_directory(tmp_path, "next", "x")
+    assert isinstance(staging, Path)
+    shutil.copytree(Sample(step=1).save(tmp_path / "tag"), staging)
+    real = commit._remove
+
+    def commit_meanwhile(path: Path) -> None:
+        if path.is_dir():
+            with pytest.raises(FileNotFoundError):
+                commit.commit(staging, tmp_path, "next", fsync=False)
+        real(path)
+
+    monkeypatch.setattr(commit, "_remove", commit_meanwhile)
+    commit.clean_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "tag"]
+
+
+def test_of_two_that_clean_up_the_slower_leaves_what_was_made_again_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = tmp_path / ".lock-tag-x"
+    dead.touch()
+    real = commit._lock
+
+    def lock_late(fd: int) -> bool | None:
+        monkeypatch.setattr(commit, "_lock", real)
+        dead.unlink()  # by the other, and then a save makes it again
+        commit.Staging(commit.staging_directory(tmp_path, "tag", "x"), "x")
+        return real(fd)
+
+    monkeypatch.setattr(commit, "_lock", lock_late)
+    commit.clean_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".lock-tag-x", ".staging-tag-x"]
+
+
+def test_a_lock_is_let_go_of_whoever_has_been_forked_meanwhile(tmp_path: Path) -> None:
+    staging = commit.Staging(commit.staging_directory(tmp_path, "tag", "x"), "x")
+    fd = os.open(tmp_path / ".lock-tag-x", os.O_RDWR)
+    forked = os.fork()
+    if forked == 0:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        assert commit._lock(fd) is False
+        staging.release()
+        assert commit._lock(fd) is True
+    finally:
+        os.close(fd)
+        os.kill(forked, signal.SIGKILL)
+        os.waitpid(forked, 0)
+
+
+def test_a_replacement_that_loses_its_staging_directory_at_the_last_moment_puts_the_old_tag_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "exchange", lambda one, other: False)
+    for tag in ("tag", "newer"):
+        Sample(step=1).save(tmp_path / tag)
+    real = os.rename
+
+    def rename(source: Any, target: Any) -> None:
+        if Path(target).name == "tag" and Path(source).name.startswith(".staging-"):
+            shutil.rmtree(source)
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(CheckpointWriteError, match="FileNotFoundError"):
+        Sample(step=2).save(tmp_path / "tag")
+    assert Checkpoint(tmp_path / "tag", verify="full").manifest.step == 1
+    assert commit.read_latest(tmp_path) == "newer"
+
+
 def test_a_disk_that_is_full_when_latest_is_to_be_written_leaves_the_tag_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +320,8 @@ def test_where_there_are_no_hard_links_a_tag_is_replaced_and_copied_all_the_same
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise OSError(refusal, os.strerror(refusal))
 
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.add(os.fstat(fd).st_ino))
     monkeypatch.setattr(os, "link", refuse)
     monkeypatch.setattr(kernel, "exchange", lambda one, other: False)
     for step in (1, 2):
@@ -245,6 +329,7 @@ def test_where_there_are_no_hard_links_a_tag_is_replaced_and_copied_all_the_same
     commit.copy_tag(tmp_path / "tag", tmp_path / "last")
     for tag in ("tag", "last"):
         assert Checkpoint(tmp_path / tag, verify="full").manifest.step == 2
+    assert synced >= {path.stat().st_ino for path in (tmp_path / "last").iterdir()}
     assert sorted(os.listdir(tmp_path)) == ["last", "latest", "tag"]
 
 

@@ -322,6 +322,39 @@ def test_two_callbacks_keep_their_own_tags_in_one_directory_and_so_does_a_run_th
             assert steps_in(directory) == expected, (kind, order)
 
 
+@distributed(world_size=1, process_group=False)
+def test_a_callback_that_is_set_otherwise_counts_what_it_has_saved_before(tmp_path):
+    for every, steps in ((2, 6), (3, 15), (1, 18)):
+        make = lambda every=every: ZeroCheckpoint(tmp_path, every_n_train_steps=every, keep_last=2)  # noqa: E731
+        fit(Normed, ZeroStrategy(), callbacks=[make], max_steps=steps, max_epochs=-1, ckpt_path="last")
+    assert steps_in(tmp_path) == {17, 18}
+
+
+@distributed(world_size=1, process_group=False)
+def test_what_lightnings_callback_no_longer_wants_stays_if_ours_does(tmp_path):
+    make = [
+        lambda: ZeroCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1),
+        lambda: ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=1, enable_version_counter=False),
+    ]
+    fit(Normed, ZeroStrategy(), callbacks=make, max_steps=10, max_epochs=-1)
+    assert steps_in(tmp_path) == {4, 8, 10}
+
+
+@distributed(world_size=1, process_group=False)
+def test_a_link_to_the_directory_names_the_same_tags(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+
+    class ByHand(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "link" / "step=3.ckpt")
+
+    make = [lambda: ZeroCheckpoint(tmp_path / "link", every_n_train_steps=2, keep_last=1), ByHand]
+    fit(Normed, ZeroStrategy(), callbacks=make, max_steps=8)
+    assert steps_in(tmp_path / "real") == {3, 8}
+
+
 def steps_in(directory):
     return {int(re.match(r"step=(\d+)", name)[1]) for name in tags(directory)}
 

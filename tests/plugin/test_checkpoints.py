@@ -401,6 +401,8 @@ class DeepSpeedStyle(Callback):
             for name in some:
                 expected = self.saved if name == "into.weight" else trained
                 assert torch.equal(some[name]["param"], expected[name]["param"]), name
+            strategy.load_zero_checkpoint(self.directory, custom_load_fn=load_halves, load_module_only=True)
+            assert bool((take_state(trainer, module)["into.weight"]["param"] == 0.5).all())
             path, client_state = strategy.load_zero_checkpoint(self.directory)
             assert Path(path).name == "global_step2"
             assert client_state == {"epoch": 7, "global_step": "mine"}
@@ -420,6 +422,11 @@ class DeepSpeedStyle(Callback):
 def load_some(state_dict, module):
     with torch.no_grad():
         module.into.weight.copy_(state_dict["into.weight"])
+
+
+def load_halves(state_dict, module):
+    with torch.no_grad():
+        module.into.weight.fill_(0.5)
 
 
 def take_state(trainer, module):

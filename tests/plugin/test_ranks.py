@@ -73,6 +73,20 @@ def test_the_others_wait_for_what_the_first_does_longer_than_the_time_out(fails)
     ranks.release()
 
 
+@distributed(world_size=2)
+def test_the_others_are_told_when_the_first_is_interrupted():
+    ranks = Ranks(None)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    first = dist.get_rank() == 0
+    with pytest.raises(KeyboardInterrupt if first else RuntimeError, match="" if first else "rank 0 was interrupted"):
+        ranks.done_by_first(interrupt)
+    assert ranks.everyones(lambda: [ranks.rank]) == [0, 1]
+    ranks.release()
+
+
 @distributed(world_size=2, process_group=False)
 def test_when_the_process_ends_nothing_of_a_strategy_that_is_left_holds_its_groups():
     _, trainer = fit(strategy=ZeroStrategy(), world_size=2, max_steps=1)

@@ -22,6 +22,7 @@ from lightning_zero.checkpoint.load import Checkpoint
 from lightning_zero.checkpoint.resolution import resolve
 from lightning_zero.checkpoint.retention import Retention
 from lightning_zero.errors import CheckpointWriteError, UnsupportedModelError
+from lightning_zero.plugin.savers import OTHER
 from tests.launch import distributed
 from tests.models import fit
 
@@ -61,7 +62,7 @@ class SaveBothWays(Callback):
     def on_train_batch_end(self, trainer, module, *args):
         if trainer.global_step in (2, 3, 5):
             for behind in (False, True):
-                with trainer.strategy.saves.asked_by("", behind=behind):
+                with trainer.strategy.saves.asked_by(OTHER, behind=behind):
                     trainer.save_checkpoint(self.directory / f"{'behind' if behind else 'sync'}{trainer.global_step}")
 
 
