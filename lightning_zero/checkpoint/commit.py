@@ -522,10 +522,9 @@ def remove_tag(save_dir: Location, tag: str) -> None:
     if not (is_remote(path) or os.path.lexists(path)):
         return
     if _names(save_dir, tag):
-        others = [other for other in list_tags(save_dir) if other.complete and other.resumable and other.name != tag]
-        others = [
-            other for other in others if is_remote(other.path) or not other.path.is_symlink()
-        ]  # it goes with them
+        # A link leads to this tag, or to one of the others, and nowhere when that one is removed
+        links = {name for name in names_in(save_dir) if not is_remote(save_dir) and (save_dir / name).is_symlink()}
+        others = [other for other in list_tags(save_dir, without={tag, *links}) if other.complete and other.resumable]
         if others:
             write_latest(save_dir, others[0].name)
         else:
