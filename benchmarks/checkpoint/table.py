@@ -110,8 +110,8 @@ def _load_rows() -> list[Row]:
     return [
         Row("plain read of the rank's bytes, page cache to warm memory", "zero load", _of("read")),
         Row("plain read, the optimizer's states into new memory", "zero load", _of("read_fresh"), _of("read")),
-        Row(LOAD, "zero load", _of("load"), _of("read")),
-        Row("lightning_zero, load_zero_checkpoint in a running training", "zero load", _of("again"), _of("read")),
+        Row(LOAD, "zero load", _of("load"), _of("read"), 1.5),
+        Row("lightning_zero, load_zero_checkpoint in a running training", "zero load", _of("again"), _of("read"), 1.5),
         Row('lightning_zero, resume with verify="full"', "zero load", _of("full"), _of("read")),
         *(Row(name, f"{contestant} load", _of("load"), _of("read")) for contestant, name in peers),
         Row("**lightning_zero: memory beyond the state**", "zero load", _of("above_mib"), bar=64, unit="MiB"),
