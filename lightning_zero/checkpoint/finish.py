@@ -111,6 +111,8 @@ def _commit(
         fsync=fsync,
         files=[MANIFEST_NAME, manifest.trainer.name, *(file.name for file in manifest.files)],
     )
+    if plan.staged is not None:
+        plan.staged.release()  # before the others hear of it: they find a tag, and nothing of the save
     return _committed(reports, manifest.nbytes + len(content), len(content))
 
 
@@ -155,6 +157,7 @@ def _commit_on_all_nodes(
         if plan.staged is not None:
             save_dir, tag = plan.directory.parent, plan.directory.name
             commit.commit(plan.staging, save_dir, tag, update_latest=False, fsync=fsync)
+            plan.staged.release()
 
     def name() -> None:
         if plan.staged is not None and update_latest:

@@ -6,13 +6,14 @@ import signal
 import threading
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_zero.checkpoint import commit
+from lightning_zero.checkpoint import commit, finish
 from lightning_zero.checkpoint import save as saving
 from lightning_zero.checkpoint.background import start_aside
 from lightning_zero.checkpoint.content import RankContent, TensorToSave
@@ -207,6 +208,28 @@ def test_rank_0_has_to_say_what_the_ranks_share(tmp_path: Path) -> None:
     with pytest.raises(CheckpointWriteError, match="rank 0 has to say"):
         save_checkpoint(tmp_path / "tag", Sample().rank(0), None, group=None)
     assert os.listdir(tmp_path) == []
+
+
+@distributed(world_size=2)
+def test_when_the_others_hear_that_it_is_saved_or_not_nothing_of_the_save_is_left(
+    tmp_path: Path,
+) -> None:
+    seen: list[list[str]] = []
+    with pytest.MonkeyPatch.context() as watching:
+        real = finish.broadcast
+
+        def broadcast(*args: object) -> object:
+            seen.append(sorted(os.listdir(tmp_path)))
+            return real(*args)
+
+        if dist.get_rank() == 0:
+            watching.setattr(finish, "broadcast", broadcast)
+        save(tmp_path / "one", Sample(world_size=2))
+        rank, sample = dist.get_rank(), Sample(world_size=2)
+        unsavable = TensorToSave("model", "p", 0, 1, torch.zeros(1).to_sparse())
+        bad = replace(sample.rank(rank), tensors=[unsavable]) if rank == 1 else None
+        failure(tmp_path / "two", sample, bad)
+    assert seen == ([["latest", "one"]] * 2 if dist.get_rank() == 0 else [])
 
 
 def test_a_thread_that_yields_does_not_hand_it_on_to_those_that_it_starts() -> None:
