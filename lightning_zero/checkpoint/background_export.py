@@ -20,7 +20,7 @@ import secrets
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,11 +130,9 @@ def _hold(directory: Location) -> _Held | None:
     held = commit.staging_directory(directory.parent, directory.name, token)
     assert not is_remote(held)
     staging = commit.Staging(held, token)
-    try:
+    with ExitStack() as undo:
+        undo.callback(staging.abandon)
         if all(link(directory / name, held / name) for name in names_in(directory)):
+            undo.pop_all()
             return _Held(held, staging)
-    except BaseException:
-        staging.abandon()
-        raise
-    staging.abandon()
     return None

@@ -68,7 +68,7 @@ LATEST = "latest"
 _STAGING = ".staging-"
 _TRASH = ".trash-"
 _LOCK = ".lock-"
-_REPLACED = re.compile(r"\.replaced-[0-9a-f]{8}")
+_REPLACED = re.compile(r"\.replaced-[0-9a-f]{8}\Z")
 _TAG_BYTES = 200
 _IDLE_SECONDS = 24 * 3600
 _TRIES = 500
@@ -98,7 +98,7 @@ def validate_tag(tag: str, *, hidden: bool = False) -> str:
         raise InvalidTagError(f"{tag!r:.200} can't be a tag: it is one plain name, without separators of a path")
     if tag.startswith(".") and not hidden:
         raise InvalidTagError(f"{tag!r:.200} can't be a tag: it is hidden; begin it without a dot")
-    given = re.sub(rf"{_REPLACED.pattern}$", "", tag)  # the name of a copy is as long as it comes to be
+    given = _REPLACED.sub("", tag)  # the name of a copy is as long as it comes to be
     if len(given.encode(errors="replace")) > _TAG_BYTES:
         raise InvalidTagError(f"{tag!r:.40}… can't be a tag: it is longer than {_TAG_BYTES} bytes")
     return tag
@@ -522,9 +522,9 @@ def remove_tag(save_dir: Location, tag: str) -> None:
     if not (is_remote(path) or os.path.lexists(path)):
         return
     if _names(save_dir, tag):
+        others = [other for other in list_tags(save_dir, without=(tag,)) if other.complete and other.resumable]
         # A link leads to this tag, or to one of the others, and nowhere when that one is removed
-        links = {name for name in names_in(save_dir) if not is_remote(save_dir) and (save_dir / name).is_symlink()}
-        others = [other for other in list_tags(save_dir, without={tag, *links}) if other.complete and other.resumable]
+        others = [other for other in others if not other.path.is_symlink()]
         if others:
             write_latest(save_dir, others[0].name)
         else:

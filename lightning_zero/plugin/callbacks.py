@@ -284,12 +284,11 @@ class ZeroCheckpoint(ModelCheckpoint):
     @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         # What is no longer among the best may still be among the last: retention removes it in its time.
-        strategy = trainer.strategy
-        if self._retains or (
-            isinstance(strategy, ZeroStrategy) and not strategy.saves.savers.let_go(filepath, self._saver)
-        ):
+        if self._retains:
             return
-        super()._remove_checkpoint(trainer, filepath)
+        strategy = trainer.strategy
+        if not isinstance(strategy, ZeroStrategy) or strategy.saves.savers.let_go(filepath, self._saver):
+            super()._remove_checkpoint(trainer, filepath)
 
     def _retention(self, trainer: Trainer, savers: Savers) -> Callable[[], object]:
         """What removes the tags that needn't be kept after this save: it may have to wait for the commit."""

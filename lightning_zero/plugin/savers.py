@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 
-from lightning_zero.checkpoint.storage import PathOrUrl, absolute, is_remote, locate
+from lightning_zero.checkpoint.storage import Location, PathOrUrl, is_remote, locate
 
 FOR_GOOD = "for good"
 """A saver that never lets anything go."""
@@ -44,7 +44,7 @@ class Savers:
 
     def state(self, directory: PathOrUrl) -> dict[str, list[str]]:
         """Of the tags in a directory, by name: for a callback's state, and for `restore` in a later run."""
-        here = _folder(directory)
+        here = _folder(locate(directory))
         return {name: sorted(savers) for (folder, name), savers in list(self._of.items()) if folder == here}
 
     def restore(
@@ -67,10 +67,9 @@ class Savers:
 
 
 def _key(path: PathOrUrl) -> tuple[str, str]:
-    where = absolute(locate(path))
+    where = locate(path)
     return _folder(where.parent), where.name
 
 
-def _folder(path: PathOrUrl) -> str:
-    where = absolute(locate(path))
+def _folder(where: Location) -> str:
     return str(where) if is_remote(where) else os.path.realpath(where)
